@@ -46,7 +46,7 @@ class OpSpec:
 
 OPS: dict[str, OpSpec] = {}
 ALWAYS, TRACED, FUSED, LATE = (
-    ("traced", "scheduled"), ("traced", "traced"), ("traced", "fused"), ("stateful", "scheduled"),
+    ("traced", "scheduled"), ("traced", "fused"), ("fused", "fused"), ("stateful", "scheduled"),
 )  # fmt: skip
 
 
@@ -206,8 +206,8 @@ def experts_type(types: Types, attrs: Attributes) -> Types:
 
 
 def moe_type(types: Types, attrs: Attributes) -> Types:
-    x, router, shared, gate, gate_up, down = types
-    need(shared == x and gate.shape == (x.shape[0], 1), "shared expert does not fit")
+    x, router, shared, gate, gate_up, down = types[:6]
+    need(all(t == x for t in (shared, *types[6:])) and gate.shape == (x.shape[0], 1), "shared expert does not fit")
     need(router.shape == (x.shape[0], gate_up.shape[0]), "router logits must be [T, E]")
     need(gate_up.shape[1] == 2 * down.shape[2], "gate_up [E,2I,H] does not fit down [E,H,I]")  # type: ignore[operator]
     return (x,)
@@ -347,6 +347,10 @@ define("gated_attention", "q_gate k v q_norm k_norm table", "heads kv_heads eps 
 define("sparse_moe", "x router_logits shared shared_gate gate_up down", "top_k", moe_type,
        ref.sparse_moe, "Top-k routed experts plus the gated shared expert.",
        macs=lambda s, a: s[0][0] * a["top_k"] * (math.prod(s[4][1:]) + math.prod(s[5][1:])))  # fmt: skip
+
+define("sparse_moe_residual", "x router_logits shared shared_gate gate_up down residual", "top_k",
+       moe_type, lambda *xs, top_k: xs[-1] + ref.sparse_moe(*xs[:-1], top_k),
+       "residual + sparse_moe(..).", macs=lambda s, a: OPS["sparse_moe"].macs(s, a))  # fmt: skip
 
 define("stateful_gated_delta_net", "qkv z b a conv_w a_log dt_bias norm_w slots conv delta",
        "key_heads value_heads eps rows", delta_net_type, ref.stateful_gated_delta_net,

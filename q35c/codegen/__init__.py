@@ -1,0 +1,1 @@
+"""From scheduled graphs to machine code: targets, kernels, lowering, weight packing, building."""

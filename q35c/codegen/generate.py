@@ -1,0 +1,152 @@
+"""From the pipeline's entries to machine code, packed weight list and manifest fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from q35c.artifact import layout
+from q35c.artifact.writer import WeightEntry, place_weights
+from q35c.codegen.build import build_shared
+from q35c.codegen.lower import Lowering, Shared
+from q35c.codegen.pack import BLOCK, PackedWeight
+from q35c.codegen.precision import Policy
+from q35c.codegen.program import program_entry
+from q35c.codegen.schedule import Places, Schedule
+from q35c.codegen.target import Target
+from q35c.ir.graph import Module, Value
+
+LAYOUT_NOTES = {
+    "vector": "as in the checkpoint",
+    "conv": "taps by channels",
+    "linear": f"blocks of {BLOCK} rows, input-major",
+    "swiglu": f"blocks of {BLOCK // 2} gate and {BLOCK // 2} up rows, input-major",
+    "experts": f"per expert: blocks of {BLOCK} rows, input-major",
+    "experts_swiglu": f"per expert: blocks of {BLOCK // 2} gate and {BLOCK // 2} up rows, input-major",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A compiled model without its weights' data; `fields` are the manifest's code-related fields."""
+
+    code: bytes
+    weights: tuple[PackedWeight, ...]
+    entries: tuple[WeightEntry, ...]
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the artifact is compiled for."""
+
+    context: int  # tokens per sequence, a multiple of 64
+    batch: int  # sequences per decode step
+    vocabulary: int
+
+
+def generate(
+    module: Module,
+    target: Target,
+    policy: Policy,
+    limits: Limits,
+    progress: Callable[[str, float], None],
+) -> Generated:
+    """Lower every entry, plan its memory, build one shared object."""
+    progress("lower", 0.0)
+    entries = describe_entries(module, target, limits)
+    state = layout.state_layout(describe_state(module, policy, limits.context))
+    tokens = max(entry["max_tokens"] for entry in entries)
+    offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
+    shared = Shared(target, policy, limits.context, tokens, offsets)
+    schedules = [
+        Lowering(graph, shared, entry["max_tokens"]).run()
+        for graph, entry in zip(module, entries, strict=True)
+    ]
+    stored = tuple(
+        WeightEntry(w.name, w.dtype, w.shape, LAYOUT_NOTES[w.layout], w.sources)
+        for w in shared.weights.values()
+    )
+    places = Places(
+        {weight.name: weight.offset for weight in place_weights(stored)},
+        io_places(limits, tokens, entries),
+    )
+    plans = [schedule.plan() for schedule in schedules]
+    programs = {
+        schedule.name: program_entry(schedule.name, schedule.place(plan, places))
+        for schedule, plan in zip(schedules, plans, strict=True)
+    }
+    progress("kernels", 0.0)
+    functions = shared.functions()
+    progress("kernels", 0.5)
+    code = build_shared(functions, programs, target.isa)
+    progress("kernels", 1.0)
+    fields = {
+        "target": {
+            "name": target.name,
+            "cpu_features": list(target.isa.cpu_features),
+            "lanes": target.isa.lanes,
+        },
+        "precision": policy.name,
+        "context": limits.context,
+        "batch": limits.batch,
+        "entries": entries,
+        "arena_bytes": max(plan.bytes for plan in plans),
+        "max_threads": target.max_threads,
+        "state": state,
+        "kernels": describe_kernels(shared, schedules),
+    }
+    return Generated(code, tuple(shared.weights.values()), stored, fields)
+
+
+def describe_entries(module: Module, target: Target, limits: Limits) -> list[dict[str, Any]]:
+    """Return name, symbol, rows, most tokens and logits of each entry."""
+    score_tokens = target.logits_bytes // (4 * limits.vocabulary)
+    kinds = {
+        "prefill": ("sequence", target.prefill_tokens, "last"),
+        "decode": ("batch", limits.batch, "all"),
+        "score": ("sequence", min(max(1, score_tokens), target.prefill_tokens), "all"),
+    }
+    names = ("rows", "max_tokens", "logits")
+    return [
+        {"name": graph.name, "symbol": graph.name, **dict(zip(names, kinds[graph.name], strict=True))}
+        for graph in module
+    ]
+
+
+def describe_state(module: Module, policy: Policy, context: int) -> list[dict[str, Any]]:
+    """Return the stored shape of every state tensor: keys by blocks of 32 cells, values by cell."""
+    return [stored_state(value, policy, context) for value in module.entries[0].leaves("state")]
+
+
+def stored_state(value: Value, policy: Policy, context: int) -> dict[str, Any]:
+    kind = value.name.rpartition(".")[2]
+    dims = value.type.shape[1:]
+    if kind not in ("keys", "values"):
+        return {"name": value.name, "dtype": "f32", "shape": list(dims), "growth": "fixed"}
+    _, heads, head_dim = dims
+    cells = [context // BLOCK, head_dim, BLOCK] if kind == "keys" else [context, head_dim]
+    return {"name": value.name, "dtype": policy.cache, "shape": [heads, *cells], "growth": "context"}
+
+
+def io_places(limits: Limits, tokens: int, entries: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Return offset and bytes of each io field."""
+    rows = max(1 if entry["logits"] == "last" else entry["max_tokens"] for entry in entries)
+    fields = layout.io_layout(tokens, limits.batch, rows, limits.vocabulary)["fields"]
+    return {
+        name: (field["offset"], layout.tensor_bytes(field["dtype"], field["shape"]))
+        for name, field in fields.items()
+    }
+
+
+def describe_kernels(shared: Shared, schedules: list[Schedule]) -> list[dict[str, Any]]:
+    """Return each kernel's family and parameters, for `inspect`."""
+    return [
+        {"name": name, "family": family, "parameters": {k: plain(v) for k, v in parameters}}
+        for (family, parameters), name in shared.kernels.items()
+    ]
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

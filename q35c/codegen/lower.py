@@ -1,0 +1,300 @@
+"""Lowering: every op of an entry becomes kernel calls. One function per op kind, in one table."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
+from q35c.codegen.pack import PackedWeight
+from q35c.codegen.precision import Policy
+from q35c.codegen.program import Int, Tokens
+from q35c.codegen.schedule import Buffer, Schedule, StateRef, Step, StepArgument, View, WeightRef
+from q35c.codegen.target import Target
+from q35c.errors import LoweringError
+from q35c.ir.graph import Graph, Op, Value
+from q35c.ir.types import SymDim, count
+
+DECODE_SPLITS = 4  # parts of the context that the threads share when a decode step attends to it
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the entries of one model share: kernels, packed weights, the layout of a sequence's state."""
+
+    target: Target
+    policy: Policy
+    context: int
+    io_tokens: int  # row stride of the positions in the io blob
+    state_offsets: Mapping[str, int]
+    kernels: dict[tuple, str] = field(default_factory=dict)
+    weights: dict[str, PackedWeight] = field(default_factory=dict)
+
+    def kernel(self, family: str, **parameters: Any) -> str:
+        """Return the name of a kernel; equal requests share one."""
+        key = (family, tuple(sorted(parameters.items())))
+        return self.kernels.setdefault(key, f"{family}_{len(self.kernels)}")
+
+    def state(self, tensor: Value) -> StateRef:
+        """Return where a state tensor starts in every sequence's region."""
+        return StateRef(self.state_offsets[tensor.name])
+
+    def functions(self) -> dict[str, Any]:
+        """Generate every requested kernel."""
+        made = {}
+        for (family, parameters), name in self.kernels.items():
+            generate = FAMILIES[family]
+            extra = {"isa": self.target.isa} if "isa" in inspect.signature(generate).parameters else {}
+            made[name] = generate(**dict(parameters), **extra)
+        return made
+
+    def weight(self, layout: str, *sources: Value) -> WeightRef:
+        """Request a packed weight; equal requests share one."""
+        dtype = "f32" if layout in ("vector", "conv") else self.policy.matrix
+        leaves = [source.name.removesuffix(".weight") for source in sources]
+        name = "-".join([leaves[0], *(leaf.rpartition(".")[2] for leaf in leaves[1:])])
+        shapes = tuple(tuple(int(d) for d in source.type.shape) for source in sources)  # type: ignore[arg-type]
+        packed = PackedWeight(name, layout, dtype, tuple(s.name for s in sources), shapes)
+        known = self.weights.setdefault(name, packed)
+        if known != packed:
+            raise LoweringError("a weight is needed in two layouts", where=name, expected=known, got=packed)
+        return WeightRef(name)
+
+
+class Lowering:
+    """Lower one entry. `max_tokens` bounds its rows; `logits` is where the output goes."""
+
+    def __init__(self, graph: Graph, shared: Shared, max_tokens: int) -> None:
+        self.graph, self.shared, self.max_tokens = graph, shared, max_tokens
+        self.schedule = Schedule(graph.name)
+        self.views: dict[Value, View] = {}
+        (self.logits,) = graph.outputs
+
+    def run(self) -> Schedule:
+        """Return the steps, or raise LoweringError naming the op that has no kernel."""
+        for value in self.graph.inputs:
+            self.views[value] = View(value.name, 0, Tokens())
+        for op in self.graph.ops:
+            rule = RULES.get(op.kind)
+            if rule is None:
+                raise LoweringError(
+                    "no lowering for this op", where=f"entry {self.graph.name}, {op.kind}",
+                    expected=sorted(RULES), hint="the fusion passes should have replaced it",
+                )  # fmt: skip
+            rule(self, op)
+        return self.schedule
+
+    # --- buffers -----------------------------------------------------------------------------
+
+    def output(self, value: Value) -> View:
+        """Return the rows a result is written to: io for the logits, a new buffer otherwise."""
+        width = int(value.type.shape[-1])  # type: ignore[arg-type]
+        rows = row_count(value)
+        if value == self.logits:
+            self.views[value] = View("logits", width, rows)
+        else:
+            self.views[value] = View(self.buffer(value.name, width, rows), width, rows)
+        return self.views[value]
+
+    def temporary(self, label: str, width: int, rows: Tokens | Int) -> View:
+        """Return rows of f32 or i32 that only one op uses."""
+        name = f"{len(self.schedule.steps)}.{label}"
+        return View(self.buffer(name, width, rows), width, rows)
+
+    def buffer(self, name: str, width: int, rows: Tokens | Int) -> Buffer:
+        count = self.max_tokens if isinstance(rows, Tokens) else rows.value
+        return Buffer(name, 4 * width * count)
+
+    def scratch(self, family: str, **parameters: Any) -> View:
+        """Return scratch for every thread of a kernel."""
+        size = scratch_bytes(family, self.shared.target, self.max_tokens, parameters)
+        return self.temporary("scratch", -(-size // 4), Int(1))
+
+    # --- calls -------------------------------------------------------------------------------
+
+    def call(
+        self,
+        kernel: tuple[str, dict[str, Any]],
+        args: Iterable[StepArgument],
+        writes: Iterable[View],
+        state: Iterable[Value] = (),
+    ) -> None:
+        """Append a kernel call; views among the arguments that are not written are read."""
+        family, parameters = kernel
+        args, writes = tuple(args), tuple(writes)
+        reads = tuple(a for a in args if isinstance(a, View) and a not in writes)
+        name = self.shared.kernel(family, **parameters)
+        self.schedule.steps.append(Step(name, args, reads, writes, tuple(s.name for s in state)))
+
+
+def row_count(value: Value) -> Tokens | Int:
+    rows = value.type.shape[0]
+    return Tokens() if isinstance(rows, SymDim) else Int(rows)
+
+
+def width(value: Value) -> int:
+    return int(value.type.shape[-1])  # type: ignore[arg-type]
+
+
+def stride(view: View) -> Int:
+    return Int(view.stride)
+
+
+# --- one rule per op ------------------------------------------------------------------------------
+
+
+def lower_embedding(low: Lowering, op: Op) -> None:
+    tokens, table = op.operands
+    vocabulary, hidden = table.type.shape
+    y = low.output(op.result)
+    parameters = {"V": vocabulary, "H": hidden, "dtype": low.shared.policy.matrix}
+    args = [low.shared.weight("linear", table), low.views[tokens], y, y.rows, stride(y)]
+    low.call(("embedding", parameters), args, [y])
+
+
+def lower_matrix(low: Lowering, op: Op, epilogue: str, layout: str, weights: tuple[Value, ...]) -> None:
+    x = low.views[op.operands[0]]
+    rows = sum(count(w.type.shape[:1]) for w in weights)
+    parameters = {"N": rows, "K": width(weights[0]), "dtype": low.shared.policy.matrix, "epilogue": epilogue}
+    residual = [low.views[op.operands[1]]] if epilogue == "residual" else []
+    y = low.output(op.result)
+    strides = [stride(view) for view in (x, y, *residual)]
+    args = [low.shared.weight(layout, *weights), x, y, *residual, y.rows, *strides]
+    low.call(("linear", parameters), args, [y])
+
+
+def lower_linear(low: Lowering, op: Op) -> None:
+    lower_matrix(low, op, "none", "linear", op.operands[1:])
+
+
+def lower_linear_residual(low: Lowering, op: Op) -> None:
+    lower_matrix(low, op, "residual", "linear", op.operands[2:])
+
+
+def lower_linear_swiglu(low: Lowering, op: Op) -> None:
+    lower_matrix(low, op, "swiglu", "swiglu", op.operands[1:])
+
+
+def lower_slice(low: Lowering, op: Op) -> None:
+    """A slice of the last axis is a view: no kernel."""
+    source = low.views[op.operands[0]]
+    if op.attrs["axis"] % op.result.type.rank != op.result.type.rank - 1 or op.attrs["step"] != 1:
+        raise LoweringError("only last-axis slices are views", where=f"entry {low.graph.name}", got=op.attrs)
+    offset = source.offset + 4 * op.attrs["start"]
+    low.views[op.result] = View(source.home, source.stride, source.rows, offset, source.last_row)
+
+
+def lower_last_token(low: Lowering, op: Op) -> None:
+    source = low.views[op.operands[0]]
+    low.views[op.result] = View(source.home, source.stride, Int(1), source.offset, last_row=True)
+
+
+def lower_rms_norm(low: Lowering, op: Op) -> None:
+    x, weight = low.views[op.operands[0]], low.shared.weight("vector", op.operands[1])
+    y = low.output(op.result)
+    parameters = {"D": width(op.result), "eps": op.attrs["eps"], "offset": op.attrs["offset"]}
+    low.call(("rms_norm", parameters), [x, weight, y, y.rows, stride(x), stride(y)], [y])
+
+
+def lower_rotary_table(low: Lowering, op: Op) -> None:
+    positions = low.views[op.operands[0]]
+    table = low.output(op.result)
+    parameters = {name: op.attrs[name] for name in ("inv_freq", "sections", "scaling")}
+    most = Int(low.shared.io_tokens)
+    low.call(("rotary_table", parameters), [positions, table, table.rows, most], [table])
+
+
+def lower_gated_delta_net(low: Lowering, op: Op) -> None:
+    qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, conv, delta = op.operands
+    channels, _, taps = conv_w.type.shape
+    _, value_heads, key_dim, value_dim = delta.type.shape
+    shared, view, rows = low.shared, low.views, op.attrs["rows"]
+    mixed = low.temporary("conv", int(channels), row_count(op.result))  # type: ignore[arg-type]
+    x = view[qkv]
+    parameters = {"C": channels, "K": taps, "slot_offset_bytes": 0, "rows": rows}
+    args = [x, shared.weight("conv", conv_w), shared.state(conv), view[slots], mixed, mixed.rows, stride(x), stride(mixed)]
+    low.call(("conv_update", parameters), args, [mixed], [conv])
+
+    parameters = {
+        "Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim, "eps": op.attrs["eps"],
+        "slot_offset_bytes": 0, "rows": rows,
+    }  # fmt: skip
+    vectors = [shared.weight("vector", w) for w in (a_log, dt_bias, norm_w)]
+    y, scratch = low.output(op.result), low.scratch("gated_delta", **parameters)
+    inputs = [mixed, view[z], view[b], view[a]]
+    strides = [stride(v) for v in (*inputs, y)]
+    args = [*inputs, *vectors, shared.state(delta), view[slots], y, scratch, y.rows, *strides]
+    low.call(("gated_delta", parameters), args, [y, scratch], [delta])
+
+
+def lower_gated_attention(low: Lowering, op: Op) -> None:
+    q_gate, k, v, q_norm, k_norm, table, slots, starts, keys, values = op.operands
+    shared, view = low.shared, low.views
+    head_dim = width(q_norm)
+    heads = {"Hq": op.attrs["heads"], "Hkv": op.attrs["kv_heads"], "D": head_dim}
+    # Offsets relative to the keys are the same in every layer, so all layers share one kernel.
+    cache = {
+        "kv_dtype": shared.policy.cache, "context": shared.context, "rows": op.attrs["rows"],
+        "k_offset_bytes": 0,
+        "v_offset_bytes": shared.state_offsets[values.name] - shared.state_offsets[keys.name],
+    }  # fmt: skip
+    q = low.temporary("q", op.attrs["heads"] * head_dim, row_count(op.result))
+    parameters = {**heads, **cache, "R": width(table), "eps": op.attrs["eps"], "scale": op.attrs["scale"]}
+    inputs = [view[q_gate], view[k], view[v]]
+    norms = [shared.weight("vector", w) for w in (q_norm, k_norm)]
+    where = [shared.state(keys), view[slots], view[starts]]
+    args = [*inputs, *norms, view[table], q, *where, q.rows, *(stride(x) for x in inputs)]
+    low.call(("attention_prepare", parameters), args, [q], [keys, values])
+
+    splits = DECODE_SPLITS if op.attrs["rows"] == "batch" else 1
+    parameters = {**heads, **cache, "splits": splits}
+    y, scratch = low.output(op.result), low.scratch("attention", **parameters)
+    args = [q, view[q_gate], *where, y, scratch, y.rows, stride(view[q_gate]), stride(y)]
+    low.call(("attention", parameters), args, [y, scratch], [keys, values])
+    if splits > 1:
+        args = [scratch, view[q_gate], y, y.rows, stride(view[q_gate]), stride(y)]
+        low.call(("attention_combine", {**heads, "splits": splits}), args, [y])
+
+
+def lower_sparse_moe(low: Lowering, op: Op) -> None:
+    x, logits, shared_out, gate, gate_up, down, residual = op.operands
+    shared, view, top_k = low.shared, low.views, op.attrs["top_k"]
+    experts, hidden, inner = (int(d) for d in down.type.shape)  # type: ignore[arg-type]
+    rows, matrix = row_count(op.result), shared.policy.matrix
+    ids, weights, order = (low.temporary(name, top_k, rows) for name in ("ids", "weights", "order"))
+    active, offsets, number = (low.temporary(n, s, Int(1)) for n, s in (("active", experts), ("offsets", experts + 1), ("count", 1)))  # fmt: skip
+    groups = [order, active, offsets, number]
+
+    args = [view[logits], ids, weights, rows, stride(view[logits])]
+    low.call(("route", {"E": experts, "top_k": top_k}), args, [ids, weights])
+    low.call(("group_by_expert", {"E": experts, "top_k": top_k}), [ids, *groups, rows], groups)
+
+    shape = {"E": experts, "I": inner, "H": hidden, "top_k": top_k, "dtype": matrix}
+    activated = low.temporary("activated", top_k * inner, rows)
+    args = [shared.weight("experts_swiglu", gate_up), view[x], *groups, activated, rows, stride(view[x])]
+    low.call(("expert_gate_up", shape), args, [activated])
+    outputs = low.temporary("outputs", top_k * hidden, rows)
+    args = [shared.weight("experts", down), activated, *groups, outputs, rows]
+    low.call(("expert_down", shape), args, [outputs])
+
+    y = low.output(op.result)
+    inputs = [view[shared_out], view[gate], view[residual]]
+    args = [outputs, weights, *inputs, y, rows, *(stride(v) for v in (*inputs, y))]
+    low.call(("combine", {"H": hidden, "top_k": top_k}), args, [y])
+
+
+RULES: dict[str, Callable[[Lowering, Op], None]] = {
+    "embedding": lower_embedding,
+    "linear": lower_linear,
+    "linear_residual": lower_linear_residual,
+    "linear_swiglu": lower_linear_swiglu,
+    "slice": lower_slice,
+    "last_token": lower_last_token,
+    "rms_norm": lower_rms_norm,
+    "rotary_table": lower_rotary_table,
+    "stateful_gated_delta_net": lower_gated_delta_net,
+    "stateful_gated_attention": lower_gated_attention,
+    "sparse_moe_residual": lower_sparse_moe,
+}

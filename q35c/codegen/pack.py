@@ -1,0 +1,151 @@
+"""Weight layouts: which checkpoint tensors make a packed weight, and the bytes it becomes.
+
+Matrices are stored in blocks of 32 output rows so that one vector load serves 8, 16 or 32 outputs of
+one input element: f32 as [blocks, K, 32], bf16 in pairs of inputs as [blocks, K/2, 32, 2]. Everything
+is read, converted and written in slices of a few megabytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK = 32  # output rows per block
+SLICE_BYTES = 8 << 20  # f32 bytes read at a time
+
+Read = Callable[[str, int, int], np.ndarray]  # name, first row, end row -> float32
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A packed weight: its layout, element type and checkpoint tensors.
+
+    layouts: `vector` (as it is, f32), `conv` ([C,1,K] -> f32 [K, C]), `linear` (sources stacked along
+    rows), `swiglu` (16 gate rows then 16 up rows per block), `experts` and `experts_swiglu` (one
+    block matrix per expert of a source [E, N, K]).
+    """
+
+    name: str
+    layout: str
+    dtype: str
+    sources: tuple[str, ...]
+    source_shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def rows(self) -> int:
+        """Output rows of one matrix, before padding; swiglu counts gate and up."""
+        if self.layout.startswith("experts"):
+            return self.source_shapes[0][1]
+        return sum(shape[0] for shape in self.source_shapes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that is stored."""
+        if self.layout == "vector":
+            return self.source_shapes[0]
+        if self.layout == "conv":
+            channels, _, taps = self.source_shapes[0]
+            return taps, channels
+        inputs = self.source_shapes[0][-1]
+        pairs = (inputs, BLOCK) if self.dtype == "f32" else (ceil_div(inputs, 2), BLOCK, 2)
+        experts = self.source_shapes[0][:1] if self.layout.startswith("experts") else ()
+        return (*experts, self.blocks, *pairs)
+
+    @property
+    def blocks(self) -> int:
+        if self.layout.endswith("swiglu"):
+            return ceil_div(self.rows // 2, BLOCK // 2)
+        return ceil_div(self.rows, BLOCK)
+
+    def chunks(self, read: Read) -> Iterator[np.ndarray]:
+        """Yield the stored bytes in order, a slice at a time."""
+        if self.layout == "vector":
+            yield read(self.sources[0], 0, self.source_shapes[0][0])
+        elif self.layout == "conv":
+            weight = read(self.sources[0], 0, self.source_shapes[0][0])
+            yield np.ascontiguousarray(weight[:, 0, :].T)
+        else:
+            inputs = self.source_shapes[0][-1]
+            step = max(1, SLICE_BYTES // (4 * BLOCK * inputs))
+            for rows in self._matrices(read):
+                for first in range(0, self.blocks, step):
+                    count = min(step, self.blocks - first)
+                    yield pack_blocks(rows(first, count), self.dtype)
+
+    def _matrices(self, read: Read) -> Iterator[Callable[[int, int], np.ndarray]]:
+        """Yield for each matrix a function (first block, count) -> f32 [count * 32, K]."""
+        if not self.layout.startswith("experts"):
+            yield lambda first, count: self._rows(read, first, count)
+            return
+        for expert in range(self.source_shapes[0][0]):
+            whole = read(self.sources[0], expert, expert + 1)[0]
+            half = whole.shape[0] // 2
+            if self.layout == "experts":
+                yield lambda first, count, w=whole: stack([w], first * BLOCK, count * BLOCK)
+            else:
+                yield lambda first, count, g=whole[:half], u=whole[half:]: interleave(
+                    g, u, first, count
+                )
+
+    def _rows(self, read: Read, first: int, count: int) -> np.ndarray:
+        if self.layout == "swiglu":
+            half = BLOCK // 2
+            start, stop = first * half, min((first + count) * half, self.source_shapes[0][0])
+            gate, up = (read(name, start, stop) for name in self.sources)
+            return interleave(gate, up, 0, count)
+        start, stop, parts = first * BLOCK, (first + count) * BLOCK, []
+        base = 0
+        for name, shape in zip(self.sources, self.source_shapes, strict=True):
+            low, high = max(start - base, 0), min(stop - base, shape[0])
+            if low < high:
+                parts.append(read(name, low, high))
+            base += shape[0]
+        return stack(parts, 0, count * BLOCK)
+
+
+def ceil_div(value: int, divisor: int) -> int:
+    return -(-value // divisor)
+
+
+def stack(parts: list[np.ndarray], start: int, rows: int) -> np.ndarray:
+    """Return `rows` rows of the stacked parts from `start`, zero beyond their end."""
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    taken = whole[start : start + rows]
+    if len(taken) == rows:
+        return taken
+    out = np.zeros((rows, whole.shape[1]), np.float32)
+    out[: len(taken)] = taken
+    return out
+
+
+def interleave(gate: np.ndarray, up: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Return blocks of 16 gate rows and 16 up rows, zero beyond the end."""
+    half = BLOCK // 2
+    halves = [
+        stack([part], first * half, count * half).reshape(count, half, -1) for part in (gate, up)
+    ]
+    return np.concatenate(halves, axis=1).reshape(count * BLOCK, -1)
+
+
+def pack_blocks(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Turn f32 [n * 32, K] into f32 [n, K, 32] or bf16 bits u16 [n, K/2, 32, 2] (odd K: zero)."""
+    count, inputs = len(rows) // BLOCK, rows.shape[1]
+    blocks = rows.reshape(count, BLOCK, inputs)
+    if dtype == "f32":
+        return np.ascontiguousarray(blocks.transpose(0, 2, 1))
+    bits = to_bf16(blocks)
+    if inputs % 2:
+        bits = np.concatenate([bits, np.zeros((count, BLOCK, 1), np.uint16)], axis=2)
+    pairs = np.ascontiguousarray(bits).view(np.uint32)  # [n, 32, K/2]
+    return (
+        np.ascontiguousarray(pairs.transpose(0, 2, 1)).view(np.uint16).reshape(count, -1, BLOCK, 2)
+    )
+
+
+def to_bf16(x: np.ndarray) -> np.ndarray:
+    """Round float32 to bf16 bits, nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)

@@ -1,0 +1,125 @@
+"""The driver: from a checkpoint to one file. `compile_model` is the whole arrow."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+from q35c.artifact.writer import ArtifactWriter
+from q35c.codegen.generate import Generated, Limits, generate
+from q35c.codegen.precision import find_policy
+from q35c.codegen.target import find_target
+from q35c.config import ModelConfig
+from q35c.errors import OptionError
+from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
+from q35c.frontend.generation import generation_defaults
+from q35c.frontend.importer import import_program
+from q35c.frontend.trace import trace_model
+from q35c.passes.pipeline import run_pipeline
+
+Progress = Callable[[str, float], None]  # stage, fraction done
+CONTEXT_STEP = 64
+SEGMENTS = {"tokenizer.json": "tokenizer", "chat_template.jinja": "chat_template"}
+
+
+@dataclass(frozen=True, slots=True)
+class CompileReport:
+    """What a compilation made and what it cost."""
+
+    path: Path
+    bytes: int
+    seconds: float
+    peak_bytes: int  # this process's largest resident size so far
+    stages: dict[str, float] = field(default_factory=dict)  # seconds
+
+
+def compile_model(
+    source: str | Path,
+    output: str | Path,
+    *,
+    target: str = "cpu",
+    precision: str = "bf16",
+    context: int | None = None,
+    batch: int = 4,
+    dump_ir: Path | None = None,
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> CompileReport:
+    """Compile a checkpoint directory, hub id or family name into the file `output`.
+
+    `context` is the most tokens a sequence may hold (default: 4096, or the model's own limit if that is
+    smaller); `batch` the most sequences one decode step serves. Raises InputError subclasses for
+    what the user can mend; nothing is left at `output` unless the whole file was written and verified.
+    """
+    clock = Clock(progress)
+    machine, policy = find_target(target), find_policy(precision)
+    checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
+    limits = check_limits(checkpoint.config, context, batch)
+    clock("trace", 0.0)
+    graph = import_program(trace_model(checkpoint.config))
+    clock("passes", 0.0)
+    module = run_pipeline(graph, dump_ir)
+    generated = generate(module, machine, policy, limits, clock)
+    write_artifact(Path(output), checkpoint, generated, clock)
+    return clock.report(Path(output))
+
+
+def write_artifact(
+    path: Path, checkpoint: Checkpoint, generated: Generated, progress: Progress
+) -> None:
+    """Pack the weights slice by slice into the artifact and publish it."""
+    segments = {"code": generated.code}
+    segments |= {SEGMENTS[n]: data for n, data in checkpoint.files.items() if n in SEGMENTS and data}
+    fields = {
+        **generated.fields,
+        "model": checkpoint.config.to_dict(),
+        "generation": generation_defaults(checkpoint),
+    }
+    report = lambda done, total: progress("weights", done / total)  # noqa: E731
+    with ArtifactWriter(path, fields, segments, generated.entries, report) as writer:
+        for weight in generated.weights:
+            for chunk in weight.chunks(checkpoint.read):
+                writer.write(weight.name, chunk)
+        progress("verify", 0.0)
+        writer.commit()
+    progress("done", 1.0)
+
+
+def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits:
+    """Return the compiled limits, or raise OptionError."""
+    most = config.max_position_embeddings
+    context = min(4096, most) if context is None else context
+    if not 1 <= context <= most:
+        raise OptionError("context is out of range", where="--context", expected=f"1 to {most}", got=context)
+    if not 1 <= batch <= 256:
+        raise OptionError("batch is out of range", where="--batch", expected="1 to 256", got=batch)
+    rounded = -(-context // CONTEXT_STEP) * CONTEXT_STEP
+    return Limits(rounded, batch, config.vocab_size)
+
+
+class Clock:
+    """Pass progress on and keep the seconds of each stage."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._begin = self._stage_begin = time.perf_counter()
+        self._stage = "open"
+        self.stages: dict[str, float] = {}
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        if stage != self._stage:
+            now = time.perf_counter()
+            self.stages[self._stage] = self.stages.get(self._stage, 0.0) + now - self._stage_begin
+            self._stage, self._stage_begin = stage, now
+        if self._progress is not None:
+            self._progress(stage, fraction)
+
+    def report(self, path: Path) -> CompileReport:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds = time.perf_counter() - self._begin
+        return CompileReport(path, path.stat().st_size, seconds, peak, self.stages)

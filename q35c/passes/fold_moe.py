@@ -1,0 +1,62 @@
+"""Fold routing, experts and the shared expert into one sparse op."""
+
+from __future__ import annotations
+
+from q35c.ir.graph import Graph, Op, Rewriter, Value
+from q35c.passes.match import Matcher
+
+
+def fold_moe(graph: Graph) -> Graph:
+    """Replace softmax, top-k, renormalisation, experts and gated shared expert by sparse_moe.
+
+    Left alone: weights that are not renormalised by the sum of the chosen ones, a softmax over the
+    chosen ones only, ids that come from another top-k, a shared expert without its sigmoid gate.
+    """
+    find, out = Matcher(graph), Rewriter(graph)
+    for op in graph.ops:
+        match = match_moe(find, op)
+        if match is None:
+            out.copy(op)
+            continue
+        operands, top_k = match
+        out.replace(op.result, out.emit("sparse_moe", *map(out.new, operands), top_k=top_k))
+    return out.done()
+
+
+def match_moe(find: Matcher, op: Op) -> tuple[list[Value], int] | None:
+    """Match experts(x, ids, weights) + sigmoid(gate) * shared."""
+    if op.kind != "add":
+        return None
+    for routed, gated in find.either(op.result, "add"):
+        experts = find.op(find.through(routed, "reshape"), "experts")
+        if experts is None:
+            continue
+        x, ids, weights, gate_up, down = experts.operands
+        routing = match_routing(find, ids, weights)
+        shared = match_shared(find, gated, x)
+        if routing and shared:
+            logits, top_k = routing
+            return [x, logits, *shared, gate_up, down], top_k
+    return None
+
+
+def match_routing(find: Matcher, ids: Value, weights: Value) -> tuple[Value, int] | None:
+    """Match weights = chosen / sum(chosen), (chosen, ids) = topk(softmax(logits))."""
+    division = find.op(weights, "div")
+    chosen = division.operands[0] if division else None
+    top = find.op(chosen, "topk")
+    if division is None or top is None or top.results != (chosen, ids):
+        return None
+    if find.over_last_axis(division.operands[1], "sum") != chosen:
+        return None
+    logits = find.over_last_axis(top.operands[0], "softmax")
+    return (logits, top.attrs["k"]) if logits is not None else None
+
+
+def match_shared(find: Matcher, gated: Value, x: Value) -> tuple[Value, Value] | None:
+    """Match sigmoid(gate) * shared with one gate logit per token; return shared and gate."""
+    for activated, shared in find.either(gated, "mul"):
+        gate = find.source(activated, "sigmoid")
+        if gate is not None and gate.type.shape == (x.type.shape[0], 1) and shared.type == x.type:
+            return shared, gate
+    return None
