@@ -16,14 +16,13 @@ from q35c.codegen.target import find_target
 from q35c.config import ModelConfig
 from q35c.errors import OptionError
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
-from q35c.frontend.generation import generation_defaults
+from q35c.frontend.generation import chat_template, generation_defaults
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
 from q35c.passes.pipeline import run_pipeline
 
 Progress = Callable[[str, float], None]  # stage, fraction done
 CONTEXT_STEP = 64
-SEGMENTS = {"tokenizer.json": "tokenizer", "chat_template.jinja": "chat_template"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +72,11 @@ def write_artifact(
     path: Path, checkpoint: Checkpoint, generated: Generated, progress: Progress
 ) -> None:
     """Pack the weights slice by slice into the artifact and publish it."""
-    segments = {"code": generated.code}
-    segments |= {SEGMENTS[n]: data for n, data in checkpoint.files.items() if n in SEGMENTS and data}
+    texts = {
+        "tokenizer": checkpoint.files.get("tokenizer.json"),
+        "chat_template": chat_template(checkpoint),
+    }
+    segments = {"code": generated.code} | {name: data for name, data in texts.items() if data}
     fields = {
         **generated.fields,
         "model": checkpoint.config.to_dict(),

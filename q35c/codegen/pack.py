@@ -2,7 +2,7 @@
 
 Matrices are stored in blocks of 32 output rows so that one vector load serves 8, 16 or 32 outputs of
 one input element: f32 as [blocks, K, 32], bf16 in pairs of inputs as [blocks, K/2, 32, 2]. Everything
-is read, converted and written in slices of a few megabytes.
+is read, converted and written in slices of about a megabyte.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BLOCK = 32  # output rows per block
-SLICE_BYTES = 8 << 20  # f32 bytes read at a time
+SLICE_BYTES = 1 << 20  # f32 bytes converted at a time: they stay in the cache
 
 Read = Callable[[str, int, int], np.ndarray]  # name, first row, end row -> float32
 
@@ -147,5 +147,12 @@ def pack_blocks(rows: np.ndarray, dtype: str) -> np.ndarray:
 def to_bf16(x: np.ndarray) -> np.ndarray:
     """Round float32 to bf16 bits, nearest even; NaN stays NaN."""
     bits = np.ascontiguousarray(x).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(x), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    half = rounded.astype(np.uint16)
+    if np.isnan(x).any():  # rounding may carry a NaN's mantissa into its exponent
+        half[np.isnan(x)] = 0x7FC0
+    return half

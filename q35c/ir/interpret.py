@@ -16,6 +16,10 @@ Weights = Mapping[str, np.ndarray] | Callable[[str], np.ndarray]
 
 def bind(symbols: dict[str, int], value: Value, array: np.ndarray) -> None:
     """Check an array against a type and learn the sizes of its symbols."""
+    if array.ndim != value.type.rank:
+        raise VerifyError(
+            "array has another rank", where=str(value), expected=str(value.type), got=array.shape
+        )
     for dim, size in zip(value.type.shape, array.shape, strict=True):
         if isinstance(dim, SymDim):
             dim, size = symbols.setdefault(dim.name, size // dim.factor) * dim.factor, size

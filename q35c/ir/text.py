@@ -107,7 +107,7 @@ def parse_value(tokens: list[tuple[str | None, str]], position: int) -> tuple[At
 
 def parse_graph(text: str) -> Graph:
     """Read the text of one graph and verify it; VerifyError names the line that cannot be read."""
-    header, *lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    header, *lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     words = header.split()
     if len(words) != 4 or words[0] != "graph" or lines[-1:] != ["}"]:
         raise VerifyError("cannot parse a graph header", where="IR text", got=header)
@@ -123,7 +123,7 @@ def parse_graph(text: str) -> Graph:
             if word == "input":
                 inputs.append(value)
         elif word == "return":
-            outputs = tuple(known[name] for name in rest.split(", "))
+            outputs = resolve(line, rest, known)
         else:
             ops.append(op := parse_op(line, known))
             known.update({str(result): result for result in op.results})
@@ -135,9 +135,18 @@ def parse_op(line: str, known: dict[str, Value]) -> Op:
     if match is None:
         raise VerifyError("cannot parse an op", where="IR text", got=line)
     results = tuple(parse_typed(m.group()) for m in TYPED.finditer(match["results"]))
-    names = [name for name in match["operands"].split(", ") if name]
+    operands = resolve(line, match["operands"], known)
+    try:
+        attrs = parse_attrs(match["attrs"] or "")
+    except (IndexError, ValueError) as problem:
+        raise VerifyError("cannot parse attributes", where="IR text", got=line) from problem
+    return Op(match["kind"], operands, attrs, results)
+
+
+def resolve(line: str, text: str, known: dict[str, Value]) -> tuple[Value, ...]:
+    """Look up a comma-separated list of values."""
+    names = [name for name in text.split(", ") if name]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise VerifyError("undefined values", where=f"IR text: {line}", got=unknown)
-    operands = tuple(known[name] for name in names)
-    return Op(match["kind"], operands, parse_attrs(match["attrs"] or ""), results)
+    return tuple(known[name] for name in names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from q35c.errors import VerifyError
-from q35c.ir.graph import STAGES, Attrs, Graph, Value
+from q35c.ir.graph import STAGES, Attrs, Graph, Op, Value
 from q35c.ir.ops import OPS, ShapeRuleError
 from q35c.ir.types import TensorType
 
@@ -39,37 +39,50 @@ def infer_types(
 
 def verify(graph: Graph) -> Graph:
     """Return the graph unchanged, or raise VerifyError naming the first op that breaks a rule."""
-    defined = dict.fromkeys(graph.inputs)
-    if len(defined) != len(graph.inputs):
-        raise VerifyError("two inputs share a name", where=f"graph {graph.name}")
+    where = f"graph {graph.name}"
+    if graph.stage not in STAGES:
+        raise VerifyError("unknown stage", where=where, expected=STAGES, got=graph.stage)
+    defined = set(graph.inputs)
+    if len({value.name for value in graph.inputs}) != len(graph.inputs):
+        raise VerifyError("two inputs share a name", where=where)
     types: dict[tuple[str, str], TensorType] = {}
     for op in graph.ops:
-        for value in op.operands:
-            if value.kind == "value" and value not in defined:
-                raise VerifyError(
-                    f"{value} is read before it is defined", where=f"graph {graph.name}, {op.kind}"
-                )
-            if types.setdefault((value.kind, value.name), value.type) != value.type:
-                raise VerifyError(
-                    f"{value} is used with two types",
-                    where=f"graph {graph.name}, {op.kind}",
-                    expected=types[value.kind, value.name],
-                    got=value.type,
-                )
-        inferred = infer_types(op.kind, op.operands, op.attrs, graph.stage, graph.name)
-        declared = tuple(result.type for result in op.results)
-        if inferred != declared:
-            raise VerifyError(
-                "declared result type does not follow from the operands",
-                where=f"graph {graph.name}, {op.kind}",
-                expected=tuple(map(str, inferred)),
-                got=tuple(map(str, declared)),
-            )
+        check_operands(op, defined, types, where)
+        check_results(op, graph)
         for result in op.results:
             if result in defined:
-                raise VerifyError(f"{result} is defined twice", where=f"graph {graph.name}")
-            defined[result] = None
+                raise VerifyError(f"{result} is defined twice", where=where)
+            defined.add(result)
     for value in graph.outputs:
         if value not in defined:
-            raise VerifyError(f"output {value} is never defined", where=f"graph {graph.name}")
+            raise VerifyError(f"output {value} is never defined", where=where)
     return graph
+
+
+def check_operands(
+    op: Op, defined: set[Value], types: dict[tuple[str, str], TensorType], where: str
+) -> None:
+    """Refuse operands that are not defined yet or that have had another type before."""
+    for value in op.operands:
+        if value.kind == "value" and value not in defined:
+            raise VerifyError(f"{value} is read before it is defined", where=f"{where}, {op.kind}")
+        if types.setdefault((value.kind, value.name), value.type) != value.type:
+            raise VerifyError(
+                f"{value} is used with two types",
+                where=f"{where}, {op.kind}",
+                expected=types[value.kind, value.name],
+                got=value.type,
+            )
+
+
+def check_results(op: Op, graph: Graph) -> None:
+    """Refuse results whose declared types are not those of the op table."""
+    inferred = infer_types(op.kind, op.operands, op.attrs, graph.stage, graph.name)
+    declared = tuple(result.type for result in op.results)
+    if inferred != declared:
+        raise VerifyError(
+            "declared result type does not follow from the operands",
+            where=f"graph {graph.name}, {op.kind}",
+            expected=tuple(map(str, inferred)),
+            got=tuple(map(str, declared)),
+        )

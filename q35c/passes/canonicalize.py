@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from q35c.ir.graph import Graph, Op, Rewriter, Value
+from dataclasses import replace
+
+from q35c.ir.graph import Attrs, Graph, Op, Rewriter, Value
 from q35c.ir.ops import OPS
 
 
@@ -34,59 +36,58 @@ def canonicalize(graph: Graph) -> Graph:
     seen: dict[tuple, tuple[Value, ...]] = {}
     made: dict[Value, Op] = {}
     for op in graph.ops:
-        operands = tuple(map(out.new, op.operands))
-        simpler = simplify(op, operands, made, out)
-        if simpler is not None:
+        op = replace(op, operands=tuple(map(out.new, op.operands)))
+        simpler = simplify(op, made)
+        if isinstance(simpler, Value):
             out.replace(op.result, simpler)
             continue
-        key = (op.kind, operands, op.attrs)
-        if key in seen and not OPS[op.kind].writes_state:
-            for old, new in zip(op.results, seen[key], strict=True):
-                out.replace(old, new)
-            continue
-        results = seen[key] = out.copy(op)
-        made[results[0]] = Op(op.kind, operands, op.attrs, results)
+        key = (simpler.kind, simpler.operands, simpler.attrs)
+        if key not in seen or OPS[op.kind].writes_state:
+            seen[key] = out.append(*key)
+            made[seen[key][0]] = replace(simpler, results=seen[key])
+        for old, new in zip(op.results, seen[key], strict=True):
+            out.replace(old, new)
     return out.done()
 
 
-def simplify(op: Op, operands: tuple[Value, ...], made: dict[Value, Op], out: Rewriter) -> Value | None:
-    """Return an equal value that is already there or one view away, or None."""
+def simplify(op: Op, made: dict[Value, Op]) -> Value | Op:
+    """Return an equal value that is already there, or the op in its simplest form."""
     rule = RULES.get(op.kind)
-    return rule(op, operands[0], made.get(operands[0]), out) if rule else None
+    return rule(op, made.get(op.operands[0])) if rule else op
 
 
-def fold_cast(op: Op, x: Value, source: Op | None, out: Rewriter) -> Value | None:
+def fold_cast(op: Op, source: Op | None) -> Value | Op:
     """cast(x: t, t) -> x"""
-    return x if op.result.type == x.type else None
+    (x,) = op.operands
+    return x if op.result.type == x.type else op
 
 
-def fold_reshape(op: Op, x: Value, source: Op | None, out: Rewriter) -> Value | None:
+def fold_reshape(op: Op, source: Op | None) -> Value | Op:
     """reshape(x, shape of x) -> x; reshape(reshape(x)) -> reshape(x)"""
-    while source is not None and source.kind == "reshape":
-        x, source = source.operands[0], None
-    if x.type == op.result.type:
-        return x
-    return None if x == out.new(op.operands[0]) else out.emit("reshape", x, shape=op.attrs["shape"])
+    if source is not None and source.kind == "reshape":
+        op = replace(op, operands=source.operands)
+    (x,) = op.operands
+    return x if op.result.type == x.type else op
 
 
-def fold_transpose(op: Op, x: Value, source: Op | None, out: Rewriter) -> Value | None:
+def fold_transpose(op: Op, source: Op | None) -> Value | Op:
     """transpose(x, 0 1 2) -> x; transpose(transpose(x, p), q) -> transpose(x, p[q])"""
     perm = op.attrs["perm"]
     if source is not None and source.kind == "transpose":
-        x, perm = source.operands[0], tuple(source.attrs["perm"][i] for i in perm)
-    if perm == tuple(range(len(perm))):
-        return x
-    return None if x == out.new(op.operands[0]) else out.emit("transpose", x, perm=perm)
+        perm = tuple(source.attrs["perm"][i] for i in perm)
+        op = replace(op, operands=source.operands, attrs=Attrs.of({"perm": perm}))
+    return op.operands[0] if perm == tuple(range(len(perm))) else op
 
 
-def fold_slice(op: Op, x: Value, source: Op | None, out: Rewriter) -> Value | None:
+def fold_slice(op: Op, source: Op | None) -> Value | Op:
     """slice(x, all of it) -> x"""
-    return x if op.result.type == x.type else None
+    (x,) = op.operands
+    return x if op.result.type == x.type else op
 
 
 def fold_neutral(neutral: float):
     """x * 1 -> x; x + 0 -> x"""
-    return lambda op, x, source, out: x if op.attrs["value"] == neutral else None
+    return lambda op, source: op.operands[0] if op.attrs["value"] == neutral else op
 
 
 RULES = {

@@ -9,6 +9,36 @@ from q35c.passes.match import Matcher
 def fold_moe(graph: Graph) -> Graph:
     """Replace softmax, top-k, renormalisation, experts and gated shared expert by sparse_moe.
 
+    Before:
+        graph g fused {
+          input %x: f32[T, 4]
+          input %logits: f32[T, 5]
+          input %shared: f32[T, 4]
+          input %gate: f32[T, 1]
+          weight @gate_up: f32[5, 6, 4]
+          weight @down: f32[5, 4, 3]
+          %0: f32[T, 5] = softmax(%logits) {axis = -1}
+          %1: f32[T, 2], %2: i32[T, 2] = topk(%0) {k = 2}
+          %3: f32[T, 1] = sum(%1) {axis = -1}
+          %4: f32[T, 2] = div(%1, %3)
+          %5: f32[T, 4] = experts(%x, %2, %4, @gate_up, @down)
+          %6: f32[T, 1] = sigmoid(%gate)
+          %7: f32[T, 4] = mul(%6, %shared)
+          %8: f32[T, 4] = add(%5, %7)
+          return %8
+        }
+    After:
+        graph g fused {
+          input %x: f32[T, 4]
+          input %logits: f32[T, 5]
+          input %shared: f32[T, 4]
+          input %gate: f32[T, 1]
+          weight @gate_up: f32[5, 6, 4]
+          weight @down: f32[5, 4, 3]
+          %0: f32[T, 4] = sparse_moe(%x, %logits, %shared, %gate, @gate_up, @down) {top_k = 2}
+          return %0
+        }
+
     Left alone: weights that are not renormalised by the sum of the chosen ones, a softmax over the
     chosen ones only, ids that come from another top-k, a shared expert without its sigmoid gate.
     """
@@ -29,12 +59,12 @@ def match_moe(find: Matcher, op: Op) -> tuple[list[Value], int] | None:
         return None
     for routed, gated in find.either(op.result, "add"):
         experts = find.op(find.through(routed, "reshape"), "experts")
-        if experts is None:
+        if experts is None or experts.result.type != op.result.type:
             continue
         x, ids, weights, gate_up, down = experts.operands
         routing = match_routing(find, ids, weights)
         shared = match_shared(find, gated, x)
-        if routing and shared:
+        if routing and shared and routing[0].type.shape[-1] == gate_up.type.shape[0]:
             logits, top_k = routing
             return [x, logits, *shared, gate_up, down], top_k
     return None

@@ -65,7 +65,7 @@ def merge_siblings(find: Matcher, out: Rewriter, op: Op) -> None:
     """Emit one linear for each group of operands and let the operands read slices of it."""
     for group in MERGED_OPERANDS[op.kind]:
         members = [op.operands[i] for i in group]
-        linears = [find.op(find.through(member, "reshape"), "linear") for member in members]
+        linears = [find.op(member, "linear") for member in members]
         if any(linear is None or linear.operands[0] != linears[0].operands[0] for linear in linears):  # type: ignore[union-attr]
             continue
         x = linears[0].operands[0]  # type: ignore[union-attr]
@@ -88,6 +88,8 @@ def match_swiglu(find: Matcher, op: Op) -> tuple[Value, Value, Value] | None:
         up = find.op(up_value, "linear")
         if gate is None or up is None or len(gate.operands) != 2 or len(up.operands) != 2:
             continue
+        if any(find.uses[factor] != 1 for factor in (activated, gate.result, up_value)):
+            continue
         same_shape = gate.operands[1].type.shape == up.operands[1].type.shape
         if gate.operands[0] == up.operands[0] and same_shape:
             return gate.operands[0], gate.operands[1], up.operands[1]
@@ -99,7 +101,7 @@ def match_residual(find: Matcher, op: Op) -> tuple[str, tuple[Value, ...], dict]
     if op.kind != "add":
         return None
     for residual, value in find.either(op.result, "add"):
-        if find.uses[value] != 1 or residual.type != op.result.type:
+        if find.uses[value] != 1 or not residual.type == value.type == op.result.type:
             continue
         linear = find.op(value, "linear")
         if linear is not None and len(linear.operands) == 2:

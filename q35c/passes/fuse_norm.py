@@ -61,7 +61,7 @@ def match_norm(find: Matcher, op: Op) -> tuple[Value, Value, float, float] | Non
             continue
         for x, scale in find.either(scaled, "mul"):
             eps = match_inverse_rms(find, x, scale)
-            if eps is not None:
+            if eps is not None and x.type == op.result.type:
                 return x, weight, eps, float(offset_op.attrs["value"]) if offset_op else 0.0
     return None
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from q35c.ir.graph import Graph, Op, Rewriter, Value
-from q35c.passes.match import Matcher
+from q35c.ir.types import Shape, TensorType
+from q35c.passes.match import Matcher, is_last_axis
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,12 @@ class Angles:
 
 def fuse_rotary(graph: Graph) -> Graph:
     """Replace the table of cosines and sines by rotary_table and each rotated head by rotary.
+
+    Before:  concat(a * cos + concat(-a[half:], a[:half]) * sin, x[R:]), a = x[:R], of x [H, T, D]
+             cos = concat(m, m), m = cos(positions * inv_freq) * scaling of position axis 0, in which
+             every third element is that of axis 1 or 2; sin likewise
+    After:   rotary(x, rotary_table(positions))
+    As IR text: tests/passes/fuse_rotary/one_head_group.txt
 
     The table is built once and shared by all layers. Left alone: a rotation whose halves come from
     different values, or whose cosine and sine belong to different angles.
@@ -42,44 +49,50 @@ def fuse_rotary(graph: Graph) -> Graph:
 
 
 def match_rotary(find: Matcher, op: Op) -> tuple[Value, Angles] | None:
-    """Match concat(a*cos + turned(a)*sin, rest) where x = [a | rest] along the last axis."""
-    if op.kind != "concat" or len(op.operands) != 2:
+    """Match concat(a*cos + turned(a)*sin, rest) where x [H, T, D] = [a | rest] along the last axis."""
+    rotated, part = None, None
+    if op.kind == "concat" and len(parts := find.joined(op.result)) == 2:
+        rotated, part = parts[0], find.last_axis_slice(parts[1])
+    if part is None:
         return None
-    rotated, rest = op.operands
-    rest_part = find.last_axis_slice(rest)
-    if rest_part is None or op.attrs["axis"] % op.result.type.rank != op.result.type.rank - 1:
+    x, width, stop = part
+    if x.type.rank != 3 or stop != x.type.shape[-1] or x.type != op.result.type:
         return None
-    x, width, stop = rest_part
-    if stop != x.type.shape[-1] or x.type != op.result.type:
-        return None
+    table = (x.type.shape[1], width)
     for direct, crossed in find.either(rotated, "add"):
         for a, cos in find.either(direct, "mul"):
             for turned, sin in find.either(crossed, "mul"):
                 if find.last_axis_slice(a) != (x, 0, width) or not is_turned(find, turned, a):
                     continue
-                angles = match_table(find, cos, "cos")
-                if angles is not None and angles == match_table(find, sin, "sin"):
+                angles = match_table(find, cos, "cos", table)
+                if angles is not None and angles == match_table(find, sin, "sin", table):
                     return x, angles
     return None
 
 
 def is_turned(find: Matcher, value: Value, a: Value) -> bool:
     """Match concat(-second half of a, first half of a)."""
-    op = find.op(value, "concat")
-    if op is None or len(op.operands) != 2:
+    parts = find.joined(value)
+    if len(parts) != 2:
         return False
     width = a.type.shape[-1]
     half = width // 2
-    second = find.last_axis_slice(find.source(op.operands[0], "neg"))
-    return second == (a, half, width) and find.last_axis_slice(op.operands[1]) == (a, 0, half)
+    second = find.last_axis_slice(find.source(parts[0], "neg"))
+    return second == (a, half, width) and find.last_axis_slice(parts[1]) == (a, 0, half)
 
 
-def match_table(find: Matcher, value: Value, function: str) -> Angles | None:
-    """Match concat(m, m) where m mixes the three axes of function(positions * inv_freq) * scaling."""
-    doubled = find.op(find.through(value, "reshape"), "concat")
-    if doubled is None or len(doubled.operands) != 2 or len(set(doubled.operands)) != 1:
+def match_table(find: Matcher, value: Value, function: str, shape: Shape) -> Angles | None:
+    """Match concat(m, m) [T, R] where m mixes the axes of function(positions * inv_freq) * scaling.
+
+    One axis of 1 may stand before it: any other view would give cosines to other heads or tokens.
+    """
+    doubled = find.through(value, "reshape")
+    parts = find.joined(doubled)
+    if len(parts) != 2 or parts[0] != parts[1]:
         return None
-    mixed = match_mix(find, doubled.operands[0])
+    if doubled.type.shape != shape or value.type.shape not in (shape, (1, *shape)):
+        return None
+    mixed = match_mix(find, parts[0])
     if mixed is None:
         return None
     base, sections = mixed
@@ -88,35 +101,36 @@ def match_table(find: Matcher, value: Value, function: str) -> Angles | None:
     product = find.source(scaled.operands[0] if scaled else base, function)
     for positions, frequencies in find.either(product, "mul"):
         constant = find.op(find.through(frequencies, "reshape"), "constant")
-        if constant is None:
-            continue
         source = find.through(positions, "reshape", "cast")
-        if source.type.rank == 2 and source.type.shape[0] == 3:
-            return Angles(source, constant.attrs["values"], sections, scaling)
+        if constant is None or source.type != TensorType("i32", (3, shape[0])):
+            continue
+        values = constant.attrs["values"]
+        if positions.type.shape == (3, shape[0], 1) and base.type.shape[-1] == len(values):
+            return Angles(source, values, sections, scaling)
     return None
 
 
 def match_mix(find: Matcher, value: Value) -> tuple[Value, tuple[int, int, int]] | None:
-    """Match axis 0 of a base, every third angle of it replaced by axis 1 and axis 2."""
-    counts = []
+    """Match axis 0 of a base [3, T, R/2], every third angle of it replaced by axis 1 and axis 2."""
+    bases: list[Value | None] = []
+    counts: list[int] = []
     for axis in (2, 1):
         update = find.op(value, "slice_update", start=axis, step=3)
         part = find.op(update.operands[1], "slice", start=axis, step=3) if update else None
-        base = axis_of(find, part.operands[0], axis) if part else None
-        if update is None or part is None or base is None:
+        if update is None or part is None or not (is_last_axis(update) and is_last_axis(part)):
             return None
-        counts.append((part.result.type.shape[-1], base))
+        bases.append(axis_of(find, part.operands[0], axis))
+        counts.append(part.result.type.shape[-1])
         value = update.operands[0]
     base = axis_of(find, value, 0)
-    (height_width, first), (height, second) = counts
-    if base is None or base != first or base != second:
+    if base is None or bases != [base, base]:
         return None
-    half = value.type.shape[-1]
-    return base, (half - height - height_width, height, height_width)
+    width, height = counts
+    return base, (base.type.shape[-1] - height - width, height, width)
 
 
 def axis_of(find: Matcher, value: Value, axis: int) -> Value | None:
     """Match base[axis] of a base [3, T, R/2]; return the base."""
-    return find.source(
-        find.through(value, "reshape"), "slice", axis=0, start=axis, stop=axis + 1, step=1
-    )
+    cut = find.through(value, "reshape")
+    base = find.source(cut, "slice", axis=0, start=axis, stop=axis + 1, step=1)
+    return base if base is not None and base.type.shape == (3, *value.type.shape) else None

@@ -41,18 +41,26 @@ class Matcher:
     def over_last_axis(self, value: Value | None, kind: str) -> Value | None:
         """Return the first operand of a reduction or softmax over its last axis."""
         op = self.op(value, kind)
-        if op is None:
-            return None
-        x = op.operands[0]
-        return x if op.attrs["axis"] % x.type.rank == x.type.rank - 1 else None
+        return op.operands[0] if op is not None and is_last_axis(op) else None
 
     def last_axis_slice(self, value: Value | None) -> tuple[Value, int, int] | None:
         """Return (source, start, stop) of a step-1 slice of the last axis."""
-        op = self.op(value, "slice", step=1) if value is not None else None
-        if op is None or op.attrs["axis"] % op.result.type.rank != op.result.type.rank - 1:
+        op = self.op(value, "slice", step=1)
+        if op is None or not is_last_axis(op):
             return None
         return op.operands[0], op.attrs["start"], op.attrs["stop"]
+
+    def joined(self, value: Value | None) -> tuple[Value, ...]:
+        """Return the operands of a concat along the last axis; nothing if it is another op."""
+        op = self.op(value, "concat")
+        return op.operands if op is not None and is_last_axis(op) else ()
 
 
 def is_weight(value: Value) -> bool:
     return value.kind == "weight"
+
+
+def is_last_axis(op: Op) -> bool:
+    """Tell whether the op works along the last axis of its first operand."""
+    rank = op.operands[0].type.rank
+    return op.attrs["axis"] % rank == rank - 1

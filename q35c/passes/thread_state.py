@@ -11,11 +11,39 @@ SEQUENCES, CONTEXT = SymDim("B"), SymDim("CTX")
 def thread_state(graph: Graph) -> Graph:
     """Let each mixer continue the sequence named by `slots`, which holds `starts` tokens already.
 
-    Before:  %y = gated_attention(%q, %k, %v, @qn, @kn, %table)
-    After:   %y = stateful_gated_attention(%q, %k, %v, @qn, @kn, %table, %slots, %starts,
-                                           $attention.0.keys, $attention.0.values)
-    with new inputs `slots: i64[1]` and `starts: i32[1]`; gated_delta_net likewise gets its conv state
-    [B, K-1, C] and its recurrent state [B, Hv, Dk, Dv].
+    Before:
+        graph g fused {
+          input %q: f32[T, 16]
+          input %k: f32[T, 4]
+          input %v: f32[T, 4]
+          input %table: f32[T, 2]
+          weight @q_norm: f32[4]
+          weight @k_norm: f32[4]
+          %0: f32[T, 8] = gated_attention(%q, %k, %v, @q_norm, @k_norm, %table)
+              {eps = 1e-06, heads = 2, kv_heads = 1, scale = 0.5}
+          return %0
+        }
+    After:
+        graph g stateful {
+          input %q: f32[T, 16]
+          input %k: f32[T, 4]
+          input %v: f32[T, 4]
+          input %table: f32[T, 2]
+          input %slots: i64[1]
+          input %starts: i32[1]
+          weight @q_norm: f32[4]
+          weight @k_norm: f32[4]
+          state $attention.0.keys: f32[B, CTX, 1, 4]
+          state $attention.0.values: f32[B, CTX, 1, 4]
+          %0: f32[T, 8] = stateful_gated_attention(%q, %k, %v, @q_norm, @k_norm, %table,
+              %slots, %starts, $attention.0.keys, $attention.0.values)
+              {eps = 1e-06, heads = 2, kv_heads = 1, rows = "sequence", scale = 0.5}
+          return %0
+        }
+
+    gated_delta_net likewise gets its conv state [B, K-1, C] and its recurrent state
+    [B, Hv, Dk, Dv]. Mixers are numbered by kind. A traced mixer that was not fused has no stateful
+    form: VerifyError.
     """
     out = Rewriter(graph, stage="stateful")
     slots = out.input("slots", TensorType("i64", (1,)))

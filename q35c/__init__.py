@@ -1,0 +1,41 @@
+"""q35c: compile a Qwen3.5 checkpoint into one file, and generate text from it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from q35c import errors as errors
+from q35c.errors import Q35CError as Q35CError
+
+if TYPE_CHECKING:
+    from q35c.runtime.generate import Generation as Generation
+    from q35c.runtime.model import Model as Model
+    from q35c.runtime.session import Session as Session
+
+__version__ = "0.1.0"
+__all__ = ["Generation", "Model", "Q35CError", "Session", "__version__", "errors", "load"]
+
+
+def load(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    verify: bool | None = None,
+    *,
+    context: int | None = None,
+    batch: int | None = None,
+    mmap: bool = True,
+) -> Model:
+    """Open a compiled model. See `q35c.runtime.load_model` for the arguments and errors."""
+    from q35c.runtime.model import load_model
+
+    return load_model(path, threads, verify, context=context, batch=batch, mmap=mmap)
+
+
+def __getattr__(name: str) -> object:
+    """Import the runtime's classes when they are first asked for."""
+    if name in ("Generation", "Model", "Session"):
+        from q35c import runtime
+
+        return getattr(runtime, name)
+    raise AttributeError(f"module 'q35c' has no attribute {name!r}")

@@ -1,0 +1,96 @@
+"""`q35c compile` and `q35c export`: the commands that need PyTorch or TVM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from q35c.cli.text import size_text
+from q35c.errors import OptionError
+from q35c.progress import Progress
+
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+@click.command("compile")
+@click.argument("source")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The file to write [<name>.q35c]."
+)
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="cpu (this machine), cpu:x86-64-v3 (AVX2) or cpu:x86-64-v4 (AVX-512).",
+)
+@click.option(
+    "--precision", default="bf16", show_default=True, help="How weights are stored: f32 or bf16."
+)
+@click.option(
+    "--context", type=int, help="Most tokens of a sequence [4096, or the model's own limit]."
+)
+@click.option(
+    "--batch", type=int, default=4, show_default=True, help="Most sequences decoded together."
+)
+@click.option(
+    "--dump-ir", type=click.Path(path_type=Path), help="Write the IR after every pass there."
+)
+@click.option(
+    "--load-format",
+    type=click.Choice(LOAD_FORMATS),
+    default="auto",
+    show_default=True,
+    help="dummy: random weights, for trying shapes and speed.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the dummy weights.")
+def compile_command(source: str, output: Path | None, **options: Any) -> None:
+    """Compile a checkpoint into one file that needs neither PyTorch nor TVM to run.
+
+    SOURCE is a Hugging Face model directory, the id of a model on the hub, or, with
+    `--load-format dummy`, the name of a family member such as qwen3.5-0.8b.
+
+    \b
+    Examples:
+      q35c compile ./Qwen3.5-0.8B -o model.q35c
+      q35c compile ./Qwen3.5-0.8B --target cpu:x86-64-v4 --context 32768
+      q35c compile qwen3.5-0.8b --load-format dummy -o speed.q35c
+    """
+    from q35c.compile import compile_model
+
+    output = default_output(source, ".q35c") if output is None else output
+    with Progress() as progress:
+        report = compile_model(source, output, progress=progress, **options)
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
+    click.echo(f"{report.path}: {size_text(report.bytes)} in {report.seconds:.1f} s ({stages})")
+
+
+@click.command("export")
+@click.argument("source")
+@click.option("--format", "kind", type=click.Choice(["onnx"]), default="onnx", show_default=True)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The file to write [<name>.onnx]."
+)
+def export_command(source: str, kind: str, output: Path | None) -> None:
+    """Write a checkpoint as another format: the whole model as a plain ONNX graph.
+
+    \b
+    Example:
+      q35c export ./Qwen3.5-0.8B --format onnx -o model.onnx
+    """
+    from q35c.export.onnx import export_checkpoint
+
+    output = default_output(source, f".{kind}") if output is None else output
+    with Progress() as progress:
+        progress("export", 0.0)
+        export_checkpoint(source, output)
+    click.echo(f"{output}: {size_text(output.stat().st_size)}")
+
+
+def default_output(source: str, suffix: str) -> Path:
+    """Return the file name, in the current directory, for a model given by path, id or name."""
+    name = Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
+    if not name:
+        raise OptionError("cannot derive a file name", where=source, hint="give one with -o")
+    return Path(name + suffix)

@@ -1,0 +1,134 @@
+"""`q35c inspect` and `q35c verify-file`: look at an artifact without running anything of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from q35c.cli.text import size_text, table_text
+from q35c.progress import Progress
+
+ARTIFACT = click.Path(path_type=Path)
+
+
+@click.command("inspect")
+@click.argument("artifact", type=ARTIFACT)
+@click.option("--json", "is_json", is_flag=True, help="Print the whole manifest as JSON.")
+@click.option("--kernels", is_flag=True, help="List every kernel with its parameters.")
+@click.option("--weights", is_flag=True, help="List every packed weight and what it was made of.")
+def inspect_command(artifact: Path, is_json: bool, kernels: bool, weights: bool) -> None:
+    """Show what an artifact holds: model, target, entries, kernels, memory, hashes.
+
+    The manifest is checked and the hash of every segment but the weights; no code is loaded.
+
+    \b
+    Examples:
+      q35c inspect model.q35c
+      q35c inspect model.q35c --json | jq .memory
+    """
+    from q35c.artifact import read_artifact
+    from q35c.artifact.schema import encode
+
+    with read_artifact(artifact) as opened:
+        opened.verify_segments()
+        manifest = opened.manifest
+        if is_json:
+            document = {"file_bytes": opened.file_bytes, "manifest_sha256": opened.digest}
+            click.echo(json.dumps(document | encode(manifest), indent=2, sort_keys=True))
+            return
+        click.echo(f"{artifact}: {size_text(opened.file_bytes)}, written by {manifest.producer}")
+    click.echo(describe_manifest(manifest))
+    if kernels:
+        click.echo("\n" + describe_kernels(manifest))
+    if weights:
+        click.echo("\n" + describe_weights(manifest))
+
+
+@click.command("verify-file")
+@click.argument("artifact", type=ARTIFACT)
+def verify_file_command(artifact: Path) -> None:
+    """Check every byte of an artifact against its hashes, weights included.
+
+    No code is loaded. Exits with 1 and names the damaged part if a byte differs.
+
+    \b
+    Example:
+      q35c verify-file model.q35c
+    """
+    from q35c.artifact import read_artifact
+
+    with read_artifact(artifact) as opened, Progress() as progress:
+        opened.verify_segments()
+        opened.verify_weights(lambda done, total: progress("hash", done / total))
+        click.echo(f"{artifact}: intact, {size_text(opened.file_bytes)}, manifest {opened.digest}")
+
+
+def describe_manifest(manifest: Any) -> str:
+    """Return the overview of a manifest, one fact a line."""
+    config, memory = manifest.model, manifest.memory
+    layers = Counter(config.layer_types)
+    kinds = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in sorted(layers.items()))
+    experts = (
+        f"{config.num_experts} experts, {config.num_experts_per_tok} per token"
+        if config.is_moe
+        else f"intermediate {config.intermediate_size}"
+    )
+    families = Counter(kernel.family for kernel in manifest.kernels)
+    entries = [
+        f"{entry.name} (up to {entry.max_tokens} "
+        + ("tokens of one sequence" if entry.rows == "sequence" else "sequences, a token each")
+        + f", {entry.logits} logits)"
+        for entry in manifest.entries
+    ]
+    hashes = [f"{name} {item.sha256[:16]}… {size_text(item.bytes)}"
+              for name, item in manifest.segments.items()]  # fmt: skip
+    facts = {
+        "model": f"{config.model_type}, hidden {config.hidden_size}, vocabulary "
+        f"{config.vocab_size}, {experts}",
+        "layers": f"{config.num_hidden_layers}: {kinds}",
+        "target": f"{manifest.target.name} ({' '.join(manifest.target.cpu_features)})",
+        "precision": manifest.precision,
+        "limits": f"{manifest.context} tokens a sequence, {manifest.batch} sequences, "
+        f"{manifest.max_threads} threads",
+        "entries": "; ".join(entries),
+        "kernels": f"{len(manifest.kernels)}: "
+        + ", ".join(f"{count} {family}" for family, count in sorted(families.items())),
+        "weights": f"{len(manifest.weights)} tensors, {size_text(memory.weights)}",
+        "memory": f"state {size_text(memory.state_per_sequence)} a sequence at full context, "
+        f"arena {size_text(memory.arena)}, io {size_text(memory.io)}, "
+        f"peak {size_text(memory.peak)}",
+        "segments": "; ".join(hashes),
+        "sampling": ", ".join(
+            f"{name} {getattr(manifest.generation, name)}"
+            for name in ("do_sample", "temperature", "top_k", "top_p", "min_p")
+        ),
+    }
+    return "\n".join(f"  {name:<10} {fact}" for name, fact in facts.items())
+
+
+def describe_kernels(manifest: Any) -> str:
+    """Return a table of the kernels in the code."""
+    rows = [
+        [kernel.name, kernel.family, " ".join(f"{k}={v}" for k, v in kernel.parameters.items())]
+        for kernel in manifest.kernels
+    ]
+    return table_text(["kernel", "family", "parameters"], rows)
+
+
+def describe_weights(manifest: Any) -> str:
+    """Return a table of the packed weights."""
+    rows = [
+        [
+            weight.name,
+            f"{weight.dtype}[{', '.join(map(str, weight.shape))}]",
+            size_text(weight.bytes),
+            weight.layout,
+            " ".join(weight.sources),
+        ]
+        for weight in manifest.weights
+    ]
+    return table_text(["weight", "type", "size", "layout", "made of"], rows)

@@ -1,0 +1,1 @@
+"""Instruction sets that kernels are generated for."""

@@ -1,0 +1,43 @@
+"""Every kernel family by name, and the scratch that some of them need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from q35c.codegen.kernels.attention import attention, attention_combine, attention_scratch_bytes
+from q35c.codegen.kernels.attention_prepare import attention_prepare
+from q35c.codegen.kernels.embedding import embedding
+from q35c.codegen.kernels.gated_delta import gated_delta, gated_delta_scratch_bytes
+from q35c.codegen.kernels.gated_delta_conv import conv_update
+from q35c.codegen.kernels.linear import linear
+from q35c.codegen.kernels.moe import combine, expert_down, expert_gate_up, group_by_expert, route
+from q35c.codegen.kernels.norm import rms_norm
+from q35c.codegen.kernels.rotary import rotary_table
+from q35c.codegen.target import Target
+
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "attention": attention,
+    "attention_combine": attention_combine,
+    "attention_prepare": attention_prepare,
+    "combine": combine,
+    "conv_update": conv_update,
+    "embedding": embedding,
+    "expert_down": expert_down,
+    "expert_gate_up": expert_gate_up,
+    "gated_delta": gated_delta,
+    "group_by_expert": group_by_expert,
+    "linear": linear,
+    "rms_norm": rms_norm,
+    "rotary_table": rotary_table,
+    "route": route,
+}
+
+
+def scratch_bytes(family: str, target: Target, max_tokens: int, parameters: dict[str, Any]) -> int:
+    """Return the bytes of scratch that a kernel needs for all threads and rows."""
+    if family == "gated_delta":
+        names = ("Hk", "Hv", "Dk", "Dv", "rows")
+        one = gated_delta_scratch_bytes(**{n: parameters[n] for n in names}, isa=target.isa)
+        return max(one, 64) * target.max_threads
+    return attention_scratch_bytes(target, max_tokens, parameters)

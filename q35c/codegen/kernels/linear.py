@@ -1,0 +1,91 @@
+"""Linear layers over packed weights: Y = X W^T, plus a residual, or silu(gate) * up.
+
+    none      y[t, n] = sum_k x[t, k] w[n, k]
+    residual  y[t, n] = r[t, n] + sum_k x[t, k] w[n, k]
+    swiglu    y[t, i] = silu(sum_k x[t, k] gate[i, k]) * sum_k x[t, k] up[i, k]
+
+Threads split the blocks of 32 output columns. A thread keeps one block in L2 (128 or 64 bytes a k)
+while all rows pass it, a tile of rows at a time (tile.py). One row reads each weight once, in one
+contiguous stream: the limit is memory bandwidth. Many rows: the limit is the FMA rate.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from q35c.codegen.isa.x86 import Isa
+from q35c.codegen.kernels.common import BLOCK, Expr, share
+from q35c.codegen.kernels.tile import Matmul, Operands, sweep
+
+
+def linear(N: int, K: int, dtype: str, epilogue: str, isa: Isa) -> PrimFunc:
+    """Make the kernel (W, X, Y, [R], T, ld_x, ld_y, [ld_r], tid, nt) for X f32 [T, K].
+
+    W holds N rows packed as f32 or bf16 pairs; swiglu counts gate and up rows in N and writes N/2
+    columns. R and ld_r exist only with "residual"; R may be Y itself. Strides are in elements.
+    """
+    matmul = Matmul(N, K, dtype, epilogue, isa)
+    return _with_residual(matmul) if epilogue == "residual" else _plain(matmul)
+
+
+def _plain(matmul: Matmul) -> PrimFunc:
+    @T.prim_func(private=True, s_tir=True)
+    def linear_kernel(
+        W: T.handle(matmul.element),
+        X: T.handle("float32"),
+        Y: T.handle("float32"),
+        tokens: T.int64,
+        ld_x: T.int64,
+        ld_y: T.int64,
+        tid: T.int32,
+        nt: T.int32,
+    ) -> T.int32:
+        T.func_attr({"tirx.noalias": True})
+        w = T.decl_buffer((matmul.blocks, matmul.lines, BLOCK), matmul.element, data=W)
+        x = T.decl_buffer((tokens, ld_x), "float32", data=X)
+        y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
+        _blocks(matmul, w, x, y, y, tokens, tid, nt)
+        return T.int32(0)
+
+    return linear_kernel
+
+
+def _with_residual(matmul: Matmul) -> PrimFunc:
+    @T.prim_func(private=True, s_tir=True)
+    def linear_residual_kernel(
+        W: T.handle(matmul.element),
+        X: T.handle("float32"),
+        Y: T.handle("float32"),
+        R: T.handle("float32"),
+        tokens: T.int64,
+        ld_x: T.int64,
+        ld_y: T.int64,
+        ld_r: T.int64,
+        tid: T.int32,
+        nt: T.int32,
+    ) -> T.int32:
+        # No noalias: R may be Y.
+        w = T.decl_buffer((matmul.blocks, matmul.lines, BLOCK), matmul.element, data=W)
+        x = T.decl_buffer((tokens, ld_x), "float32", data=X)
+        y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
+        r = T.decl_buffer((tokens, ld_r), "float32", data=R)
+        _blocks(matmul, w, x, y, r, tokens, tid, nt)
+        return T.int32(0)
+
+    return linear_residual_kernel
+
+
+def _blocks(
+    matmul: Matmul, w: Expr, x: Expr, y: Expr, r: Expr, tokens: Expr, tid: Expr, nt: Expr
+) -> None:
+    """Emit this thread's share of the blocks."""
+    first = T.Bind(share(matmul.blocks, tid, nt))
+    last = T.Bind(share(matmul.blocks, tid + 1, nt))
+    with T.serial(last - first) as item:
+        block = T.Bind(first + item)
+        sweep(matmul, Operands(w, x, y, r, block, block, _same, _same), T.int64(0), tokens)
+
+
+def _same(position: Expr) -> Expr:
+    return position

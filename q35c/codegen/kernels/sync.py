@@ -1,0 +1,100 @@
+"""What compiled code needs and TIR cannot say, as LLVM IR that is linked into every shared object.
+
+- the barrier between two kernels of a program, and flush-to-zero for the threads that run one;
+- the fixed-order sum of a vector's lanes;
+- an empty stand-in for the one function that TVM's argument checks import, so that the shared object
+  has no undefined symbol: a failed check is seen by its return code.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+BARRIER_BYTES = 128  # two cache lines: int32 arrivals at 0, int32 generation at 64; starts as zeros
+SPINS_BEFORE_YIELD = 2000  # about 30 us of `pause`; then another thread may need this core
+
+# Flush-to-zero (bit 15) and denormals-are-zero (bit 6) of MXCSR: decayed state makes denormals, which are slow.
+_FLUSH_BITS = 0x8040
+
+# Generation barrier: the last thread to arrive clears the count before it opens the next generation, so the
+# words are ready again, for any number of threads. Yielding is a raw system call: no libc symbol is imported.
+SUPPORT_IR = f"""
+declare void @llvm.x86.sse.stmxcsr(ptr)
+declare void @llvm.x86.sse.ldmxcsr(ptr)
+declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
+declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
+
+define linkonce_odr hidden float @q35c_sum_f32x8(<8 x float> %x) alwaysinline {{
+  %r = call reassoc float @llvm.vector.reduce.fadd.v8f32(float -0.0, <8 x float> %x)
+  ret float %r
+}}
+
+define linkonce_odr hidden float @q35c_sum_f32x16(<16 x float> %x) alwaysinline {{
+  %r = call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, <16 x float> %x)
+  ret float %r
+}}
+
+define linkonce_odr hidden i32 @q35c_flush_denormals() {{
+  %word = alloca i32, align 4
+  call void @llvm.x86.sse.stmxcsr(ptr %word)
+  %old = load i32, ptr %word, align 4
+  %new = or i32 %old, {_FLUSH_BITS}
+  store i32 %new, ptr %word, align 4
+  call void @llvm.x86.sse.ldmxcsr(ptr %word)
+  ret i32 %old
+}}
+
+define linkonce_odr hidden i32 @q35c_restore_denormals(i32 %old) {{
+  %word = alloca i32, align 4
+  store i32 %old, ptr %word, align 4
+  call void @llvm.x86.sse.ldmxcsr(ptr %word)
+  ret i32 0
+}}
+
+define linkonce_odr hidden i32 @q35c_barrier(ptr %arrivals, i32 %nt) {{
+  %generation = getelementptr i8, ptr %arrivals, i64 64
+  %before = load atomic i32, ptr %generation acquire, align 4
+  %arrived = atomicrmw add ptr %arrivals, i32 1 acq_rel
+  %count = add i32 %arrived, 1
+  %last = icmp eq i32 %count, %nt
+  br i1 %last, label %open, label %spin
+open:
+  store atomic i32 0, ptr %arrivals monotonic, align 4
+  %next = add i32 %before, 1
+  store atomic i32 %next, ptr %generation release, align 4
+  ret i32 0
+spin:
+  %spins = phi i32 [ 0, %0 ], [ %more, %pause ], [ %spins, %yield ]
+  %now = load atomic i32, ptr %generation acquire, align 4
+  %same = icmp eq i32 %now, %before
+  br i1 %same, label %wait, label %done
+wait:
+  %patient = icmp ult i32 %spins, {SPINS_BEFORE_YIELD}
+  br i1 %patient, label %pause, label %yield
+pause:
+  call void asm sideeffect "pause", "~{{memory}}"()
+  %more = add i32 %spins, 1
+  br label %spin
+yield:
+  %ignored = call i64 asm sideeffect "syscall", "={{rax}},{{rax}},~{{rcx}},~{{r11}},~{{memory}}"(i64 24)
+  br label %spin
+done:
+  ret i32 0
+}}
+
+define weak hidden void @TVMFFIErrorSetRaisedFromCStrParts(ptr %kind, ptr %parts, i32 %count) {{
+  ret void
+}}
+"""
+
+
+def barrier() -> PrimFunc:
+    """Make the private function that returns once all `nt` threads have called it."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def wait(BARRIER: T.handle("int32"), nt: T.int32) -> T.int32:
+        T.evaluate(T.call_extern("int32", "q35c_barrier", BARRIER, nt))
+        return T.int32(0)
+
+    return wait

@@ -1,0 +1,65 @@
+"""A small trained model that ships with q35c, and the artifact that is compiled from it once.
+
+See `model/` for the checkpoint and its card, `scripts/train_demo.py` for how it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import q35c
+from q35c.artifact import read_artifact
+from q35c.errors import ArtifactError
+
+Progress = Callable[[str, float], None]
+
+CHECKPOINT = Path(__file__).parent / "model"
+PROMPT = "In the beginning"
+
+
+def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
+    """Return the compiled demo model and whether it was compiled just now.
+
+    It lies in the user's cache directory, under a name that changes with the checkpoint, with q35c
+    and with this machine's instruction set. A damaged one is compiled again.
+    """
+    from q35c.codegen.target import find_target
+
+    target = find_target("cpu").name
+    path = cache_directory() / f"demo-{_digest(target)}.q35c"
+    try:
+        with read_artifact(path) as artifact:
+            artifact.verify_weights()
+            artifact.verify_segments()
+        return path, False
+    except ArtifactError:
+        pass
+    from q35c.compile import compile_model
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compile_model(CHECKPOINT, path, target=target, context=2048, progress=progress)
+    for old in path.parent.glob("demo-*.q35c"):
+        if old != path:
+            old.unlink(missing_ok=True)
+    return path, True
+
+
+def cache_directory() -> Path:
+    """Return where artifacts that can be made again are kept."""
+    # The specification says that a relative path must be ignored.
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else Path.home() / ".cache") / "q35c"
+
+
+def _digest(target: str) -> str:
+    """Hash everything that decides the artifact: version, target, checkpoint and our own code."""
+    package = Path(q35c.__file__).parent
+    files = [path for path in CHECKPOINT.iterdir() if path.is_file()] + [*package.rglob("*.py")]
+    digest = hashlib.sha256(f"{q35c.__version__} {target}".encode())
+    for path in sorted(files):
+        digest.update(str(path.relative_to(package)).encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,92 @@
+"""Show how far a long job is: a line that redraws itself on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO
+
+_QUIET_SECONDS = 2.0  # a job that ends sooner says nothing
+_REDRAW_SECONDS = 0.1
+_LINE_SECONDS = 10.0  # between two plain lines of one stage
+
+
+class Progress:
+    """Report a job as (stage, fraction of the stage done); call it as often as you like.
+
+    Silent for the first two seconds. Use it as a context manager, so that the line is cleared.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._clock = clock
+        self._is_terminal = self._stream.isatty()
+        self._started = self._stage_started = clock()
+        self._stage = ""
+        self._shown_at = 0.0
+        self._shown_stage: str | None = None
+        self._has_line = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.clear()
+
+    def __call__(self, stage: str, fraction: float) -> None:
+        """Take note of the job's state; a fraction of 0 throughout stands for "unknown"."""
+        now = self._clock()
+        if stage != self._stage:
+            self._stage, self._stage_started = stage, now
+        if now - self._started < _QUIET_SECONDS:
+            return
+        wait = _REDRAW_SECONDS if self._is_terminal else _LINE_SECONDS
+        if stage == self._shown_stage and now - self._shown_at < wait:
+            return
+        self._shown_at, self._shown_stage = now, stage
+        self._show(describe(stage, fraction, now - self._stage_started))
+
+    def clear(self) -> None:
+        """Wipe the line from the terminal; the next call draws it again."""
+        if self._has_line:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+            self._has_line = False
+
+    def _show(self, text: str) -> None:
+        if self._is_terminal:
+            # A line that wraps could not be redrawn.
+            self._stream.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
+            self._has_line = True
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def describe(stage: str, fraction: float, elapsed: float) -> str:
+    """Return one line, such as `weights  43 %  1:02 left`; `elapsed` is in seconds."""
+    if fraction <= 0.0:
+        return stage
+    fraction = min(fraction, 1.0)
+    line = f"{stage}  {100 * fraction:.0f} %"
+    # The first percent, or the first moment, says nothing about the pace.
+    if 0.01 <= fraction < 1.0 and elapsed >= 0.5:
+        line += f"  {clock_text(elapsed * (1.0 - fraction) / fraction)} left"
+    return line
+
+
+def clock_text(seconds: float) -> str:
+    """Return a duration as m:ss or h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,23 @@
+"""The runtime: loads an artifact and generates. Needs numpy; tokenizers and jinja2 only for text.
+
+It never imports torch, transformers, tvm or the compiler's packages.
+"""
+
+from q35c.runtime.generate import Generation, Stream, Timings
+from q35c.runtime.model import Model, load_model
+from q35c.runtime.sampling import Sampler, SamplingOptions
+from q35c.runtime.session import Session, Snapshot
+from q35c.runtime.tokenizer import Tokenizer
+
+__all__ = [
+    "Generation",
+    "Model",
+    "Sampler",
+    "SamplingOptions",
+    "Session",
+    "Snapshot",
+    "Stream",
+    "Timings",
+    "Tokenizer",
+    "load_model",
+]

@@ -1,0 +1,140 @@
+"""Run compiled entries: fill the io block, call all threads, read the logits.
+
+One step at a time: the arena and the io block belong to the model, so a lock surrounds every step. All
+pointers are checked once to be 64-byte aligned; generated code relies on it.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from q35c.artifact import Manifest, layout
+from q35c.artifact.manifest import Entry as EntryPlan
+from q35c.errors import ExecutionError, InternalError, OptionError
+from q35c.runtime.library import Arguments, Entry, Library, Workers
+from q35c.runtime.memory import Region, WeightBlock
+
+Logits = NDArray[np.float32]
+
+
+class SequenceState(Protocol):
+    """What a step must know about a sequence."""
+
+    @property
+    def region(self) -> Region: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def position(self) -> int: ...
+
+
+class Executor:
+    """Hold the code, the weights and the working memory of one model. Thread-safe."""
+
+    def __init__(
+        self, manifest: Manifest, library: Library, weights: WeightBlock, threads: int
+    ) -> None:
+        self.manifest = manifest
+        self.weights = weights
+        self._entries: dict[str, Entry] = {
+            entry.name: library.entry(entry.symbol) for entry in manifest.entries
+        }
+        self._workers = Workers(threads)
+        self._lock = threading.Lock()
+        self._arena = Region(manifest.arena_bytes, huge_bytes=manifest.arena_bytes)
+        self._io = Region(manifest.io.bytes, huge_bytes=manifest.io.bytes)
+        self._barrier = Region(manifest.barrier_bytes)
+        self._fields = {
+            name: self._io.view(field.dtype, field.shape, field.offset)
+            for name, field in manifest.io.fields.items()
+        }
+        self._busy: Sequence[SequenceState] = ()
+        self._is_closed = False
+        for block in (weights, self._arena, self._io, self._barrier):
+            _check_aligned(block.address)
+
+    def entry(self, name: str) -> EntryPlan:
+        """Return the plan of an entry. Raises OptionError if the artifact lacks it."""
+        entry = self.manifest.entry(name)
+        if entry is None:
+            known = [entry.name for entry in self.manifest.entries]
+            raise OptionError(
+                "the artifact was compiled without this entry", expected=known, got=name
+            )
+        return entry
+
+    def run_sequence(
+        self, entry: EntryPlan, sequence: SequenceState, tokens: Sequence[int]
+    ) -> Logits:
+        """Append up to `entry.max_tokens` tokens to one sequence.
+
+        Returns a copy of the logits: f32[1, V] of the last token or f32[T, V] of all. Raises
+        ExecutionError if the code reports a failure; the sequence's state is undefined then.
+        """
+        count = len(tokens)
+        with self._lock:
+            fields = self._fields
+            fields["tokens"][:count] = tokens
+            # Text has the same position on all three rotary axes (t, h, w).
+            fields["positions"][:, :count] = np.arange(sequence.position, sequence.position + count)
+            fields["slots"][0] = 0
+            fields["starts"][0] = sequence.length
+            return self._run(entry, [sequence], count, 1 if entry.logits == "last" else count)
+
+    def run_batch(
+        self, entry: EntryPlan, sequences: Sequence[SequenceState], tokens: Sequence[int]
+    ) -> Logits:
+        """Append one token to each of up to `batch` sequences; return a copy of the logits f32[B, V].
+
+        Raises ExecutionError as `run_sequence` does.
+        """
+        count = len(sequences)
+        base = sequences[0].region.address
+        with self._lock:
+            fields = self._fields
+            for row, sequence in enumerate(sequences):
+                fields["tokens"][row] = tokens[row]
+                fields["positions"][:, row] = sequence.position
+                fields["slots"][row] = (sequence.region.address - base) // layout.ALIGNMENT
+                fields["starts"][row] = sequence.length
+            return self._run(entry, sequences, count, count)
+
+    def close(self) -> None:
+        """End the worker threads and let go of the weights; later steps raise OptionError."""
+        with self._lock:
+            self._is_closed = True
+            self._workers.close()
+
+    def _run(
+        self, plan: EntryPlan, sequences: Sequence[SequenceState], tokens: int, rows: int
+    ) -> Logits:
+        if self._is_closed:
+            raise OptionError("the model is closed", hint="load it again")
+        region = sequences[0].region
+        _check_aligned(region.address)
+        arguments = Arguments(
+            self.weights.address,
+            region.address,
+            self._arena.address,
+            self._io.address,
+            self._barrier.address,
+            tokens,
+        )
+        # An interrupt may end this call while threads still run: their memory must outlive it. The
+        # next run waits for them before it starts.
+        self._busy = sequences
+        try:
+            self._workers.run(self._entries[plan.name], arguments)
+        except ExecutionError:
+            self._barrier.zero()  # all threads have returned, perhaps not through every barrier
+            raise
+        self._busy = ()
+        return self._fields["logits"][:rows].copy()
+
+
+def _check_aligned(address: int) -> None:
+    if address % layout.ALIGNMENT:
+        raise InternalError("a block is not 64-byte aligned", got=hex(address))

@@ -1,0 +1,312 @@
+"""Memory: how much there is, how much a model needs, and blocks of it.
+
+The check comes before the first byte of a weight is read: what the plan needs is compared with what the
+kernel says is available and with the limits of every cgroup (v1 and v2) that this process is in.
+"""
+
+import contextlib
+import mmap
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from q35c.artifact import Artifact, Manifest, layout
+from q35c.errors import MemoryRefused
+
+_SYSTEM = Path("/")
+_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.12 on
+_NO_LIMIT = 2**60  # cgroup v1 says "no limit" with a huge number
+
+
+@dataclass(frozen=True, slots=True)
+class Available:
+    """Bytes that may still be allocated, and who says so."""
+
+    bytes: int
+    source: str
+
+
+def available_memory(root: Path = _SYSTEM) -> Available:
+    """Return the least of what the machine and each of our cgroups have left.
+
+    Page cache counts as available, because the kernel drops it first. `root` is for tests.
+    """
+    found = [Available(_machine_memory(root), "machine")]
+    for directory in own_cgroups("memory", root):
+        left = _cgroup_memory(directory)
+        if left is not None:
+            found.append(Available(left, f"cgroup {directory}"))
+    return min(found, key=lambda item: item.bytes)
+
+
+@cache
+def own_cgroups(controller: str, root: Path = _SYSTEM) -> tuple[Path, ...]:
+    """Return the directories of the cgroups, v1 and v2, that this process is in, innermost first."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return ()
+    mounts = root / "sys/fs/cgroup"
+    found: dict[Path, None] = {}
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            tops = [mounts, mounts / "unified"]
+        elif controller in controllers.split(","):
+            tops = [mounts / controller, mounts / controllers]
+        else:
+            continue
+        for top in tops:
+            # In a container the path may be the host's; then only the top is visible.
+            inner = top / path.strip("/")
+            places = (place for place in (inner, *inner.parents) if place.is_relative_to(top))
+            found |= dict.fromkeys(place for place in places if place.is_dir())
+    return tuple(found)
+
+
+def _machine_memory(root: Path) -> int:
+    try:
+        with open(root / "proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    return _NO_LIMIT
+
+
+def _cgroup_memory(directory: Path) -> int | None:
+    """Return the bytes left in a cgroup, None if it sets no limit."""
+    for limit_file, usage_file, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        try:
+            limit = _read(directory, limit_file)
+            if limit == "max" or int(limit) >= _NO_LIMIT:
+                continue
+            usage = int(_read(directory, usage_file))
+            lines = _read(directory, "memory.stat").splitlines()
+            statistics = dict(line.split() for line in lines)
+            cached = sum(
+                int(statistics.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active")
+            )
+            return max(0, int(limit) - max(0, usage - cached))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def _read(directory: Path, name: str) -> str:
+    with open(f"{directory}/{name}") as file:  # much cheaper than pathlib, and every session asks
+        return file.read().strip()
+
+
+def state_bytes(manifest: Manifest, tokens: int) -> int:
+    """Return the bytes of one sequence's state that are in use after `tokens` tokens."""
+    total = 0
+    for tensor in manifest.state.tensors:
+        if tensor.growth == "fixed":
+            total += layout.align(tensor.bytes)
+        else:
+            cells = used_cells(tensor.shape, manifest.context, tokens)
+            total += layout.align(tensor.bytes // tensor.shape[1] * cells)
+    return total
+
+
+def used_cells(shape: tuple[int, ...], context: int, tokens: int) -> int:
+    """Return how far axis 1 of a state tensor is filled: keys in blocks of tokens, values singly."""
+    tokens_per_cell = context // shape[1]
+    return -(-tokens // tokens_per_cell)
+
+
+def needed_bytes(manifest: Manifest, context: int, batch: int) -> int:
+    """Return the bytes of the model with `batch` sequences of `context` tokens."""
+    fixed = manifest.weights_bytes + manifest.arena_bytes + manifest.io.bytes
+    return fixed + batch * state_bytes(manifest, context)
+
+
+def check_memory(manifest: Manifest, context: int, batch: int, have: Available) -> None:
+    """Raise MemoryRefused if the model with its sequences needs more than there is."""
+    need = needed_bytes(manifest, context, batch)
+    if need <= have.bytes:
+        return
+    largest = _largest_context(context, lambda tokens: needed_bytes(manifest, tokens, batch), have)
+    hint = f"load with context={largest} or less"
+    if largest == 0 and batch > 1:
+        largest = _largest_context(context, lambda tokens: needed_bytes(manifest, tokens, 1), have)
+        hint = f"load with batch=1, context={largest} or less"
+    if largest == 0:
+        hint = "free memory, raise the limit, or compile with a smaller precision"
+    raise _refusal(f"{batch} x {context} tokens", need, have, hint)
+
+
+def check_allocation(what: str, need: int, have: Available) -> None:
+    """Raise MemoryRefused if `need` more bytes are not there."""
+    if need > have.bytes:
+        raise _refusal(what, need, have, "ask for less, or free memory")
+
+
+def _largest_context(context: int, need: Callable[[int], int], have: Available) -> int:
+    """Return the largest multiple of 32 tokens that fits, 0 if none does."""
+    low, high = 0, context // layout.CELL
+    while low < high:
+        middle = (low + high + 1) // 2
+        if need(middle * layout.CELL) <= have.bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low * layout.CELL
+
+
+def _refusal(what: str, need: int, have: Available, hint: str) -> MemoryRefused:
+    return MemoryRefused(
+        f"not enough memory for {what}",
+        where=have.source,
+        expected=f"{need} bytes ({need / 2**20:.1f} MiB)",
+        got=f"{have.bytes} bytes ({have.bytes / 2**20:.1f} MiB)",
+        hint=hint,
+    )
+
+
+class HasState(Protocol):
+    """A session, as far as its memory is concerned, in tokens."""
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def high_water(self) -> int: ...
+
+
+class StateBudget:
+    """Admit sessions only while all of them could grow to their context. Thread-safe."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._lock = threading.Lock()
+        self._live: weakref.WeakSet[HasState] = weakref.WeakSet()
+
+    def admit(self, session: HasState, have: Available | None = None) -> None:
+        """Register a new session. Raises MemoryRefused if its context does not fit any more."""
+        with self._lock:
+            have = have or available_memory()
+            # State is committed when it is touched, so what live sessions still lack is not
+            # missing from the kernel's figure yet.
+            promised = sum(self._lacking(other) for other in self._live)
+            need = promised + self._lacking(session)
+            if need > have.bytes:
+                largest = _largest_context(
+                    session.context,
+                    lambda tokens: promised + state_bytes(self._manifest, tokens),
+                    have,
+                )
+                hint = f"ask for context={largest} or less" if largest else "close other sessions"
+                raise _refusal(f"a session of {session.context} tokens", need, have, hint)
+            self._live.add(session)
+
+    def release(self, session: HasState) -> None:
+        """Forget a session."""
+        with self._lock:
+            self._live.discard(session)
+
+    def _lacking(self, session: HasState) -> int:
+        manifest = self._manifest
+        touched = state_bytes(manifest, session.high_water) if session.high_water else 0
+        return state_bytes(manifest, session.context) - touched
+
+
+class Region:
+    """A zeroed block of private memory, page aligned, committed on touch.
+
+    It lives as long as something refers to it or to a view of it: there is no explicit close, so that
+    no thread can be left with an address that is gone.
+    """
+
+    def __init__(self, size: int, *, huge_bytes: int = 0) -> None:
+        """Reserve `size` bytes; ask for huge pages in the first `huge_bytes`, for none in the rest.
+
+        Raises MemoryRefused if the address space does not suffice.
+        """
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        try:
+            self._map = mmap.mmap(-1, size, flags=flags)
+        except (OSError, ValueError, OverflowError) as error:
+            raise MemoryRefused(
+                f"cannot reserve memory: {error}", expected=f"{size} bytes of address space"
+            ) from None
+        self.bytes = size
+        self._advise_huge(huge_bytes)
+        self._array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        self.address: int = self._array.__array_interface__["data"][0]
+
+    def view(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """Return a writable array over a part of the block; `dtype` is the manifest's name."""
+        size = layout.tensor_bytes(dtype, shape)
+        return self._array[offset : offset + size].view(NUMPY_TYPES[dtype]).reshape(shape)
+
+    def memory(self) -> memoryview:
+        """Return the whole block as writable bytes."""
+        return memoryview(self._map)
+
+    def zero(self) -> None:
+        """Make the block zero and give its memory back."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _advise_huge(self, huge_bytes: int) -> None:
+        border = min(huge_bytes, self.bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            if border:
+                self._map.madvise(mmap.MADV_HUGEPAGE, 0, border)
+            if border < self.bytes:
+                self._map.madvise(mmap.MADV_NOHUGEPAGE, border)
+
+
+# bfloat16 has no numpy type of its own: its bits are handled as uint16.
+NUMPY_TYPES = {
+    "f32": np.dtype("<f4"),
+    "bf16": np.dtype("<u2"),
+    "i64": np.dtype("<i8"),
+    "i32": np.dtype("<i4"),
+    "i8": np.dtype("i1"),
+    "u8": np.dtype("u1"),
+}
+
+
+class WeightBlock:
+    """The weights in memory, read-only: mapped from the file, or a private copy."""
+
+    def __init__(self, artifact: Artifact, *, mapped: bool) -> None:
+        """Map or copy the weights. Raises MemoryRefused where the address space does not suffice."""
+        size = artifact.manifest.weights_bytes
+        self._weights = {weight.name: weight for weight in artifact.manifest.weights}
+        if mapped:
+            try:
+                block, delta = artifact.map_weights()
+            except (OSError, ValueError) as error:
+                raise MemoryRefused(f"cannot map the weights: {error}") from None
+            self._bytes: NDArray[np.uint8] = np.frombuffer(block, dtype=np.uint8)[
+                delta : delta + size
+            ]
+        else:
+            region = Region(size, huge_bytes=size)
+            artifact.read_weights_into(region.memory())
+            self._bytes = region.view("u8", (size,))
+            self._bytes.flags.writeable = False
+        self.address: int = self._bytes.__array_interface__["data"][0]
+
+    def buffer(self) -> memoryview:
+        """Return all weights as read-only bytes."""
+        return self._bytes.data
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Return one packed weight, read-only; KeyError if there is none of that name."""
+        weight = self._weights[name]
+        data = self._bytes[weight.offset : weight.offset + weight.bytes]
+        return data.view(NUMPY_TYPES[weight.dtype]).reshape(weight.shape)

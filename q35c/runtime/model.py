@@ -1,0 +1,301 @@
+"""A loaded model: immutable, shared by threads. Everything that changes is in sessions."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from q35c import strictjson
+from q35c.artifact import Artifact, Manifest, read_artifact
+from q35c.errors import MemoryRefused, OptionError, TokenizerError
+from q35c.runtime.cpu import check_target, choose_threads
+from q35c.runtime.executor import Executor, Logits
+from q35c.runtime.generate import (
+    Row,
+    Stream,
+    encode_prompt,
+    resolve_options,
+    run_rows,
+    split_prompts,
+)
+from q35c.runtime.library import Library
+from q35c.runtime.memory import StateBudget, WeightBlock, available_memory, check_memory
+from q35c.runtime.sampling import MAX_SEED
+from q35c.runtime.session import Progress, Session
+from q35c.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from q35c.runtime.chat import Message
+
+VERIFY_BYTES = 256 << 20
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    verify: bool | None = None,
+    *,
+    context: int | None = None,
+    batch: int | None = None,
+    mmap: bool = True,
+) -> Model:
+    """Open an artifact for generating.
+
+    threads   worker threads; None: Q35C_THREADS, else the physical cores this process may use
+    verify    check the hash of the weights; None: if they have at most 256 MiB
+    context   tokens per sequence, at most and by default the compiled context
+    batch     sequences decoded together, at most and by default the compiled batch
+    mmap      map the weights from the file (shared, lazy), or read them into private memory
+
+    Raises ArtifactError (damaged or no artifact, other version, CPU lacks instructions), MemoryRefused
+    (before any weight is read), OptionError.
+    """
+    artifact = read_artifact(path)
+    try:
+        manifest = artifact.manifest
+        context = _choose("context", context, manifest.context)
+        batch = _choose("batch", batch, manifest.batch)
+        count = choose_threads(threads, manifest.max_threads)
+        check_target(manifest.target)
+        check_memory(manifest, context, batch, available_memory())
+        artifact.verify_segments()
+        if verify is None:
+            verify = manifest.weights_bytes <= VERIFY_BYTES
+        weights = _load_weights(artifact, verify=verify, mapped=mmap)
+        executor = Executor(manifest, Library(artifact.code()), weights, count)
+        return Model(artifact, executor, context, batch, count)
+    except BaseException as error:
+        artifact.close()
+        if isinstance(error, MemoryError):
+            raise MemoryRefused("not enough memory to load the model", where=str(path)) from None
+        raise
+
+
+class Model:
+    """A model ready to run. Safe to share between threads; sessions are not."""
+
+    def __init__(
+        self, artifact: Artifact, executor: Executor, context: int, batch: int, threads: int
+    ) -> None:
+        """Made by `load_model`."""
+        self.context = context
+        self.batch = batch
+        self.threads = threads
+        self._artifact = artifact
+        self._executor = executor
+        self._budget = StateBudget(artifact.manifest)
+        self._lazy = threading.Lock()
+        self._tokenizer: Tokenizer | None = None
+        self._template: tuple[str, dict[str, str]] | None = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker threads and close the file; later steps raise OptionError."""
+        self._executor.close()
+        self._artifact.close()
+
+    @property
+    def manifest(self) -> Manifest:
+        """Return what the artifact says about itself."""
+        return self._artifact.manifest
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the number of logits."""
+        return self.manifest.model.vocab_size
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, built on first use. Raises TokenizerError if there is none."""
+        with self._lazy:
+            if self._tokenizer is None:
+                if not self._artifact.has_segment("tokenizer"):
+                    raise TokenizerError(
+                        "the artifact holds no tokenizer",
+                        where=str(self._artifact.path),
+                        hint="pass token ids instead of text",
+                    )
+                self._tokenizer = Tokenizer(self._artifact.segment("tokenizer"))
+            return self._tokenizer
+
+    def session(self, context: int | None = None) -> Session:
+        """Open the state of one sequence of at most `context` tokens, by default the model's context.
+
+        Raises MemoryRefused if it would not fit beside the sessions that are open, OptionError.
+        """
+        context = _choose("context", context, self.context)
+        return Session(self._executor, self._budget, self._artifact.digest, context)
+
+    def score(self, ids: Iterable[int], progress: Progress | None = None) -> Logits:
+        """Return the logits f32[S, V] after each token of a sequence. Raises as `Session.score`."""
+        with self.session() as session:
+            return session.score(ids, progress)
+
+    def generate(
+        self,
+        prompt: Any,
+        max_new_tokens: int | None = None,
+        *,
+        stream: bool = False,
+        session: Session | None = None,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_ids: Iterable[int] | None = None,
+    ) -> Any:
+        """Continue a prompt (text or token ids), or each of a list of prompts.
+
+        max_new_tokens      tokens at most, 128 by default; fewer if the context is full
+        stream              return a `Stream` of text pieces instead of the whole text
+        session             continue in this session (one prompt); it then holds prompt and answer
+        do_sample, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty
+                            how to sample, by default as the checkpoint says; temperature 0 is greedy
+        seed                0..2^64-1; prompt i uses seed + i; by default a random one
+        stop, stop_ids      texts and token ids that end the text; `stop_ids` replaces the defaults
+
+        Returns a `Generation` (a `str`) for one prompt, a list of them for a list, or a `Stream`. Raises
+        PromptError, OptionError, TokenizerError, MemoryRefused.
+        """
+        options = resolve_options(
+            self.manifest.generation,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            seed=seed,
+            stop=stop,
+            stop_ids=stop_ids,
+        )
+        prompts, is_single = split_prompts(prompt)
+        if session is not None and not is_single:
+            raise OptionError("a session continues one prompt", where="session")
+        tokenizer = self.tokenizer if self._artifact.has_segment("tokenizer") else None
+        if tokenizer is None and options.stop:
+            raise OptionError("stop strings need a tokenizer", where="stop")
+        encoded = [
+            encode_prompt(item, lambda: self.tokenizer, self.vocab_size, self.context)
+            for item in prompts
+        ]
+        rows = [
+            Row(ids, options, (options.seed + index) % (MAX_SEED + 1), tokenizer, session)
+            for index, ids in enumerate(encoded)
+        ]
+
+        def open_session(prompt_tokens: int) -> Session:
+            return self.session(min(self.context, prompt_tokens + options.max_new_tokens))
+
+        pieces = Stream(rows, run_rows(rows, self.batch, open_session), is_single)
+        if stream:
+            return pieces
+        for _ in pieces:
+            pass
+        return pieces.result if is_single else pieces.results
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Return the prompt text of a conversation: messages with `role` and `content`.
+
+        Further keyword arguments reach the template, as `enable_thinking=False`. Raises TokenizerError
+        if the artifact has no template, OptionError if the template refuses the messages.
+        """
+        from q35c.runtime.chat import render_chat
+
+        template, special_tokens = self._chat_template()
+        return render_chat(
+            template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            special_tokens=special_tokens,
+            **variables,
+        )
+
+    def _chat_template(self) -> tuple[str, dict[str, str]]:
+        with self._lazy:
+            if self._template is None:
+                self._template = _read_template(self._artifact)
+            return self._template
+
+
+def _choose(name: str, asked: int | None, limit: int) -> int:
+    if asked is None:
+        return limit
+    if type(asked) is not int or not 1 <= asked <= limit:
+        raise OptionError(
+            "value is not allowed",
+            where=name,
+            expected=f"1 to {limit}, as compiled",
+            got=asked,
+        )
+    return asked
+
+
+def _load_weights(artifact: Artifact, *, verify: bool, mapped: bool) -> WeightBlock:
+    if mapped:
+        if verify:
+            artifact.verify_weights()
+        return WeightBlock(artifact, mapped=True)
+    weights = WeightBlock(artifact, mapped=False)
+    if verify:  # what is in memory, so that nothing can change after the check
+        artifact.check_weights_hash(hashlib.sha256(weights.buffer()).hexdigest())
+    return weights
+
+
+def _read_template(artifact: Artifact) -> tuple[str, dict[str, str]]:
+    """Return the template and its special tokens. Raises TokenizerError if there is none."""
+    config: dict[str, Any] = {}
+    if artifact.has_segment("tokenizer_config"):
+        data = artifact.segment("tokenizer_config")
+        document = strictjson.loads(
+            data, where="tokenizer_config.json", limit=len(data), error=TokenizerError
+        )
+        if isinstance(document, dict):
+            config = cast(dict[str, Any], document)
+    template = config.get("chat_template")
+    if artifact.has_segment("chat_template"):
+        template = artifact.segment("chat_template").decode("utf-8", "replace")
+    if not isinstance(template, str):
+        raise TokenizerError(
+            "the artifact holds no chat template",
+            where=str(artifact.path),
+            hint="write the prompt's text yourself",
+        )
+    tokens: dict[str, str] = {}
+    for name in _SPECIAL_TOKENS:
+        value = config.get(name)
+        text = cast(dict[str, Any], value).get("content") if isinstance(value, dict) else value
+        if isinstance(text, str):
+            tokens[name] = text
+    return template, tokens

@@ -1,0 +1,199 @@
+"""Choose the next token from logits, in the order of Hugging Face's logits processors.
+
+repetition penalty -> presence penalty -> temperature -> top-k -> top-p -> min-p -> draw. All over
+float32 logits [V]; V is 248,320, so nothing sorts or copies more than it must: the k-th largest value
+is bounded from below by the k-th largest of column maxima, which leaves a handful of candidates.
+
+Deterministic: a row draws one double per token from PCG64 seeded with its seed alone, so equal logits
+and an equal seed give equal tokens, whatever else is in the batch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from q35c.errors import ExecutionError, OptionError
+
+Logits = NDArray[np.float32]
+Ids = NDArray[np.intp]
+Doubles = NDArray[np.float64]
+
+_COLUMNS = 64  # logits are viewed as [64, V/64] for the column maxima
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How to sample. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_real("temperature", self.temperature, 0.0, 1000.0)
+        _check_integer("top_k", self.top_k, 0, 2**31)
+        _check_real("top_p", self.top_p, 0.0, 1.0)
+        _check_real("min_p", self.min_p, 0.0, 1.0)
+        _check_real("repetition_penalty", self.repetition_penalty, 1e-3, 1000.0)
+        _check_real("presence_penalty", self.presence_penalty, -1000.0, 1000.0)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Say whether the largest logit always wins; below 1e-5 a draw could not be told from it."""
+        return self.temperature < 1e-5
+
+
+class Sampler:
+    """Sample one sequence: holds its random stream and the ids that penalties look at."""
+
+    def __init__(self, options: SamplingOptions, seed: int, prompt: Sequence[int] = ()) -> None:
+        """Start a stream. `seed` is 0..2^64-1; `prompt` counts for the repetition penalty only."""
+        _check_integer("seed", seed, 0, MAX_SEED)
+        self._options = options
+        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._prompt = np.unique(np.asarray(prompt, dtype=np.intp))
+        self._made: set[int] = set()
+
+    def sample(self, logits: Logits) -> int:
+        """Return the next token id and remember it. `logits` f32[V] is left as it is.
+
+        Raises ExecutionError if a logit is NaN or +inf, or all are -inf.
+        """
+        options = self._options
+        if self._has_penalties():
+            logits = self._penalize(logits)
+        token = int(logits.argmax())  # argmax finds NaN before any number
+        if not math.isfinite(float(logits[token])):
+            raise ExecutionError(
+                "logits are not finite", where="sampling", got=float(logits[token])
+            )
+        if not options.is_greedy and options.top_k != 1:
+            ids, weights = filter_logits(logits, options)
+            token = self._draw(ids, weights)
+        self._made.add(token)
+        return token
+
+    def _has_penalties(self) -> bool:
+        options = self._options
+        return options.repetition_penalty != 1.0 or options.presence_penalty != 0.0
+
+    def _penalize(self, logits: Logits) -> Logits:
+        logits = logits.copy()
+        made = np.fromiter(self._made, dtype=np.intp, count=len(self._made))
+        if self._options.repetition_penalty != 1.0:
+            seen = np.union1d(self._prompt, made)
+            penalty = np.float32(self._options.repetition_penalty)
+            values = logits[seen]
+            logits[seen] = np.where(values < 0, values * penalty, values / penalty)
+        if self._options.presence_penalty != 0.0:
+            logits[made] -= np.float32(self._options.presence_penalty)
+        return logits
+
+    def _draw(self, ids: Ids | None, weights: Logits) -> int:
+        """Return the id whose share of the cumulated weights holds the drawn number."""
+        number = self._random.random()
+        if ids is None and len(weights) >= _COLUMNS**2:
+            return _draw_by_blocks(weights, number)
+        cumulated: Doubles = np.cumsum(weights, dtype=np.float64)
+        at = int(cumulated.searchsorted(number * float(cumulated[-1]), side="right"))
+        at = min(at, len(cumulated) - 1)
+        return at if ids is None else int(ids[at])
+
+
+def filter_logits(logits: Logits, options: SamplingOptions) -> tuple[Ids | None, Logits]:
+    """Apply temperature, top-k, top-p and min-p.
+
+    Returns the surviving ids, ascending, and their weights exp((x - max) / temperature); ids are None
+    if all survive. Ties at the k-th largest logit all survive, as in Hugging Face.
+    """
+    ids: Ids | None = None
+    values = logits
+    if 0 < options.top_k < len(logits):
+        ids = _top_k(logits, options.top_k)
+        values = logits[ids]
+    with np.errstate(over="ignore"):  # the far tail may become -inf, whose weight is 0
+        scaled = (values - values.max()) / np.float32(options.temperature)
+    weights: Logits = np.exp(scaled)
+    if options.top_p < 1.0:
+        kept = _top_p(weights, options.top_p)
+        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
+    if options.min_p > 0.0:
+        kept = np.flatnonzero(weights >= np.float32(options.min_p))  # the largest weight is 1
+        ids, weights = (kept if ids is None else ids[kept]), weights[kept]
+    return ids, weights
+
+
+def _top_k(logits: Logits, k: int) -> Ids:
+    """Return the ids, ascending, of all logits that are at least the k-th largest."""
+    candidates: Ids | None = None
+    values = logits
+    width = len(logits) // _COLUMNS
+    if k <= width:
+        # k columns have a maximum of at least `bound`, so at least k logits do.
+        maxima = logits[: width * _COLUMNS].reshape(_COLUMNS, width).max(axis=0)
+        bound = np.partition(maxima, width - k)[width - k]
+        candidates = np.flatnonzero(logits >= bound)
+        values = logits[candidates]
+    kth = np.partition(values, len(values) - k)[len(values) - k]
+    kept = np.flatnonzero(values >= kth)
+    return kept if candidates is None else candidates[kept]
+
+
+def _top_p(weights: Logits, top_p: float) -> Ids:
+    """Return the indices, ascending, of the smallest set of largest weights that reaches `top_p`.
+
+    In ascending order everything is dropped whose cumulated share is at most 1 - top_p. Weights below
+    that share divided by V are dropped in any case, so only the others are sorted.
+    """
+    total = float(weights.sum(dtype=np.float64))
+    spare = (1.0 - top_p) * total
+    candidates = np.flatnonzero(weights >= spare / len(weights))
+    found = weights[candidates].astype(np.float64)
+    order = np.argsort(found, kind="stable")
+    tail = total - float(found.sum())
+    cumulated = tail + np.cumsum(found[order])
+    dropped = int(np.searchsorted(cumulated, spare, side="right"))
+    kept = order[min(dropped, len(order) - 1) :]  # the largest always survives
+    return np.sort(candidates[kept])
+
+
+def _draw_by_blocks(weights: Logits, number: float) -> int:
+    """Draw from many weights: find the block by the blocks' sums, then the place in the block."""
+    width = len(weights) // _COLUMNS
+    blocks = weights[: width * _COLUMNS].reshape(width, _COLUMNS)
+    rest = float(weights[width * _COLUMNS :].sum(dtype=np.float64))
+    cumulated: Doubles = np.cumsum(np.append(blocks.sum(axis=1, dtype=np.float64), rest))
+    wanted = number * float(cumulated[-1])
+    block = min(int(cumulated.searchsorted(wanted, side="right")), len(cumulated) - 1)
+    before = float(cumulated[block - 1]) if block else 0.0
+    inside: Doubles = np.cumsum(
+        weights[block * _COLUMNS : (block + 1) * _COLUMNS], dtype=np.float64
+    )
+    if len(inside) == 0:  # V is a multiple of 64 and rounding ran past the last block
+        return len(weights) - 1
+    at = int(inside.searchsorted(wanted - before, side="right"))
+    return block * _COLUMNS + min(at, len(inside) - 1)
+
+
+def _check_real(name: str, value: Any, low: float, high: float) -> None:
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_real or not low <= value <= high:  # NaN compares false
+        raise OptionError(
+            "value is not allowed", where=name, expected=f"{low} to {high}", got=value
+        )
+
+
+def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or not low <= value <= high:
+        raise OptionError(
+            "value is not allowed", where=name, expected=f"{low} to {high}", got=value
+        )

@@ -1,0 +1,236 @@
+"""Compare an artifact with eager PyTorch in float32, the oracle, on one sequence of tokens.
+
+Needs the `compile` extra and memory for the whole model in float32.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from q35c.errors import OptionError
+
+if TYPE_CHECKING:
+    from q35c.runtime import Model
+
+Logits = NDArray[np.float32]
+Progress = Callable[[str, float], None]
+
+TIE = 1e-4  # of the logits' range: two tokens this close may swap places
+_DECODED_TOKENS = 16
+_CHUNK_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a precision keeps; differences are shares of the oracle's range, KL is in nats."""
+
+    path_difference: float
+    difference: float | None = None
+    mean_kl: float | None = None
+
+
+PROMISES = {
+    "f32": Promise(path_difference=1e-4, difference=1e-3),
+    # A key that lies on the edge between two bf16 values may be rounded either way.
+    "bf16": Promise(path_difference=1e-3, mean_kl=1e-3),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Logits f32[S, V] against the oracle's."""
+
+    difference: float  # largest absolute difference, as a share of the oracle's range
+    mean_kl: float  # KL(oracle || artifact), mean over positions, nats
+    max_kl: float
+    agreement: float  # share of positions with the same likeliest token
+    clear_disagreements: int  # positions with another likeliest token that is no tie
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """The result of `verify_artifact`; `failures` is empty if every promise is kept."""
+
+    precision: str
+    tokens: int
+    against_oracle: Comparison
+    path_difference: float  # prefill and decode against score, as a share of the range
+    failures: tuple[str, ...]
+
+
+def verify_artifact(
+    artifact: str | os.PathLike[str],
+    source: str | os.PathLike[str],
+    *,
+    tokens: int = 128,
+    text: str | None = None,
+    ids: Sequence[int] | None = None,
+    load_format: Any = "auto",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ParityReport:
+    """Compare on `ids`, on `text`, or else on `tokens` random token ids drawn from `seed`.
+
+    `source` is what the artifact was compiled from; `load_format` and `seed` matter for dummy
+    weights. Raises what loading and checkpoints raise.
+    """
+    import q35c
+
+    report = progress or (lambda stage, fraction: None)
+    with q35c.load(artifact, threads) as model:
+        listed = _choose_ids(model, tokens, text, ids, seed)
+        report("run artifact", 0.0)
+        got = model.score(listed, lambda done, total: report("run artifact", done / total))
+        stepped = step_logits(model, listed)
+        precision = model.manifest.precision
+    report("load PyTorch model", 0.0)
+    oracle = load_oracle(source, load_format, seed)
+    report("run PyTorch model", 0.0)
+    want = oracle_logits(oracle, listed)
+    compared = compare_logits(got, want)
+    path = _largest_difference(stepped, got[-len(stepped) :]) / _range(want)
+    failures = check_promise(precision, compared, path)
+    return ParityReport(precision, len(listed), compared, path, failures)
+
+
+def compare_logits(got: Logits, want: Logits) -> Comparison:
+    """Compare logits [S, V] row by row; NaN in `got` makes every figure NaN or worse."""
+    if got.shape != want.shape:
+        raise OptionError(
+            "the artifact and the source are different models", expected=want.shape, got=got.shape
+        )
+    spread = _range(want)
+    kl = row_kl(got, want)
+    chosen, wanted = got.argmax(-1), want.argmax(-1)
+    rows = np.arange(len(want))
+    gap = want[rows, wanted] - want[rows, chosen]
+    return Comparison(
+        difference=_largest_difference(got, want) / spread,
+        mean_kl=float(kl.mean()),
+        max_kl=float(kl.max()),
+        agreement=float((chosen == wanted).mean()),
+        clear_disagreements=int((gap > TIE * spread).sum()),
+    )
+
+
+def row_kl(got: Logits, want: Logits) -> NDArray[np.float64]:
+    """Return KL(softmax(want) || softmax(got)) of every row in nats, computed in float64."""
+    rows = max(1, _CHUNK_BYTES // (want.shape[-1] * 8 * 4))
+    parts: list[NDArray[np.float64]] = []
+    for start in range(0, len(want), rows):
+        p = _log_softmax(want[start : start + rows])
+        q = _log_softmax(got[start : start + rows])
+        parts.append((np.exp(p) * (p - q)).sum(-1))
+    return np.concatenate(parts)
+
+
+def check_promise(precision: str, compared: Comparison, path: float) -> tuple[str, ...]:
+    """Return a sentence for every promise of the precision that is not kept; NaN keeps none."""
+    promise = PROMISES.get(precision)
+    if promise is None:
+        return (f"no promise is known for precision {precision}",)
+    failures: list[str] = []
+
+    def require(what: str, got: float, limit: float | None) -> None:
+        if limit is not None and not got <= limit:
+            failures.append(f"{what} is {got:.3g}, promised {limit:.0e} at most")
+
+    require("max difference / range", compared.difference, promise.difference)
+    require("mean KL", compared.mean_kl, promise.mean_kl)
+    require("difference of prefill + decode from score / range", path, promise.path_difference)
+    if promise.difference is not None and compared.clear_disagreements:
+        failures.append(f"{compared.clear_disagreements} positions prefer another token")
+    return tuple(failures)
+
+
+def step_logits(model: Model, ids: Sequence[int]) -> Logits:
+    """Return the logits of the last tokens by the other path: prefill, then token by token."""
+    cut = max(1, len(ids) - _DECODED_TOKENS)
+    with model.session() as session:
+        rows = [session.prefill(ids[:cut])]
+        rows += [session.decode(token) for token in ids[cut:]]
+    return np.stack(rows)
+
+
+def load_oracle(source: str | os.PathLike[str], load_format: Any = "auto", seed: int = 0) -> Any:
+    """Return transformers' eager causal language model in float32, weights as stored.
+
+    A directory is read by transformers itself, which checks our reader too; only dummy weights come
+    from the checkpoint that is compiled.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from q35c.frontend.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(str(source), load_format=load_format, seed=seed)
+    if load_format == "dummy":
+        return _fill_model(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(
+        source if Path(source).exists() else str(source),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    return model.eval()
+
+
+def oracle_logits(oracle: Any, ids: Sequence[int]) -> Logits:
+    """Run the oracle on one sequence: logits f32[S, V]."""
+    import torch
+
+    with torch.no_grad():
+        return oracle(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
+
+
+def _fill_model(checkpoint: Any) -> Any:
+    """Build transformers' model from the checkpoint's own tensors."""
+    import torch
+
+    from q35c.frontend.trace import causal_lm_class, hf_config
+
+    settings = hf_config(checkpoint.config)
+    settings._experts_implementation = "eager"
+    model = causal_lm_class(checkpoint.config)(settings).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(checkpoint.read(name.removeprefix("model."))))
+    return model
+
+
+def _choose_ids(
+    model: Model, tokens: int, text: str | None, ids: Sequence[int] | None, seed: int
+) -> list[int]:
+    if ids is not None:
+        return list(ids)
+    if text is not None:
+        return model.tokenizer.encode(text)
+    if not 1 <= tokens <= model.context:
+        raise OptionError(
+            "value is not allowed", where="--tokens", expected=f"1 to {model.context}", got=tokens
+        )
+    return np.random.default_rng(seed).integers(0, model.vocab_size, tokens).tolist()
+
+
+def _range(want: Logits) -> float:
+    return float(want.max()) - float(want.min())
+
+
+def _largest_difference(got: Logits, want: Logits) -> float:
+    return float(np.abs(got - want).max())
+
+
+def _log_softmax(logits: Logits) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

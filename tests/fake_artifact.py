@@ -1,0 +1,221 @@
+"""Artifacts without a compiler: a small C program behind the real file format and runtime."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from q35c.artifact import ArtifactWriter, Manifest, WeightEntry, layout
+
+VOCAB, CONTEXT, BATCH, MAX_TOKENS = 270, 256, 4, 16
+END, IM_END = 256, 257  # special tokens, behind the 256 bytes
+GENERATION: dict[str, Any] = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "stop_ids": [IM_END, END],
+}
+MODEL: dict[str, Any] = {
+    "model_type": "qwen3_5",
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 1,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [3, 3, 2],
+    },
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "eos_token_ids": [END],
+    "intermediate_size": 32,
+}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'robot' %}{{ raise_exception('no robots') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def state_layout(context: int = CONTEXT) -> dict[str, Any]:
+    """Return the manifest's state of the fake model."""
+    tensors = [
+        ("layers.0.conv", [1, 96], "fixed"),
+        ("layers.0.delta", [1, 32, 32], "fixed"),
+        ("layers.1.keys", [1, context // 32, 32, 32], "context"),
+        ("layers.1.values", [1, context, 32], "context"),
+    ]
+    return layout.state_layout(
+        {"name": name, "dtype": "f32", "shape": shape, "growth": growth}
+        for name, shape, growth in tensors
+    )
+
+
+def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) -> dict[str, Any]:
+    """Return the fields that a compiler hands to the writer."""
+    entries = [("prefill", "sequence", MAX_TOKENS, "last"), ("decode", "batch", batch, "all")]
+    entries.append(("score", "sequence", MAX_TOKENS // 2, "all"))
+    names = ("name", "rows", "max_tokens", "logits")
+    return {
+        "model": MODEL,
+        "target": {"name": "cpu:x86-64-v1", "cpu_features": ["sse2"], "lanes": 4},
+        "precision": "f32",
+        "context": context,
+        "batch": batch,
+        "entries": [
+            {**dict(zip(names, entry, strict=True)), "symbol": entry[0]} for entry in entries
+        ],
+        "arena_bytes": 4096,
+        "max_threads": 8,
+        "state": state_layout(context),
+        "kernels": [
+            {"name": "k0", "family": "linear", "parameters": {"n": 4, "dtype": "f32", "taps": [1, 2]}}
+        ],
+        "generation": GENERATION,
+        **changes,
+    }
+
+
+def weight_entries() -> list[WeightEntry]:
+    """Return the fake model's weights; the second's bytes are no multiple of 64."""
+    return [
+        WeightEntry("bigram", "f32", (VOCAB, VOCAB), "rows", ("embed_tokens.weight",)),
+        WeightEntry("noise", "f32", (2,), "as in the checkpoint"),
+    ]
+
+
+@functools.cache
+def code(context: int = CONTEXT, batch: int = BATCH) -> bytes:
+    """Compile the fake model. Skips the test where there is no C compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    state = [tensor["offset"] for tensor in state_layout(context)["tensors"]]
+    io = layout.io_layout(MAX_TOKENS, batch, max(MAX_TOKENS // 2, batch), VOCAB)["fields"]
+    numbers = dict(zip(("CONV", "DELTA", "KEYS", "VALUES"), state, strict=True))
+    numbers |= {name.upper(): field["offset"] for name, field in io.items()}
+    numbers |= {"VOCAB": VOCAB, "MAX_TOKENS": MAX_TOKENS, "NOISE": layout.align(4 * VOCAB * VOCAB)}
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "model.so"
+        defines = [f"-D{name}={value}" for name, value in numbers.items()]
+        source = Path(__file__).with_name("fake_model.c")
+        options = ["-O1", "-shared", "-fPIC", "-o", str(output), str(source)]
+        subprocess.run([compiler, *defines, *options], check=True)
+        return output.read_bytes()
+
+
+@functools.cache
+def tokenizer() -> bytes:
+    """Return a byte-level tokenizer: 256 bytes, two special tokens, no merges."""
+    # The byte-level alphabet, in byte order, so that a token id is its byte.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + index) for index, byte in enumerate(others)}
+    made = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
+    return made.to_str().encode()
+
+
+def script(*texts: str | Sequence[int], strength: float = 30.0) -> np.ndarray:
+    """Return a bigram table that says these texts: each byte makes the next one likely.
+
+    A text must not hold a byte twice, as a bigram has no memory; the last byte leads to END.
+    """
+    table = np.zeros((VOCAB, VOCAB), np.float32)
+    for text in texts:
+        ids = [*text.encode()] if isinstance(text, str) else [*text]
+        assert len(set(ids)) == len(ids), "a bigram script cannot repeat a byte"
+        for first, second in zip(ids, [*ids[1:], END], strict=True):
+            table[first, second] = strength
+    return table
+
+
+def write_fake(
+    path: Path,
+    *,
+    bigram: np.ndarray | None = None,
+    noise: float = 1.0,
+    failing_token: int = 0,
+    segments: Mapping[str, bytes] | None = None,
+    with_code: bool = True,
+    **changes: Any,
+) -> Manifest:
+    """Write an artifact; `segments` replaces the text segments, `changes` the manifest's fields."""
+    fields = manifest_fields(**changes)
+    program = code(fields["context"], fields["batch"]) if with_code else b"not code " * 3
+    if segments is None:
+        segments = {"tokenizer": tokenizer(), "chat_template": CHAT_TEMPLATE.encode()}
+    table = np.zeros((VOCAB, VOCAB), np.float32) if bigram is None else bigram
+    with ArtifactWriter(path, fields, {"code": program, **segments}, weight_entries()) as writer:
+        for half in np.split(table, 2):
+            writer.write("bigram", half)
+        writer.write("noise", np.array([noise, failing_token], np.float32))
+        return writer.commit()
+
+
+def small_fields() -> tuple[dict[str, Any], list[WeightEntry]]:
+    """Return fields and weights of the smallest valid artifact, for tests of the format alone."""
+    entries = [WeightEntry("a.weight", "f32", (2, 32), "rows"), WeightEntry("b", "bf16", (3,), "x", ("s",))]
+    return manifest_fields(), entries
+
+
+def write_small(path: Path) -> Manifest:
+    """Write the smallest artifact: no real code, 320 bytes of weights."""
+    fields, entries = small_fields()
+    segments = {"code": b"\x7fELF no", "tokenizer": b"{}"}
+    with ArtifactWriter(path, fields, segments, entries) as writer:
+        writer.write("a.weight", np.arange(64, dtype=np.float32))
+        writer.write("b", b"\x01\x02\x03\x04\x05\x06")
+        return writer.commit()
+
+
+def rebuild(data: bytes, change: Any) -> bytes:
+    """Return artifact bytes with a changed manifest and every hash and length of it put right.
+
+    `change` gets the parsed manifest and returns the JSON text to store.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    text = change(json.loads(header["__metadata__"]["q35c"]))
+    return with_manifest(data, text)
+
+
+def with_manifest(data: bytes, text: str) -> bytes:
+    """Return artifact bytes with this manifest text, hashed, in an otherwise unchanged header."""
+    import hashlib
+
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    header["__metadata__"] = {"q35c": text, "q35c.sha256": digest}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (layout.align(8 + len(raw)) - 8 - len(raw))
+    return len(raw).to_bytes(8, "little") + raw + data[8 + length :]

@@ -1,0 +1,81 @@
+/* A model small enough to see through, with the calling convention of compiled ones.
+ *
+ * Every token stirs a hash (in the delta state) and is written to the key and value caches at its place.
+ * logits[v] = bigram[token][v] + noise * u(hash, position, checksum of all used cache cells, v), so a wrong
+ * state, position, length or cache cell changes the noise, and the bigram table scripts what is said.
+ */
+#include <sched.h>
+#include <stdint.h>
+
+typedef struct { int32_t type, pad; int64_t value; } Any;
+typedef struct { int64_t weights, state, arena, io, barrier, tokens, tid, nt; } Call;
+
+static uint64_t mix(uint64_t x) {
+  x ^= x >> 30; x *= 0xBF58476D1CE4E5B9ull; x ^= x >> 27; x *= 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+static void wait_for_all(int64_t barrier, int nt) {
+  int *arrived = (int *)barrier, *round = arrived + 1;
+  int seen = __atomic_load_n(round, __ATOMIC_ACQUIRE);
+  if (__atomic_add_fetch(arrived, 1, __ATOMIC_ACQ_REL) == nt) {
+    __atomic_store_n(arrived, 0, __ATOMIC_RELAXED);
+    __atomic_add_fetch(round, 1, __ATOMIC_RELEASE);
+  } else {
+    while (__atomic_load_n(round, __ATOMIC_ACQUIRE) == seen) sched_yield();
+  }
+}
+
+/* Append one token; return the hash that its logits are made of. */
+static uint64_t append(char *region, int token, int place, const int *positions, int stride) {
+  uint64_t *hash = (uint64_t *)(region + DELTA);
+  float *conv = (float *)(region + CONV), *keys = (float *)(region + KEYS), *values = (float *)(region + VALUES);
+  *hash = mix(*hash ^ mix(token + 1) ^ mix(1000003ull * positions[0] + 7ull * positions[stride] + positions[2 * stride]));
+  conv[0] += 1.0f;
+  for (int d = 0; d < 32; d++) {
+    keys[(place / 32) * 32 * 32 + d * 32 + place % 32] = token + d;
+    values[place * 32 + d] = token * 2 + d;
+  }
+  uint64_t sum = conv[0] == place + 1 ? 0 : 99;
+  for (int64_t p = 0; p <= place; p++) {
+    uint64_t key = (uint64_t)keys[(p / 32) * 32 * 32 + 5 * 32 + p % 32], value = (uint64_t)values[p * 32 + 3];
+    sum = sum * 31 + key * 131 + value;
+  }
+  return mix(*hash ^ sum);
+}
+
+static int step(Call c, int is_batch, int is_last) {
+  const int *tokens = (int *)(c.io + TOKENS), *positions = (int *)(c.io + POSITIONS), *starts = (int *)(c.io + STARTS);
+  const int64_t *slots = (int64_t *)(c.io + SLOTS);
+  const float *bigram = (float *)c.weights, *noise = (float *)(c.weights + NOISE);
+  float *logits = (float *)(c.io + LOGITS);
+  uint64_t *hashes = (uint64_t *)c.arena;
+  if ((c.weights | c.state | c.arena | c.io | c.barrier) & 63) return 7;
+  if (noise[1] != 0.0f && tokens[0] == (int)noise[1]) return 3; /* the token that makes the code fail */
+  if (c.tid == 0)
+    for (int t = 0; t < c.tokens; t++) {
+      int row = is_batch ? t : 0;
+      char *region = (char *)c.state + slots[row] * 64;
+      hashes[t] = append(region, tokens[t], starts[row] + (is_batch ? 0 : t), positions + t, MAX_TOKENS);
+    }
+  wait_for_all(c.barrier, c.nt);
+  for (int t = is_last ? c.tokens - 1 : 0; t < c.tokens; t++) {
+    float *row = logits + (int64_t)(is_last ? 0 : t) * VOCAB;
+    for (int64_t v = VOCAB * c.tid / c.nt; v < VOCAB * (c.tid + 1) / c.nt; v++)
+      row[v] = bigram[tokens[t] * VOCAB + v] + noise[0] * (float)(mix(hashes[t] + v) >> 40) / 16777216.0f;
+  }
+  wait_for_all(c.barrier, c.nt);
+  return 0;
+}
+
+static int enter(Any *args, int count, int is_batch, int is_last) {
+  int64_t v[8];
+  if (count != 8) return 9;
+  for (int i = 0; i < 8; i++) v[i] = args[i].value;
+  Call call = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
+  return step(call, is_batch, is_last);
+}
+
+int __tvm_ffi_prefill(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 0, 1); }
+int __tvm_ffi_decode(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 1, 0); }
+int __tvm_ffi_score(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 0, 0); }

@@ -1,0 +1,44 @@
+"""Embedding lookup: exact values of the packed table."""
+
+import numpy as np
+import pytest
+from harness import EACH_ISA, build_kernels, guard, pack_rows, stored
+
+from q35c.codegen.kernels.embedding import embedding
+
+SHAPES = ((1, 1), (5, 2), (31, 64), (32, 63), (33, 65), (100, 128), (997, 257), (64, 1024))
+TOKENS = (1, 2, 3, 7, 40)
+
+
+@pytest.fixture(scope="module", params=EACH_ISA)
+def kernels(request):
+    isa = request.param
+    names = [(v, h, d) for v, h in SHAPES for d in ("f32", "bf16")]
+    return build_kernels({f"{d}_{v}_{h}": embedding(v, h, d, isa) for v, h, d in names}, isa)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_embedding(kernels, shape, dtype, tokens):
+    rows, width = shape
+    rng = np.random.default_rng(rows + width + tokens)
+    table = rng.normal(size=shape).astype(np.float32)
+    packed, ids = guard(pack_rows(table, dtype)), guard(rng.integers(0, rows, tokens, np.int32))
+    ids[0] = rows - 1
+    ld_y = width + tokens % 3
+    for threads in (1, 2, 3):
+        y = guard(np.zeros((tokens, ld_y), np.float32), poison=True)
+        before = y.copy()
+        kernels.call(f"{dtype}_{rows}_{width}", packed, ids, y, tokens, ld_y, threads=threads)
+        np.testing.assert_array_equal(y[:, :width], stored(table, dtype)[ids])
+        assert y[:, width:].tobytes() == before[:, width:].tobytes(), "columns past the row changed"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_ids_outside_the_table_stay_inside_memory(kernels, dtype):
+    table = np.arange(997 * 257, dtype=np.float32).reshape(997, 257) % 128
+    ids = guard(np.array([-1, 997, 2**31 - 1, -(2**31)], np.int32))
+    y = guard(np.zeros((4, 257), np.float32))
+    kernels.call(f"{dtype}_997_257", guard(pack_rows(table, dtype)), ids, y, 4, 257)
+    np.testing.assert_array_equal(y, table[[0, 996, 996, 0]])

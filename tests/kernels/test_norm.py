@@ -1,0 +1,62 @@
+"""RMS norm against float64."""
+
+import numpy as np
+import pytest
+from harness import EACH_ISA, assert_close, build_kernels, compile_only, guard
+
+from q35c.codegen.isa.x86 import V4
+from q35c.codegen.kernels.norm import rms_norm
+
+WIDTHS = (1, 7, 16, 33, 64, 72, 128, 1000, 1024, 2048)
+TOKENS = (1, 2, 3, 5, 17, 64)
+EPS = 1e-6
+
+
+@pytest.fixture(scope="module", params=EACH_ISA)
+def kernels(request):
+    isa = request.param
+    functions = {f"norm{d}_{o}": rms_norm(d, EPS, float(o), isa) for d in WIDTHS for o in (0, 1)}
+    return build_kernels(functions, isa)
+
+
+def reference(x, w, offset):
+    x = x.astype(np.float64)
+    return x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + EPS) * (offset + w)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_norm(kernels, width, tokens):
+    rng = np.random.default_rng(width * 100 + tokens)
+    ld_x, ld_y, offset = width + tokens % 3, width + tokens % 5, tokens % 2
+    x = guard(rng.normal(0, 3, (tokens, ld_x)).astype(np.float32))
+    w = guard(rng.normal(0, 1, width).astype(np.float32))
+    results = []
+    for threads in (1, 2, 3):
+        y = guard(np.zeros((tokens, ld_y), np.float32), poison=True)
+        before = y.copy()
+        kernels.call(f"norm{width}_{offset}", x, w, y, tokens, ld_x, ld_y, threads=threads)
+        assert y[:, width:].tobytes() == before[:, width:].tobytes(), "columns past the row changed"
+        results.append(np.array(y[:, :width]))
+    assert_close(results[0], reference(x[:, :width], w, offset))
+    assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+def test_norm_in_place(kernels):
+    rng = np.random.default_rng(1)
+    x, w = rng.normal(size=(9, 1000)).astype(np.float32), guard(np.ones(1000, np.float32))
+    y = guard(x)
+    kernels.call("norm1000_0", y, w, y, 9, 1000, 1000, threads=2)
+    assert_close(y, reference(x, w, 0))
+
+
+def test_norm_tiny_and_huge_rows(kernels):
+    x = np.stack([np.full(64, 1e-30), np.full(64, 1e15), np.zeros(64)]).astype(np.float32)
+    w, y = guard(np.ones(64, np.float32)), guard(np.zeros((3, 64), np.float32), poison=True)
+    kernels.call("norm64_0", guard(x), w, y, 3, 64, 64)
+    expected = reference(x, w, 0)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=0)
+
+
+def test_norm_avx512_compiles():
+    compile_only(rms_norm(1000, EPS, 1.0, V4), V4, "zmm")

@@ -1,0 +1,95 @@
+"""R12: compiled models against eager PyTorch in fp32, which is the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.compiled import model, oracle_logits, random_ids
+
+KINDS = ("dense", "moe")
+# Legal but odd: each names what it stretches.
+ODD_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "one key head, four value heads": (
+        "dense",
+        {"linear_num_key_heads": 1, "linear_num_value_heads": 4, "vocab_size": 331},
+    ),
+    "unequal delta head dims, three to one": (
+        "dense",
+        {"linear_key_head_dim": 48, "linear_value_head_dim": 80, "linear_num_value_heads": 6},
+    ),
+    "one kv head, head dim 256, tied head": (
+        "dense",
+        {"num_key_value_heads": 1, "num_attention_heads": 3, "head_dim": 256,
+         "tie_word_embeddings": True,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+                             "mrope_section": [11, 11, 10], "mrope_interleaved": True}},
+    ),
+    "shared expert wider than the routed, linear last layer": (
+        "moe",
+        {"shared_expert_intermediate_size": 176, "moe_intermediate_size": 16, "num_hidden_layers": 5},
+    ),
+    "512 experts, top 10": ("moe", {"num_experts": 512, "num_experts_per_tok": 10, "hidden_size": 32}),
+}  # fmt: skip
+
+
+def assert_parity(got: np.ndarray, want: np.ndarray) -> None:
+    """Max difference within 1e-3 of the range; equal argmax where the oracle has no tie."""
+    spread = want.max() - want.min()
+    assert np.isfinite(got).all()
+    assert np.abs(got - want).max() <= 1e-3 * spread
+    top = np.sort(want, axis=-1)
+    clear = top[..., -1] - top[..., -2] > 2e-3 * spread
+    assert (got.argmax(-1) == want.argmax(-1))[clear].all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 2, 7, 63, 64, 65, 130, 300])
+def test_score_equals_eager(kind: str, length: int) -> None:
+    ids = random_ids(length, seed=length)
+    assert_parity(model(kind).score(ids), oracle_logits(ids, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefill_and_decode_equal_eager(kind: str) -> None:
+    ids = random_ids(90, seed=5)
+    want = oracle_logits(ids, kind)
+    with model(kind).session() as session:
+        got = [session.prefill(ids[:70])] + [session.decode(int(token)) for token in ids[70:]]
+    assert_parity(np.stack(got), want[69:])
+
+
+@pytest.mark.parametrize("name", ODD_SHAPES)
+def test_odd_shapes_equal_eager(name: str) -> None:
+    kind, overrides = ODD_SHAPES[name]
+    frozen = {key: Frozen(value) if isinstance(value, dict) else value for key, value in overrides.items()}
+    compiled = model(kind, **frozen)
+    ids = random_ids(77, compiled.manifest.model.vocab_size, seed=1)
+    want = oracle_logits(ids, kind, **frozen)
+    assert_parity(compiled.score(ids), want)
+    with compiled.session() as session:
+        session.prefill(ids[:40])
+        got = np.stack([session.decode(int(token)) for token in ids[40:]])
+    assert_parity(got, want[40:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_weights_stay_close(kind: str) -> None:
+    ids = random_ids(256, seed=9)
+    got = model(kind, "bf16").score(ids).astype(np.float64)
+    want = oracle_logits(ids, kind, "bf16").astype(np.float64)
+    assert mean_kl(want, got) <= 1e-3
+
+
+def mean_kl(want: np.ndarray, got: np.ndarray) -> float:
+    """Mean over rows of KL(softmax(want) || softmax(got)), in nats."""
+    p, q = (x - x.max(-1, keepdims=True) for x in (want, got))
+    p, q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (p, q))
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+class Frozen(dict):  # a config value that can be part of a cache key
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(sorted(self.items())))

@@ -1,0 +1,117 @@
+"""R13 and R14: however a sequence is cut into calls, the result is the same; and it repeats exactly."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+import q35c
+from tests.compiled import BATCH, artifact, checkpoint, model, random_ids
+
+KINDS = ("dense", "moe")
+TOLERANCE = 1e-4  # of the logits' range; the paths add the same numbers in another order
+
+
+def close(got: np.ndarray, want: np.ndarray) -> bool:
+    return bool(np.abs(got - want).max() <= TOLERANCE * (want.max() - want.min()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [5, 70])
+def test_every_split_point(kind: str, length: int) -> None:
+    ids = random_ids(length, seed=length)
+    want = model(kind).score(ids)[-1]
+    for split in range(1, length):
+        with model(kind).session() as session:
+            session.prefill(ids[:split])
+            assert close(session.prefill(ids[split:]), want), f"split at {split}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_by_token(kind: str) -> None:
+    ids = random_ids(70, seed=2)
+    want = model(kind).score(ids)
+    with model(kind).session() as session:
+        for token, row in zip(ids, want, strict=True):
+            assert close(session.decode(int(token)), row)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_splits(kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = random_ids(int(rng.integers(500, 1000)), seed=seed)
+    with model(kind).session() as session:
+        want = session.prefill(ids)
+    cuts = np.sort(rng.choice(np.arange(1, len(ids)), 12, replace=False))
+    with model(kind).session() as session:
+        for part in np.split(ids, cuts):
+            got = session.prefill(part)
+    assert close(got, want), f"seed {seed}, cuts {cuts.tolist()}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_are_independent(kind: str) -> None:
+    compiled = model(kind)
+    prompts = [random_ids(length, seed=length) for length in (3, 40, 66)][:BATCH]
+    steps = random_ids(8, seed=1)
+    alone = []
+    for prompt in prompts:
+        with compiled.session() as session:
+            session.prefill(prompt)
+            alone.append([session.decode(int(token)) for token in steps])
+    sessions = [compiled.session() for _ in prompts]
+    for session, prompt in zip(sessions, prompts, strict=True):
+        session.prefill(prompt)
+    for step, token in enumerate(steps):
+        rows = type(sessions[0]).decode_together(sessions, [int(token)] * len(sessions))
+        for row, want in zip(rows, alone, strict=True):
+            assert close(row, want[step])
+    for session in sessions:
+        session.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_snapshot_restores_bit_for_bit(kind: str) -> None:
+    ids = random_ids(100, seed=3)
+    with model(kind).session() as session:
+        session.prefill(ids[:50])
+        snapshot = session.snapshot()
+        first = session.prefill(ids[50:])
+        session.restore(snapshot)
+        assert np.array_equal(session.prefill(ids[50:]), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hundred_runs_are_bit_equal(kind: str) -> None:
+    ids = random_ids(40, seed=4)
+    seen = set()
+    for _ in range(100):
+        with model(kind).session() as session:
+            session.prefill(ids[:30])
+            logits = [session.decode(int(token)) for token in ids[30:]]
+        seen.add(hashlib.sha256(np.stack(logits).tobytes()).hexdigest())
+    assert len(seen) == 1
+
+
+def test_compiling_twice_gives_the_same_bytes(tmp_path) -> None:
+    from q35c.compile import compile_model
+    from tests.compiled import CONTEXT
+
+    first = artifact("dense")
+    second = tmp_path / "again.q35c"
+    compile_model(checkpoint("dense"), second, precision="f32", context=CONTEXT, batch=BATCH)
+    assert second.read_bytes() == first.read_bytes()
+
+
+def test_threads_change_nothing() -> None:
+    ids = random_ids(90, seed=6)
+    results = []
+    for threads in (1, 2):
+        loaded = q35c.load(artifact("moe"), threads=threads)
+        with loaded.session() as session:
+            session.prefill(ids[:80])
+            results.append(np.stack([session.decode(int(token)) for token in ids[80:]]))
+    assert np.array_equal(*results)
