@@ -94,7 +94,11 @@ def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) 
         "max_threads": 8,
         "state": state_layout(context),
         "kernels": [
-            {"name": "k0", "family": "linear", "parameters": {"n": 4, "dtype": "f32", "taps": [1, 2]}}
+            {
+                "name": "k0",
+                "family": "linear",
+                "parameters": {"n": 4, "dtype": "f32", "taps": [1, 2]},
+            }
         ],
         "generation": GENERATION,
         **changes,
@@ -183,7 +187,10 @@ def write_fake(
 
 def small_fields() -> tuple[dict[str, Any], list[WeightEntry]]:
     """Return fields and weights of the smallest valid artifact, for tests of the format alone."""
-    entries = [WeightEntry("a.weight", "f32", (2, 32), "rows"), WeightEntry("b", "bf16", (3,), "x", ("s",))]
+    entries = [
+        WeightEntry("a.weight", "f32", (2, 32), "rows"),
+        WeightEntry("b", "bf16", (3,), "x", ("s",)),
+    ]
     return manifest_fields(), entries
 
 

@@ -94,7 +94,17 @@ def test_things_that_are_no_artifact(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "locked").write_bytes(b"x")
     (tmp_path / "locked").chmod(0)
-    names = ["fifo", "directory", "empty", "text", "loop", "locked", "missing", "nul\0byte", "x" * 300]
+    names = [
+        "fifo",
+        "directory",
+        "empty",
+        "text",
+        "loop",
+        "locked",
+        "missing",
+        "nul\0byte",
+        "x" * 300,
+    ]
     for name in [*(tmp_path / name for name in names), Path("/dev/zero"), Path("/dev/null")]:
         with pytest.raises(ArtifactError):
             read_artifact(name)

@@ -17,7 +17,24 @@ from q35c.artifact.schema import fields_of
 from q35c.errors import ArtifactError
 from tests.fake_artifact import with_manifest, write_small
 
-VALUES: list[Any] = [0, 1, -1, 2**31, 2**53, 2**63, 10**400, 1.5, -0.0, True, None, "", "x", [], [0], {}]
+VALUES: list[Any] = [
+    0,
+    1,
+    -1,
+    2**31,
+    2**53,
+    2**63,
+    10**400,
+    1.5,
+    -0.0,
+    True,
+    None,
+    "",
+    "x",
+    [],
+    [0],
+    {},
+]
 MISSING, DUPLICATE, NAN = object(), object(), object()
 # Fields that no offset, size or pointer depends on: another value in them is another valid artifact.
 FREE = ("producer", "kernels", "generation")
@@ -40,7 +57,13 @@ def places(tree: Any, path: Place = ()) -> Iterator[Place]:
     """Yield the path of every value in a document."""
     if path:
         yield path
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    items = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     for key, value in items:
         yield from places(value, (*path, key))
 
@@ -61,7 +84,7 @@ def mutate(tree: Any, place: Place, value: Any) -> str:
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     if value is DUPLICATE:
         key = json.dumps(place[-1])
-        return text.replace(f'{key}:["{mark}",', f'{key}:0,{key}:[', 1)
+        return text.replace(f'{key}:["{mark}",', f"{key}:0,{key}:[", 1)
     literal = "NaN" if value is NAN else None if value is MISSING else json.dumps(value)
     return text if literal is None else text.replace(f'"{mark}"', literal)
 
@@ -111,7 +134,9 @@ def test_the_sample_shows_every_field_of_the_schema(whole: bytes) -> None:
         return kind.__origin__ if hasattr(kind, "__metadata__") else kind
 
     sample = manifest_of(whole)
-    del sample["model"]  # its schema is ModelConfig's own, tested there; its values are mutated below
+    del sample[
+        "model"
+    ]  # its schema is ModelConfig's own, tested there; its values are mutated below
     kinds = fields_of(Manifest)
     for name, value in sample.items():
         check(unwrap(kinds[name]), value)
@@ -140,7 +165,12 @@ SHAPES: dict[str, Any] = {
     "unaligned weight": ("weights", 1, "offset", 257),
     "weight larger than its shape": ("weights", 0, "bytes", 512),
     "enormous shape": ("weights", 0, "shape", [2**31 - 1] * 8),
-    "shape that wraps to the right size": ("weights", 0, "shape", [2**31 - 1, 2**31 - 1, 2**31 - 1, 16]),
+    "shape that wraps to the right size": (
+        "weights",
+        0,
+        "shape",
+        [2**31 - 1, 2**31 - 1, 2**31 - 1, 16],
+    ),
     "same name twice": ("weights", 1, "name", "a.weight"),
     "a weight called like a segment": ("weights", 1, "name", "code"),
     "a weight called like the metadata": ("weights", 1, "name", "__metadata__"),

@@ -141,7 +141,10 @@ def test_a_disk_that_fills_up(
 def test_a_file_that_reads_back_wrong_is_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(InternalError, match="does not verify"), open_writer(tmp_path / "m") as writer:
+    with (
+        pytest.raises(InternalError, match="does not verify"),
+        open_writer(tmp_path / "m") as writer,
+    ):
         writer.write("a.weight", A)
         writer.write("b", B)
         real = os.fsync

@@ -46,7 +46,9 @@ def test_template_inside_the_tokenizer_config(folder: Path) -> None:
         assert model.apply_chat_template(MESSAGES) == "own"
 
 
-@pytest.mark.parametrize("config", [b"", b"{", b'{"a": 1, "a": 2}', b"{}", b"[]", b'{"chat_template": []}'])
+@pytest.mark.parametrize(
+    "config", [b"", b"{", b'{"a": 1, "a": 2}', b"{}", b"[]", b'{"chat_template": []}']
+)
 def test_no_template(folder: Path, config: bytes) -> None:
     segments = {"tokenizer_config": config} if config else {}
     with load(folder, **segments) as model, pytest.raises(TokenizerError):
@@ -73,27 +75,50 @@ def test_same_as_transformers() -> None:
 
 HOSTILE: dict[str, str] = {
     "escape by class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "escape by function globals": "{{ raise_exception.__globals__ }}",
-    "escape by attr filter": "{{ messages | attr('__class__') }}",
-    "escape by format string": "{{ '{0.__class__}'.format(messages) }}",
+    "call of a denied attribute": "{{ raise_exception.__globals__['json'].loads('1') }}",
+    "call through the attr filter": "{{ (messages | attr('__class__'))() }}",
+    "format string": "{{ '{0.__class__}'.format(messages) }}",
+    "format map": "{{ '{a.__class__}'.format_map({'a': 1}) }}",
     "mutation": "{{ messages.append(1) }}",
     "dictionary mutation": "{{ messages[0].update(a=1) }}",
     "include": "{% include '/etc/passwd' %}",
     "import": "{% import 'os' as os %}",
+    "extends": "{% extends '/etc/passwd' %}",
     "long range": "{{ range(10**9) | list }}",
     "repetition": "{{ 'a' * 10**9 }}",
     "repetition of a list": "{{ [0] * 10**9 }}",
-    "repetition from the left": "{{ 10**8 * 'a' }}",
+    "repetition from the left": "{{ 10**8 * 2 * 'a' }}",
     "power": "{{ 9 ** 9 ** 9 }}",
     "percent formatting": "{{ '%1000000000d' % 1 }}",
     "format filter": "{{ '%1000000000d' | format(1) }}",
-    "center": "{{ 'a' | center(10**9) }}",
+    "center filter": "{{ 'a' | center(10**9) }}",
     "center method": "{{ 'a'.center(999999999) }}",
     "zfill method": "{{ 'a'.zfill(999999999) }}",
     "format method": "{{ '{:999999999}'.format(1) }}",
     "expandtabs": "{{ ('\\t').expandtabs(999999999) }}",
+    "method by item": "{{ 'a'['center'](999999999) }}",
+    "method by map": "{{ ['a'] | map('center', 999999999) | list }}",
     "indent": "{{ 'a' | indent(999999999) }}",
-    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "json indent": "{{ [1] | tojson(indent=999999999) }}",
+    "batch": "{{ [1] | batch(10**9, 'x') | list }}",
+    "lipsum": "{{ lipsum(n=10**6) }}",
+    "replace method": "{% set a = 'a' * 10**6 %}{{ a.replace('a', a) }}",
+    "replace filter": "{% set a = 'a' * 10**6 %}{{ a | replace('a', a) }}",
+    "join method": "{% set a = 'a' * 10**6 %}{{ a.join(range(10**4)) }}",
+    "join filter": "{% set a = 'a' * 10**6 %}{{ range(10**4) | join(a) }}",
+    "doubling by plus": "{% set a = 'aa' %}" + "{% set a = a + a %}" * 40,
+    "doubling by tilde": "{% set a = 'aa' %}" + "{% set a = a ~ a %}" * 40,
+    "doubling by output": "{% set a = 'aa' %}"
+    + "{% set b %}{{ a }}{{ a }}{% endset %}{% set a = b %}" * 40,
+    "doubling of a list": "{% set a = [1] %}" + "{% set a = a + a %}" * 40,
+    "doubling in a loop": "{% set n = namespace(a='aa') %}{% for i in range(40) %}{% set n.a = n.a ~ n.a %}{% endfor %}",
+    "keeping many": "{% set n = namespace(a=[]) %}{% set x = 'a' * 10**6 %}"
+    "{% for i in range(9999) %}{% set n.a = n.a + [x | upper] %}{% endfor %}",
+    "much output": "{% set x = 'a' * 10**6 %}{% for i in range(9999) %}{{ x }}{% endfor %}",
+    "nested empty loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "loop over a generator": "{% for a in range(9999) %}{% for b in range(9999) | map('abs') %}{% endfor %}{% endfor %}",
+    "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "branching recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
     "undefined call": "{{ nothing() }}",
     "division by zero": "{{ 1 / 0 }}",
 }
@@ -107,7 +132,29 @@ def test_hostile_template(name: str) -> None:
     assert messages == MESSAGES
 
 
-@pytest.mark.parametrize("template", ["{{", "{% for %}", "{{ a | nofilter }}", "(" * 10 + "{{" + "(" * 5000])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception.__globals__ }}",
+        "{{ messages.__class__ }}",
+        "{{ ''.__doc__ }}",
+        "{{ self.__dict__ }}",
+    ],
+)
+def test_denied_attributes_are_nothing(template: str) -> None:
+    assert render_chat(template, MESSAGES) == ""
+
+
+def test_a_long_conversation_is_within_the_budget() -> None:
+    messages = [{"role": "user", "content": "word " * 2000}] * 400  # 4 MB, about a million tokens
+    template = "{% for m in messages %}{{ m.role + ': ' + (m.content | trim) + '\n' }}{% endfor %}"
+    assert len(render_chat(template, messages)) > 3_990_000
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{", "{% for %}", "{{ a | nofilter }}", "{{" + "(" * 5000, "{{ a" + ".b" * 50000 + "}}"],
+)
 def test_malformed_template(template: str) -> None:
     with pytest.raises(TokenizerError, match="malformed"):
         render_chat(template, MESSAGES)

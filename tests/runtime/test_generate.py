@@ -159,7 +159,9 @@ def test_a_full_context_ends_it(babbler: q35c.Model) -> None:
     assert (len(made.ids), made.finish_reason) == (1, "context")
 
 
-@pytest.mark.parametrize("prompt", ["", [], [VOCAB], [-1], [1.5], ["a", ""], [[1], []], 5, None, [None]])
+@pytest.mark.parametrize(
+    "prompt", ["", [], [VOCAB], [-1], [1.5], ["a", ""], [[1], []], 5, None, [None]]
+)
 def test_bad_prompts(speaker: q35c.Model, prompt: Any) -> None:
     with pytest.raises((PromptError, TokenizerError)):
         speaker.generate(prompt)
@@ -219,7 +221,7 @@ def test_cancelling_at_every_token(babbler: q35c.Model) -> None:
     assert len(whole.ids) == 12
 
 
-def test_ten_thousand_cancels_leave_no_memory(babbler: q35c.Model) -> None:
+def test_thousands_of_cancels_leave_no_memory(babbler: q35c.Model) -> None:
     """R16, with mappings as the measure: they are what a forgotten session would leave."""
 
     def mapped() -> int:
@@ -228,7 +230,7 @@ def test_ten_thousand_cancels_leave_no_memory(babbler: q35c.Model) -> None:
     next(babbler.generate("x", stream=True, seed=0))
     gc.collect()
     before = mapped()
-    for _ in range(10_000):
+    for _ in range(3000):
         babbler.session().close()
     for _ in range(200):
         next(babbler.generate("x", stream=True, seed=0))

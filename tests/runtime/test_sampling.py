@@ -101,7 +101,9 @@ def test_logits_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("count", [40, 5000, 8192])
-@pytest.mark.parametrize("options", [{}, {"top_k": 12}, {"top_p": 0.9}, {"temperature": 2.5}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 12}, {"top_p": 0.9}, {"temperature": 2.5}], ids=str
+)
 def test_frequencies_follow_the_weights(count: int, options: dict[str, Any]) -> None:
     chosen = SamplingOptions(**options)
     logits = np.full(count, -40, np.float32)
@@ -187,4 +189,3 @@ def test_options_are_checked(options: dict[str, Any]) -> None:
 def test_seed_is_checked(seed: Any) -> None:
     with pytest.raises(OptionError):
         Sampler(SamplingOptions(), seed)
-

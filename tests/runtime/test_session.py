@@ -165,7 +165,11 @@ def test_the_context_is_a_hard_limit(model: q35c.Model) -> None:
     with model.session() as session:
         session.prefill(ids)
         snapshot = session.snapshot()
-        for call in (lambda: session.decode(1), lambda: session.prefill([1]), lambda: session.score([1])):
+        for call in (
+            lambda: session.decode(1),
+            lambda: session.prefill([1]),
+            lambda: session.score([1]),
+        ):
             with pytest.raises(PromptError, match="context"):
                 call()
         session.restore(snapshot)
@@ -256,18 +260,19 @@ def test_two_threads_in_one_session_are_told(model: q35c.Model) -> None:
         assert np.array_equal(session.decode(4), one_shot(model, [1, 2, 3, 4]))
 
 
-def test_sessions_of_several_models_do_not_mix(model: q35c.Model, path: Path, tmp_path: Path) -> None:
+def test_sessions_of_several_models_do_not_mix(
+    model: q35c.Model, path: Path, tmp_path: Path
+) -> None:
     write_fake(tmp_path / "other", precision="other")
-    with q35c.load(path, threads=1) as twin, q35c.load(tmp_path / "other", threads=1) as stranger:
-        with model.session() as session, twin.session() as same, stranger.session() as other:
-            want = session.prefill([1, 2])
-            same.restore(session.snapshot())  # the same file: the same model
-            assert np.array_equal(same.decode(3), session.decode(3))
-            with pytest.raises(OptionError, match="another model"):
-                other.restore(session.snapshot())
-            with pytest.raises(OptionError, match="several models"):
-                Session.decode_together([session, same], [1, 1])
-    assert want.shape == (VOCAB,)
+    twin, stranger = q35c.load(path, threads=1), q35c.load(tmp_path / "other", threads=1)
+    with model.session() as session, twin.session() as same, stranger.session() as other:
+        session.prefill([1, 2])
+        same.restore(session.snapshot())  # the same file: the same model
+        assert np.array_equal(same.decode(3), session.decode(3))
+        with pytest.raises(OptionError, match="another model"):
+            other.restore(session.snapshot())
+        with pytest.raises(OptionError, match="several models"):
+            Session.decode_together([session, same], [1, 1])
 
 
 def test_threads_change_nothing(path: Path) -> None:

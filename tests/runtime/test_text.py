@@ -22,7 +22,19 @@ def stream(tokens: list[int], backend: Tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "plain", "wörld", "日本語", "a🙂b", "👨‍👩‍👧‍👦", "\ufffd", "a\ufffd\ufffdb", "e\u0301", "\0\r\n"]
+    "text",
+    [
+        "",
+        "plain",
+        "wörld",
+        "日本語",
+        "a🙂b",
+        "👨‍👩‍👧‍👦",
+        "\ufffd",
+        "a\ufffd\ufffdb",
+        "e\u0301",
+        "\0\r\n",
+    ],
 )
 def test_pieces_are_whole_characters(byte_tokenizer: Tokenizer, text: str) -> None:
     ids = byte_tokenizer.encode(text)
@@ -42,7 +54,13 @@ def test_random_bytes_add_up_to_the_whole_text(byte_tokenizer: Tokenizer) -> Non
     random.seed(seed)
     for case in range(400):
         alphabet = random.choice(
-            [range(256), range(128, 256), [0xE2, 0x82, 0xAC], [0xF0, 0x9F, 0x99, 0x82, 65], [255, 65]]
+            [
+                range(256),
+                range(128, 256),
+                [0xE2, 0x82, 0xAC],
+                [0xF0, 0x9F, 0x99, 0x82, 65],
+                [255, 65],
+            ]
         )
         ids = random.choices(list(alphabet), k=random.choice((1, 5, 40, 90)))
         pieces = stream(ids, byte_tokenizer)
@@ -74,7 +92,8 @@ def test_stop_scanner_equals_searching_the_whole_text() -> None:
         letters = "ab" if case % 2 else "abc"
         text = "".join(random.choices(letters, k=random.randrange(25)))
         stops = [
-            "".join(random.choices(letters, k=random.randint(1, 5))) for _ in range(random.randint(1, 3))
+            "".join(random.choices(letters, k=random.randint(1, 5)))
+            for _ in range(random.randint(1, 3))
         ]
         scanner, got, rest = StopScanner(stops), "", text
         while rest and scanner.found is None:
@@ -92,7 +111,13 @@ def test_stop_scanner_equals_searching_the_whole_text() -> None:
 
 def test_stop_scanner_holds_no_more_than_it_must() -> None:
     scanner = StopScanner(["STOP"])
-    assert [scanner.push(piece) for piece in ("a S", "TO", "x", "ST", "OP!")] == ["a ", "", "STOx", "", ""]
+    assert [scanner.push(piece) for piece in ("a S", "TO", "x", "ST", "OP!")] == [
+        "a ",
+        "",
+        "STOx",
+        "",
+        "",
+    ]
     assert scanner.found == "STOP"
 
 

@@ -18,6 +18,7 @@ statement inside TVMScript. (T.inline macros would cost half a second of parsing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -106,6 +107,11 @@ class Matmul:
             return (self.vectors,)
         # swiglu needs a gate vector and its up vector, 16 columns further, in one pass.
         return ((0, 2), (1, 3)) if self.is_swiglu else ((0, 1), (2, 3))
+
+    @property
+    def unroll(self) -> int:
+        """Number of k in one turn of a tall tile's loop; it divides every chunk."""
+        return math.gcd(self.K, 4)
 
 
 @dataclass(frozen=True)
@@ -216,9 +222,11 @@ def _tall_tiles(matmul: Matmul, operands: Operands, begin: Expr, count: Expr) ->
                 for vectors in matmul.passes:
                     acc = _accumulators(matmul, rows, vectors)
                     _copy(matmul, acc, sums, tile, vectors, load=True)
-                    with T.serial(size) as k:
-                        xs = [operands.x[row, chunk * _CHUNK + k] for row in x_rows]
-                        _multiply(matmul, acc, [weight(k, v) for v in vectors], xs)
+                    with T.serial(T.truncdiv(size, matmul.unroll)) as step:
+                        for u in range(matmul.unroll):
+                            k = step * matmul.unroll + u
+                            xs = [operands.x[row, chunk * _CHUNK + k] for row in x_rows]
+                            _multiply(matmul, acc, [weight(k, v) for v in vectors], xs)
                     _copy(matmul, acc, sums, tile, vectors, load=False)
         with T.serial(tiles) as tile:
             positions = [begin + (first + tile) * rows + i for i in range(rows)]
