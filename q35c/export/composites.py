@@ -158,7 +158,7 @@ def expert_step(n: Nodes, x: str):
     places = step.add("Unsqueeze", rows, n.ints(1))
     scaled = step.add("Mul", out, factor)
     new_total = step.add("ScatterND", total, places, scaled, reduction="add", name="expert/new_sum")
-    ranks = dict(zip(inputs, (2, 2, 2, 1), strict=True))
+    ranks: dict[str, int] = dict(zip(inputs, (2, 2, 2, 1), strict=True))
     return step.as_graph("expert_step", ranks, {new_total: 2})
 
 

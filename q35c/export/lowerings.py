@@ -7,7 +7,7 @@ are its. State is empty before the first token. To export a new op, write its fu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,13 +25,14 @@ from q35c.export.nodes import NUMPY_TYPES, Nodes, element_type
 from q35c.ir.graph import Op
 
 Lowering = Callable[..., str | tuple[str, ...]]
+Function = TypeVar("Function", bound=Lowering)
 LOWERINGS: dict[str, Lowering] = {}
 
 
-def lowers(*kinds: str) -> Callable[[Lowering], Lowering]:
+def lowers(*kinds: str) -> Callable[[Function], Function]:
     """Make a function the lowering of these ops."""
 
-    def register(function: Lowering) -> Lowering:
+    def register(function: Function) -> Function:
         LOWERINGS.update(dict.fromkeys(kinds, function))
         return function
 
@@ -67,7 +68,7 @@ def lower_direct(n: Nodes, op: Op, *inputs: str) -> str:
 
 @lowers(*SCALAR)
 def lower_scalar(n: Nodes, op: Op, x: str) -> str:
-    op_type, attr = SCALAR[op.kind]
+    op_type, name = SCALAR[op.kind]
     return n.add(op_type, x, n.scalar(attr(op, attr), op.operands[0].type.dtype))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
@@ -34,16 +34,16 @@ class Nodes:
     def __init__(self, outer: Nodes | None = None) -> None:
         self.nodes: list[NodeProto] = []
         self.scope = outer.scope if outer else ""
-        self.constants: dict[str, TensorProto] = outer.constants if outer else {}
+        self.constants: dict[Hashable, TensorProto] = outer.constants if outer else {}
         self._names: set[str] = outer._names if outer else set()
         self._made: dict[Hashable, object] = {}
 
-    def add(self, op_type: str, *inputs: str, name: str = "", **attrs: object) -> str:
+    def add(self, op_type: str, *inputs: str, name: str = "", **attrs: Any) -> str:
         """Append a node with one output and return it."""
         return self.add_many(op_type, 1, *inputs, name=name, **attrs)[0]
 
     def add_many(
-        self, op_type: str, count: int, *inputs: str, name: str = "", **attrs: object
+        self, op_type: str, count: int, *inputs: str, name: str = "", **attrs: Any
     ) -> tuple[str, ...]:
         """Append a node with several outputs and return them."""
         unique = self.unique(name or op_type)
@@ -70,25 +70,13 @@ class Nodes:
 
     def constant(self, array: np.ndarray) -> str:
         """Return an initializer with these values; equal ones are shared."""
-        shape = "x".join(map(str, array.shape)) or "scalar"
-        stem = f"constants/{array.dtype}_{shape}"
-        if array.size <= 4:
-            name = "_".join([stem, *map(str, array.ravel().tolist())])
-        else:
-            key = (stem, array.tobytes())
-            same = [old for old in self.constants if old.startswith(stem)]
-            name = self.once_in_model(key, f"{stem}_no{len(same)}")
-        if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
-        return name
-
-    def once_in_model(self, key: tuple[str, bytes], new: str) -> str:
-        """Return the name of the constant that holds these bytes, else `new`."""
-        stem, data = key
-        for name, tensor in self.constants.items():
-            if name.startswith(stem) and tensor.raw_data == data:
-                return name
-        return new
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self.constants:
+            shape = "x".join(map(str, array.shape)) or "scalar"
+            values = array.ravel().tolist() if array.size <= 4 else [f"no{len(self.constants)}"]
+            name = "_".join([f"constants/{array.dtype}", shape, *map(str, values)])
+            self.constants[key] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return self.constants[key].name
 
     def ints(self, *values: int) -> str:
         """Return a vector of int64, as shapes and axes are given."""
@@ -123,14 +111,14 @@ class Nodes:
 
     def as_graph(self, name: str, inputs: dict[str, int], outputs: dict[str, int]) -> GraphProto:
         """Return these nodes as the body of a loop; inputs and outputs are given with their rank."""
-        declared = (
+        declared, results = (
             [
                 helper.make_tensor_value_info(value, TensorProto.FLOAT, [None] * rank)
                 for value, rank in group.items()
             ]
             for group in (inputs, outputs)
         )
-        return helper.make_graph(self.nodes, name, *declared)
+        return helper.make_graph(self.nodes, name, declared, results)
 
 
 def dynamic_dims(shape: Shape) -> list[int]:

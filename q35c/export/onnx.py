@@ -163,7 +163,7 @@ def append_data(file: BinaryIO, location: str, name: str, array: np.ndarray) -> 
     fields = {"location": location, "offset": file.tell(), "length": array.nbytes}
     for key, value in fields.items():
         tensor.external_data.add(key=key, value=str(value))
-    file.write(memoryview(array).cast("B"))
+    file.write(array.data)
     return tensor
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from q35c.artifact import Manifest, layout
 from q35c.artifact.manifest import Entry as EntryPlan
-from q35c.errors import ExecutionError, InternalError, OptionError
+from q35c.errors import InternalError, OptionError
 from q35c.runtime.library import Arguments, Entry, Library, Workers
 from q35c.runtime.memory import Region, WeightBlock
 
@@ -126,11 +126,7 @@ class Executor:
         # An interrupt may end this call while threads still run: their memory must outlive it. The
         # next run waits for them before it starts.
         self._busy = sequences
-        try:
-            self._workers.run(self._entries[plan.name], arguments)
-        except ExecutionError:
-            self._barrier.zero()  # all threads have returned, perhaps not through every barrier
-            raise
+        self._workers.run(self._entries[plan.name], arguments)
         self._busy = ()
         return self._fields["logits"][:rows].copy()
 

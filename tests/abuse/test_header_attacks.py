@@ -148,6 +148,12 @@ def test_attack_is_refused(tmp_path: Path, whole: bytes, name: str) -> None:
         read_artifact(path)
 
 
+def test_a_damaged_manifest_is_called_so(tmp_path: Path, whole: bytes) -> None:
+    (tmp_path / "m").write_bytes(whole.replace(b"q35c 0.1.0", b"q35c 0.1.1", 1))
+    with pytest.raises(ArtifactError, match="manifest is damaged"):
+        read_artifact(tmp_path / "m")
+
+
 def test_the_tools_themselves_change_nothing(tmp_path: Path, whole: bytes) -> None:
     """The helpers above reproduce a valid file when they change nothing."""
     for change in (edit_header(lambda h: None), text_header(str), manifest_text(str)):

@@ -13,6 +13,7 @@ import pytest
 from q35c import strictjson
 from q35c.artifact import layout, read_artifact
 from q35c.artifact.manifest import Manifest
+from q35c.artifact.reader import parse_manifest
 from q35c.artifact.schema import fields_of
 from q35c.errors import ArtifactError
 from tests.fake_artifact import with_manifest, write_small
@@ -195,6 +196,14 @@ SHAPES: dict[str, Any] = {
 }
 
 
+# What contradicts nothing else in the manifest: only the code's trailer tells.
+PLAUSIBLE = {
+    "more threads than the arena has scratch for",
+    "another symbol",
+    "fewer features",
+}
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_of_attack(tmp_path: Path, whole: bytes, name: str) -> None:
     *place, value = SHAPES[name]
@@ -203,6 +212,11 @@ def test_shapes_of_attack(tmp_path: Path, whole: bytes, name: str) -> None:
         tree["segments"][place[1]] = None
     text = mutate(tree, tuple(place), value)
     assert load_fully(tmp_path / "mutant", forge(whole, text)) is None
+    if name in PLAUSIBLE:
+        parse_manifest(text.encode())
+    else:
+        with pytest.raises(ArtifactError):
+            parse_manifest(text.encode())
 
 
 def test_keeping_memory_consistent_does_not_help(tmp_path: Path, whole: bytes) -> None:

@@ -21,6 +21,7 @@ from tests.fake_artifact import write_small
 
 path, mode, points = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 NAMES = ("open", "write", "lseek", "fsync", "pread", "replace", "close", "unlink")
+NAMES += ("rename", "link", "sendfile", "ftruncate", "truncate", "pwrite")
 
 
 def dying(kill_at):

@@ -229,6 +229,8 @@ def test_a_failed_step_breaks_the_session_until_it_is_restored(model: q35c.Model
         assert np.array_equal(session.decode(3), one_shot(model, [1, 2, 3]))
         with pytest.raises(ExecutionError):
             session.prefill([FAILING])
+        with pytest.raises(OptionError, match="undefined"):
+            session.prefill([1])
         session.reset()
         assert np.array_equal(session.prefill([8]), one_shot(model, [8]))
 
