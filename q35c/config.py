@@ -256,7 +256,12 @@ def _check_supported(config: ModelConfig, where: str) -> None:
     taps = config.linear_conv_kernel_dim
     require(2 <= taps <= 4, "linear_conv_kernel_dim", "2 to 4", taps)
     section = config.rope_parameters.mrope_section
-    require(0 not in section, "rope_parameters.mrope_section", "at least one pair per axis", list(section))
+    require(
+        0 not in section,
+        "rope_parameters.mrope_section",
+        "at least one pair per axis",
+        list(section),
+    )
     rotary = config.rotary_dim
     factor = config.rope_parameters.partial_rotary_factor
     require(

@@ -137,7 +137,7 @@ def _refusals(tree: Any, path: str) -> Iterator[tuple[str, str]]:
         for key, item in tree.items():
             if not _is_text(key):
                 yield path, "key holds a lone surrogate"
-            yield from _refusals(item, f"{path}.{key[:80].encode('unicode_escape').decode()}")
+            yield from _refusals(item, f"{path}.{ascii(key[:80])[1:-1]}")
 
 
 def _is_text(value: str) -> bool:

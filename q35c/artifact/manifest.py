@@ -330,7 +330,8 @@ def _check_weights(manifest: Manifest) -> None:
     sizes = [layout.tensor_bytes(dtype, shape) for dtype, shape in specs]
     _check_equal("$.weights sizes", [weight.bytes for weight in weights], sizes)
     _check_equal("$.weights_bytes", manifest.weights_bytes, total)
-    _check_unique("$.weights", [weight.name for weight in weights] + [*manifest.segments])
+    taken = [*manifest.segments, "__metadata__"]  # one table of names in the file's header
+    _check_unique("$.weights", [weight.name for weight in weights] + taken)
 
 
 def _check_segments(manifest: Manifest) -> None:

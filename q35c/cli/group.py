@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from q35c.errors import InputError, InternalError, Q35CError, ToolchainError
+from q35c.errors import InputError, Q35CError, ToolchainError
 
 EXIT_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 DEBUG_VARIABLE = "Q35C_DEBUG"

@@ -18,7 +18,7 @@ from tvm.tirx import PrimFunc, compilation_pipeline
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.sync import SUPPORT_IR, barrier
-from q35c.codegen.program import BARRIER_KERNEL, kernel_symbol
+from q35c.codegen.program import BARRIER_FUNCTION, kernel_symbol
 from q35c.errors import ToolchainError
 
 _PIPELINE = "q35c"
@@ -59,7 +59,7 @@ def compile_module(
 ) -> tvm.runtime.Module:
     """Lower private kernels and public entries to one TVM module of machine code for `isa`."""
     members = {kernel_symbol(name): functions[name] for name in sorted(functions)}
-    members[kernel_symbol(BARRIER_KERNEL)] = barrier()
+    members[BARRIER_FUNCTION] = barrier()
     for name in sorted(entries):
         members[tvm.ir.GlobalVar(name)] = _with_support(entries[name])
     target = tvm.target.Target({"kind": "llvm", "mcpu": isa.llvm_target})

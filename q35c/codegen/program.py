@@ -20,7 +20,7 @@ from q35c.errors import LoweringError
 Blob = Literal["weights", "state", "arena", "io", "barrier"]
 BLOBS: tuple[Blob, ...] = ("weights", "state", "arena", "io", "barrier")
 ELEMENT_BYTES = 4
-BARRIER_KERNEL = "barrier"  # the private function that every program with a Barrier calls
+BARRIER_FUNCTION = tvm.ir.GlobalVar("program_barrier")  # build.py adds it to every module
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Barrier:
 @cache
 def kernel_symbol(name: str) -> tvm.ir.GlobalVar:
     """Return the one global variable that names a private kernel in every module."""
-    return tvm.ir.GlobalVar(name)
+    return tvm.ir.GlobalVar(f"kernel_{name}")  # an entry may have the same name
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,14 @@ def entry_function(
 
 def _statement(call: Call | Barrier, parameters: Parameters) -> tirx.Stmt:
     if isinstance(call, Barrier):
-        wait = _evaluate(BARRIER_KERNEL, [as_pointer(parameters.blobs["barrier"]), parameters.nt])
+        wait = _evaluate(BARRIER_FUNCTION, [as_pointer(parameters.blobs["barrier"]), parameters.nt])
         return tirx.IfThenElse(parameters.nt > 1, wait, None)
-    return _evaluate(call.kernel, [_expression(a, parameters, call) for a in call.args])
+    arguments = [_expression(argument, parameters, call) for argument in call.args]
+    return _evaluate(kernel_symbol(call.kernel), arguments)
 
 
-def _evaluate(kernel: str, arguments: list[Any]) -> tirx.Stmt:
-    return tirx.Evaluate(tvm.ir.Call(kernel_symbol(kernel), arguments, ret_ty="int32"))
+def _evaluate(function: tvm.ir.GlobalVar, arguments: list[Any]) -> tirx.Stmt:
+    return tirx.Evaluate(tvm.ir.Call(function, arguments, ret_ty="int32"))
 
 
 def _expression(argument: Argument, parameters: Parameters, call: Call) -> Any:
@@ -153,7 +154,7 @@ def _address(pointer: Pointer, parameters: Parameters, call: Call) -> Any:
         raise LoweringError(
             "a kernel argument is not aligned to an element",
             where=call.kernel,
-            got=f"offset {pointer.byte_offset} in {pointer.blob}",
+            got=pointer,
         )
     offset: Any = tirx.const(pointer.byte_offset, "int64")
     if pointer.last_row:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from q35c.frontend.importer import DTYPES, Importer, Item
+from q35c.frontend.importer import Importer, Item
 from q35c.ir import Value
 from q35c.ir.ops import symbolic_product
 from q35c.ir.types import Dim, Shape, SymDim
@@ -194,7 +194,9 @@ def aligned(imp: Importer, a: Item, b: Item) -> tuple[Value, Value, int | None]:
         if batch >= 0 and (len(places) > 1 or item.shape[batch] != 1):
             # The batch axis meets a real one: keep it as an ordinary axis of one.
             return reshaped(imp, a.value, a.shape), reshaped(imp, b.value, b.shape), None
-        values.append(item.value if batch < 0 else reshaped(imp, item.value, without(item.shape, batch)))
+        values.append(
+            item.value if batch < 0 else reshaped(imp, item.value, without(item.shape, batch))
+        )
     return values[0], values[1], rank - place
 
 
@@ -231,7 +233,9 @@ for _kind in ("neg", "exp", "sigmoid", "silu", "softplus", "rsqrt", "cos", "sin"
 @rule("aten.pow.Tensor_Scalar")
 def import_pow(imp: Importer, node: Node) -> Item:
     item = imp.item(node.args[0], node)
-    return Item(imp.builder.emit("pow_scalar", item.value, exponent=float(node.args[1])), item.batch)
+    return Item(
+        imp.builder.emit("pow_scalar", item.value, exponent=float(node.args[1])), item.batch
+    )
 
 
 @rule(

@@ -4,6 +4,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from q35c.errors import CheckpointError
 
@@ -54,18 +55,24 @@ class ModelDirectory:
             hint="copy the file itself here, or give the hub id instead of a cache path",
         )
 
-    def read(self, name: str, limit: int) -> bytes:
-        """Return a whole file of at most `limit` bytes."""
+    def open(self, name: str) -> BinaryIO:
+        """Open a regular file for reading."""
         path = self.path(name)
         # O_NOFOLLOW and O_NONBLOCK: the file may have been exchanged since it was looked at.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError("is not a regular file", where=str(path))
-            data = b"" if status.st_size > limit else file.read(limit + 1)
-        if max(status.st_size, len(data)) > limit:
+        file = open(descriptor, "rb")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            file.close()
+            raise CheckpointError("is not a regular file", where=str(path))
+        return file
+
+    def read(self, name: str, limit: int) -> bytes:
+        """Return a whole file of at most `limit` bytes."""
+        with self.open(name) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = b"" if size > limit else file.read(limit + 1)
+        if max(size, len(data)) > limit:
             raise CheckpointError(
-                "file is too large", where=str(path), expected=f"at most {limit} bytes"
+                "file is too large", where=f"{self.root}/{name}", expected=f"at most {limit} bytes"
             )
         return data

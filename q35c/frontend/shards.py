@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ DTYPES = ("F32", "F16", "BF16")
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MAX_INDEX_BYTES = 64 << 20
-_MAX_INDEX_VALUES = 2_000_000
+_MAX_HEADER_BYTES = 64 << 20
+_MAX_TENSOR_VALUES = 2_000_000  # an index or header may name a hundred thousand experts
 _COMPARED_ROWS = 4096
 
 
@@ -128,6 +130,8 @@ def _stored_tensors(directory: ModelDirectory) -> dict[str, StoredTensor]:
             f"ambiguous weights: both {SINGLE} and {INDEX}", where=str(directory.root)
         )
     shards = sorted(set(placed.values())) if placed is not None else [_only_shard(directory, names)]
+    for shard in shards:
+        _check_header(directory, shard)
     stored: dict[str, StoredTensor] = {}
     seen: set[str] = set()
     for shard in shards:
@@ -177,7 +181,7 @@ def _read_index(directory: ModelDirectory) -> dict[str, str]:
         where=where,
         limit=_MAX_INDEX_BYTES,
         error=CheckpointError,
-        max_values=_MAX_INDEX_VALUES,
+        max_values=_MAX_TENSOR_VALUES,
     )
     placed = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(placed, dict) or not placed:
@@ -204,6 +208,29 @@ def _check_placed(
             expected=f"in {placed.get(tensor.name)!r:.120}",
             got=f"in {tensor.shard!r:.120}",
         )
+
+
+def _check_header(directory: ModelDirectory, shard: str) -> None:
+    """Refuse a header that strict JSON refuses: safetensors lets the last of two equal names win."""
+    where = f"{directory.root}/{shard}"
+    with directory.open(shard) as file:
+        remaining = os.fstat(file.fileno()).st_size - 8
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(remaining, _MAX_HEADER_BYTES):
+            raise CheckpointError(
+                "damaged safetensors file: the header does not fit",
+                where=where,
+                expected=f"2 to {max(0, min(remaining, _MAX_HEADER_BYTES))} bytes",
+                got=length,
+            )
+        header = file.read(length)
+    strictjson.loads(
+        header,
+        where=where,
+        limit=_MAX_HEADER_BYTES,
+        error=CheckpointError,
+        max_values=_MAX_TENSOR_VALUES,
+    )
 
 
 def _open_shard(directory: ModelDirectory, shard: str) -> Iterator[StoredTensor]:

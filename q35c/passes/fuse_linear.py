@@ -65,11 +65,12 @@ def merge_siblings(find: Matcher, out: Rewriter, op: Op) -> None:
     """Emit one linear for each group of operands and let the operands read slices of it."""
     for group in MERGED_OPERANDS[op.kind]:
         members = [op.operands[i] for i in group]
-        linears = [find.op(member, "linear") for member in members]
-        if any(linear is None or linear.operands[0] != linears[0].operands[0] for linear in linears):  # type: ignore[union-attr]
+        linears = [linear for member in members if (linear := find.op(member, "linear"))]
+        sources = {linear.operands[0] for linear in linears}
+        if len(linears) != len(members) or len(sources) != 1:
             continue
-        x = linears[0].operands[0]  # type: ignore[union-attr]
-        weights = [w for linear in linears for w in linear.operands[1:]]  # type: ignore[union-attr]
+        (x,) = sources
+        weights = [w for linear in linears for w in linear.operands[1:]]
         merged = out.emit("linear", out.new(x), *weights)
         start = 0
         for member in members:

@@ -72,7 +72,10 @@ def delta_states(out: Rewriter, op: Op, number: int) -> list[Value]:
     key_dim = (channels - value_heads * value_dim) // (2 * key_heads)
     conv = TensorType("f32", (SEQUENCES, taps - 1, channels))
     delta = TensorType("f32", (SEQUENCES, value_heads, key_dim, value_dim))
-    return [out.state(f"delta_net.{number}.conv", conv), out.state(f"delta_net.{number}.delta", delta)]
+    return [
+        out.state(f"delta_net.{number}.conv", conv),
+        out.state(f"delta_net.{number}.delta", delta),
+    ]
 
 
 def cache_states(out: Rewriter, op: Op, number: int) -> list[Value]:

@@ -151,8 +151,12 @@ def test_every_field_with_every_value(tmp_path: Path, whole: bytes) -> None:
         is_key = isinstance(place[-1], str)
         for value in [*VALUES, NAN, *([MISSING, DUPLICATE] if is_key else [])]:
             text = mutate(sample, place, value)
-            manifest = load_fully(tmp_path / "mutant", forge(whole, text))
             tried += 1
+            try:
+                parse_manifest(text.encode())
+            except ArtifactError:
+                continue  # the reader goes no further; the cases below go through a file
+            manifest = load_fully(tmp_path / "mutant", forge(whole, text))
             if manifest is not None and json.loads(manifest.to_json()) != sample:
                 accepted += 1
                 assert place[0] in FREE, f"{place} = {value!r} was accepted"

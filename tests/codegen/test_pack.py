@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -146,9 +144,7 @@ def test_chunks_equal_the_whole(
 
 
 @pytest.mark.parametrize("name", ["even", "stacked", "swiglu"])
-def test_no_more_is_read_at_a_time_than_a_slice(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_is_read_at_a_time_than_a_slice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout, shapes = ALL_LAYOUTS[name]
     weight, arrays = random_weight(layout, "bf16", shapes)
     monkeypatch.setattr(pack, "SLICE_BYTES", 4 * 32 * 6)

@@ -206,9 +206,7 @@ def conflict(a: Step, b: Step, offsets: dict[str, int]) -> bool:
     if set(a.state) & set(b.state):
         return True
     first, second = (touched(s, offsets) for s in (a, b))
-    return any(
-        bool(first[i] & second[j]) for i, j in (("w", "w"), ("w", "r"), ("r", "w"))
-    )
+    return any(bool(first[i] & second[j]) for i, j in (("w", "w"), ("w", "r"), ("r", "w")))
 
 
 def touched(step: Step, offsets: dict[str, int]) -> dict[str, set[tuple[str, int]]]:

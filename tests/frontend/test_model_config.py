@@ -227,7 +227,7 @@ def test_canonical_form_needs_every_key(key: str) -> None:
 
 
 def test_family_lists_the_eight_sizes() -> None:
-    sizes = "0.8b 2b 4b 9b 27b 35b-a3b 122b-a10b 397b-a17b".split()
+    sizes = ["0.8b", "2b", "4b", "9b", "27b", "35b-a3b", "122b-a10b", "397b-a17b"]
     assert family.names() == tuple(f"qwen3.5-{size}" for size in sizes)
     with pytest.raises(OptionError, match=r"qwen3\.5-7b"):
         family.load("qwen3.5-7b")

@@ -86,7 +86,9 @@ def test_other_threads_keep_the_original_functions(tmp_path) -> None:
 
 def test_tied_weights_share_one_name() -> None:
     graph = import_program(trace_model(tiny("dense", tie_word_embeddings=True)))
-    readers = [op.kind for op in graph.ops if any(v.name == "embed_tokens.weight" for v in op.operands)]
+    readers = [
+        op.kind for op in graph.ops if any(v.name == "embed_tokens.weight" for v in op.operands)
+    ]
     assert readers == ["embedding", "linear"]
     assert "lm_head.weight" not in {value.name for value in graph.leaves("weight")}
 

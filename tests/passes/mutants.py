@@ -32,7 +32,9 @@ def mutants(graph: Graph, rng: np.random.Generator, count: int) -> Iterator[Grap
         if count == 0:
             return
         try:
-            changed = fixed_tokens(graph, int(rng.choice([1, 2, 4]))) if rng.random() < 0.4 else graph
+            changed = graph
+            if rng.random() < 0.4:
+                changed = fixed_tokens(graph, int(rng.choice([1, 2, 4])))
             for _ in range(rng.integers(1, 4)):
                 changed = mutate(changed, rng)
         except VerifyError:

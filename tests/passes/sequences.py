@@ -21,7 +21,12 @@ class Sequences:
         self.weights, self.state = arrays.weights, arrays.state
 
     def run(
-        self, entry: str, tokens: np.ndarray, positions: np.ndarray, slots: list[int], starts: list[int]
+        self,
+        entry: str,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        slots: list[int],
+        starts: list[int],
     ) -> np.ndarray:
         """Run one step and return its logits."""
         inputs = {

@@ -42,7 +42,7 @@ def test_random_plans(seed: int) -> None:
     plan = plan_memory(lifetimes)
     assert set(plan.offsets) == {b.name for b in lifetimes}
     assert not collisions(plan, lifetimes), f"seed {seed}"
-    assert all(0 <= offset and offset % ALIGNMENT == 0 for offset in plan.offsets.values())
+    assert all(offset >= 0 and offset % ALIGNMENT == 0 for offset in plan.offsets.values())
     assert all(plan.offsets[b.name] + b.bytes <= plan.bytes for b in lifetimes), f"seed {seed}"
     least = max(live_bytes(lifetimes, step) for step in range(12))
     most = sum(-(-b.bytes // ALIGNMENT) * ALIGNMENT for b in lifetimes)

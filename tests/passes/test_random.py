@@ -17,12 +17,11 @@ from tests.passes.arrays import compare, draw_arrays, is_single, run_on
 from tests.passes.mutants import mutants
 from tests.passes.test_goldens import PASSES
 
-SEEDS = range(400)
+SEEDS = range(320)
 MUTANTS = 12  # of each golden
 FUSIONS = sorted({step.__name__ for step in FUSION})
-GOLDENS = {
-    name: sorted(Path(__file__).parent.glob(f"{name}/*.txt")) for name in FUSIONS
-}  # fmt: skip
+GOLDENS = {name: sorted(Path(__file__).parent.glob(f"{name}/*.txt")) for name in FUSIONS}
+MATCHING = ("canonicalize", "fuse_linear", "fuse_norm")  # what random graphs hold work for
 
 
 def random_case(seed: int) -> tuple[Graph, list[np.ndarray], tuple, float]:
@@ -39,7 +38,7 @@ def cases():
     return [random_case(seed) for seed in SEEDS]
 
 
-@pytest.mark.parametrize("name", FUSIONS)
+@pytest.mark.parametrize("name", MATCHING)
 def test_pass_keeps_random_graphs(name: str, cases) -> None:
     for seed, (graph, expected, arrays, tolerance) in zip(SEEDS, cases, strict=True):
         made = PASSES[name](graph)
@@ -66,7 +65,7 @@ def test_random_graphs_are_fused_often_enough(cases) -> None:
     """Graphs without anything to fuse would prove nothing."""
     counts: Counter[str] = Counter()
     for graph, *_ in cases:
-        for name in ("canonicalize", "fuse_norm", "fuse_linear"):
+        for name in MATCHING:
             counts[name] += PASSES[name](graph) != graph
     assert min(counts.values()) >= 40 and len(counts) == 3, counts
 

@@ -56,9 +56,7 @@ def delta_net(b: Builder, x: Value, name: str) -> Value:
     gates = project(b, x, f"{name}.ba", 4, 4)
     shapes = {"conv": (20, 1, 3), "A_log": (4,), "dt_bias": (4,), "gated_norm": (2,)}
     weights = [weight(b, f"{name}.{leaf}", *shape) for leaf, shape in shapes.items()]
-    return b.emit(
-        "gated_delta_net", qkv, z, *gates, *weights, key_heads=2, value_heads=4, eps=1e-6
-    )
+    return b.emit("gated_delta_net", qkv, z, *gates, *weights, key_heads=2, value_heads=4, eps=1e-6)
 
 
 def attention(b: Builder, x: Value, angles: Value, name: str) -> Value:

@@ -55,22 +55,78 @@ def test_no_template(folder: Path, config: bytes) -> None:
         model.apply_chat_template(MESSAGES)
 
 
-def test_same_as_transformers() -> None:
+MANY_FEATURES = (
+    "{%- if tools %}\n    {{- tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}\n  {% if m.role == 'skip' %}{% continue %}{% endif %}\n"
+    "  {{ m | tojson(indent=2) }}\n{{- m.content | trim | upper }}\n{% endfor %}"
+    "{% set ns = namespace(n=0) %}{% for i in range(3) %}{% set ns.n = ns.n + i * 2 %}{% endfor %}"
+    "{{ ns.n }}{{ messages[::-1] | length }}{{ thinking }}{{ strftime_now('%Y') }}"
+)
+# Written in the manner of the family's templates: macros, reversed search for the last question,
+# thinking cut out of earlier turns, content as text or as parts, tool calls and their results.
+FAMILY = """
+{%- macro render(content) %}{% if content is string %}{{- content }}
+{%- elif content is iterable and content is not mapping %}{% for part in content %}
+{%- if 'text' in part %}{{ part.text }}{% else %}<|{{ part['type'] }}|>{% endif %}{% endfor %}
+{%- elif content is none or content is undefined %}{{- '' }}
+{%- else %}{{ raise_exception('Unexpected content') }}{% endif %}{% endmacro %}
+{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + render(messages[0].content) + '<|im_end|>\\n' }}{% endif %}
+{%- set ns = namespace(open=true, last=messages | length - 1) %}
+{%- for message in messages[::-1] %}{% set index = (messages | length - 1) - loop.index0 %}
+{%- if ns.open and message.role == 'user' and not(render(message.content) | trim).startswith('<tool>') %}
+{%- set ns.open = false %}{% set ns.last = index %}{% endif %}{% endfor %}
+{%- for message in messages %}{% set content = render(message.content) | trim %}
+{%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+{{- '<|im_start|>' ~ message.role ~ '\\n' ~ content ~ '<|im_end|>' ~ '\\n' }}
+{%- elif message.role == 'assistant' %}{% set reasoning = '' %}
+{%- if message.reasoning_content is string %}{% set reasoning = message.reasoning_content %}
+{%- elif '</think>' in content %}
+{%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}
+{%- if loop.index0 > ns.last %}{{- '<think>' + reasoning.strip('\\n') + '</think>' }}{% endif %}
+{{- '<|im_start|>' + message.role + '\\n' + content }}
+{%- for call in message.tool_calls or [] %}{% if call.function is defined %}{% set call = call.function %}{% endif %}
+{{- '\\n<call ' ~ call.name ~ '>' }}{% for name, value in call.arguments | items %}
+{{- name ~ '=' ~ (value | tojson | safe if value is mapping or value is sequence and value is not string else value | string) ~ ';' }}
+{%- endfor %}{% endfor %}{{- '<|im_end|>\\n' }}
+{%- elif message.role == 'tool' %}{% if loop.previtem and loop.previtem.role != 'tool' %}{{- '<|im_start|>user' }}{% endif %}
+{{- '\\n<tool>' + content + '</tool>' }}{% if loop.last or loop.nextitem.role != 'tool' %}{{- '<|im_end|>\\n' }}{% endif %}
+{%- endif %}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% if thinking is defined and thinking is false %}<think></think>{% endif %}{% endif %}
+"""
+CONVERSATIONS: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": " é<&'\" "}, {"role": "skip"}, *MESSAGES],
+    [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image"}]},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\nOne moment"},
+        {"role": "user", "content": "And now?"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "call it",
+            "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1, "b": [1, "ü"]}}}],
+        },
+        {"role": "tool", "content": "42"},
+        {"role": "tool", "content": "43"},
+    ],
+]
+
+
+@pytest.mark.parametrize("template", [MANY_FEATURES, FAMILY], ids=["features", "family"])
+@pytest.mark.parametrize("conversation", [0, 1])
+def test_same_as_transformers(template: str, conversation: int) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    template = (
-        "{%- if tools %}\n    {{- tools | tojson }}\n{% endif %}"
-        "{% for m in messages %}\n  {% if m.role == 'skip' %}{% continue %}{% endif %}\n"
-        "  {{ m | tojson(indent=2) }}\n{{- m.content | trim | upper }}\n{% endfor %}"
-        "{% set ns = namespace(n=0) %}{% for i in range(3) %}{% set ns.n = ns.n + i * 2 %}{% endfor %}"
-        "{{ ns.n }}{{ messages[::-1] | length }}{{ thinking }}{{ strftime_now('%Y') }}"
-    )
-    messages = [{"role": "user", "content": " é<&'\" "}, {"role": "skip"}, *MESSAGES]
+    messages = CONVERSATIONS[conversation]
+    if template is MANY_FEATURES:
+        messages = [m for m in messages if isinstance(m.get("content", ""), str)]
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     want, _ = render_jinja_template(
         [messages], chat_template=template, tools=tools, add_generation_prompt=True, thinking=False
     )
     assert render_chat(template, messages, tools=tools, thinking=False) == want[0]
+    assert len(want[0]) > 80
 
 
 HOSTILE: dict[str, str] = {

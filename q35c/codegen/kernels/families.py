@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from q35c.codegen.fast_macros import install
 from q35c.codegen.kernels.attention import attention, attention_combine, attention_scratch_bytes
 from q35c.codegen.kernels.attention_prepare import attention_prepare
 from q35c.codegen.kernels.embedding import embedding
@@ -15,6 +16,8 @@ from q35c.codegen.kernels.moe import combine, expert_down, expert_gate_up, group
 from q35c.codegen.kernels.norm import rms_norm
 from q35c.codegen.kernels.rotary import rotary_table
 from q35c.codegen.target import Target
+
+install()
 
 FAMILIES: dict[str, Callable[..., Any]] = {
     "attention": attention,

@@ -1,13 +1,14 @@
-"""Sparse mixture of experts: route, group rows by expert, two grouped products, combine.
+"""Sparse mixture of experts: five kernels with a barrier between each two.
 
-    weights, ids = top_k(softmax(logits)), renormalised
-    y[t] = residual[t] + sum_s weights[t, s] * down_e(silu(gate_e x[t]) * up_e x[t]) + sigmoid(gate[t]) * shared[t],
-    e = ids[t, s]
+    route           ids, weights of the top_k experts of each token, softmax renormalised over them
+    group_by_expert pairs (token, choice) sorted by expert
+    expert_gate_up  y1[p] = silu(gate_e x[p // top_k]) * up_e x[p // top_k]     for pair p of expert e
+    expert_down     y2[p] = down_e y1[p]
+    combine         y = residual + sum_s weight_s y2[s] + sigmoid(shared gate) * shared
 
-A pair p = t * top_k + s is one token at one of its experts. Pairs are sorted by expert, so that each routed expert's
-weights are read once and only routed experts are read at all; results are stored at the pair's own row, so the sum
-over s has a fixed order. Threads split (active expert, block of 32 columns). One token: the limit is the bandwidth of
-top_k experts. Many tokens: the FMA rate.
+A pair is numbered token * top_k + choice, and results stay at the pair's row: no kernel scatters
+sums. The weights of the experts in use are read once each; that is the limit at few tokens, the
+FMA rate at many. Sorting is done by one thread: 2 us for 512 pairs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import (
-    BLOCK,
     STACK,
+    BLOCK,
     Expr,
     ceil_div,
     hmax,
@@ -32,35 +33,19 @@ from q35c.codegen.kernels.common import (
 )
 from q35c.codegen.kernels.tile import Matmul, Operands, sweep
 
-_TAKEN = -3.0e38  # replaces a logit that was chosen; below any real one
-_CHUNK = 64  # columns of one work item of combine
-
-
-@T.inline
-def choose_best(E, padded, L, x, chosen):
-    """chosen = the index of the largest x, the lowest one on ties; always inside 0..E-1."""
-    best = T.alloc_buffer((L,), "float32")
-    place = T.alloc_buffer((L,), "int32")
-    best[ramp(0, L)] = x[ramp(0, L)]
-    for v in T.serial(1, padded // L):
-        best[ramp(0, L)] = T.max(best[ramp(0, L)], x[ramp(v * L, L)])
-    top: T.let[T.float32] = hmax(best[ramp(0, L)], L)
-    place[ramp(0, L)] = splat_int(E - 1, L)
-    for v in T.serial(padded // L):
-        place[ramp(0, L)] = T.min(
-            place[ramp(0, L)],
-            T.Select(x[ramp(v * L, L)] == splat(top, L), T.ramp(v * L, 1, L), splat_int(E - 1, L)),
-        )
-    chosen[0] = hmin_int(place[ramp(0, L)], L)
+# Reading one block of weights from memory costs about as much as computing this many rows.
+_BLOCK_COST_ROWS = 8
+_COLUMNS = 64  # columns of one work item of combine
 
 
 def route(E: int, top_k: int, isa: Isa) -> PrimFunc:
     """Make the kernel (LOGITS f32 [T, E], IDS i32 [T, k], WEIGHTS f32 [T, k], T, ld_logits, tid, nt).
 
-    The softmax's denominator cancels in the renormalisation. Ties take the lowest index.
+    Softmax over all experts, the top_k largest in falling order (of equals the lowest id), divided
+    by their sum. Ids are valid whatever the logits are. Threads split the tokens.
     """
     L = isa.lanes
-    padded = ceil_div(E, L) * L
+    vectors = ceil_div(E, L)
 
     @T.prim_func(private=True, s_tir=True)
     def route_kernel(
@@ -76,38 +61,54 @@ def route(E: int, top_k: int, isa: Isa) -> PrimFunc:
         logits = T.decl_buffer((tokens, ld_logits), "float32", data=LOGITS)
         ids = T.decl_buffer((tokens, top_k), "int32", data=IDS)
         weights = T.decl_buffer((tokens, top_k), "float32", data=WEIGHTS)
-        x = T.alloc_buffer((padded,), "float32", annotations=STACK)
-        chosen = T.alloc_buffer((1,), "int32")
-        sums = T.alloc_buffer((2,), "float32")  # the largest logit, the sum of weights
         first: T.let[T.int64] = share(tokens, tid, nt)
-        for item in T.serial(share(tokens, tid + 1, nt) - first):
+        last: T.let[T.int64] = share(tokens, tid + 1, nt)
+        scores = T.alloc_buffer((vectors * L,), "float32", annotations=STACK)
+        largest = T.alloc_buffer((L,), "float32")
+        lowest = T.alloc_buffer((L,), "int32")
+        total = T.alloc_buffer((1,), "float32")
+        top = T.alloc_buffer((1,), "float32")
+        for item in T.serial(last - first):
             row: T.let[T.int64] = first + item
+            scores[ramp((vectors - 1) * L, L)] = splat(float("-inf"), L)
             for e in T.serial(E):
-                x[e] = logits[row, e]
-            for e in T.serial(padded - E):
-                x[E + e] = T.float32(_TAKEN)
-            sums[1] = T.float32(0)
-            for s in T.serial(top_k):
-                choose_best(E, padded, L, x, chosen)
-                if s == 0:
-                    sums[0] = x[chosen[0]]
-                weight: T.let[T.float32] = vexp(x[chosen[0]] - sums[0], 1)
-                ids[row, s] = chosen[0]
-                weights[row, s] = weight
-                sums[1] = sums[1] + weight
-                x[chosen[0]] = T.float32(_TAKEN)
-            for s in T.serial(top_k):
-                weights[row, s] = weights[row, s] / sums[1]
+                scores[e] = logits[row, e]
+            total[0] = T.float32(0)
+            for choice in T.serial(top_k):
+                largest[ramp(0, L)] = scores[ramp(0, L)]
+                for v in T.serial(vectors - 1):
+                    largest[ramp(0, L)] = T.max(largest[ramp(0, L)], scores[ramp((v + 1) * L, L)])
+                best: T.let[T.float32] = hmax(largest[ramp(0, L)], L)
+                lowest[ramp(0, L)] = splat_int(E - 1, L)
+                for v in T.serial(vectors):
+                    lowest[ramp(0, L)] = T.min(
+                        lowest[ramp(0, L)],
+                        T.Select(
+                            scores[ramp(v * L, L)] == splat(best, L),
+                            ramp(v * L, L),
+                            splat_int(E - 1, L),
+                        ),
+                    )
+                expert: T.let[T.int32] = hmin_int(lowest[ramp(0, L)], L)
+                if choice == 0:
+                    top[0] = best
+                scores[expert] = T.float32(float("-inf"))
+                ids[row, choice] = expert
+                weights[row, choice] = vexp(best - top[0], 1)
+                total[0] = total[0] + weights[row, choice]
+            for choice in T.serial(top_k):
+                weights[row, choice] = weights[row, choice] / total[0]
         return T.int32(0)
 
     return route_kernel
 
 
 def group_by_expert(E: int, top_k: int) -> PrimFunc:
-    """Make the kernel (IDS i32 [T, k], ORDER i32 [T * k], ACTIVE i32 [E], OFFSETS i32 [E + 1], COUNT i32 [1], T, tid, nt).
+    """Make the kernel (IDS i32 [T, k], ORDER i32 [T*k], ACTIVE i32 [E], OFFSETS i32 [E + 1],
+    COUNT i32 [1], T, tid, nt).
 
-    A stable counting sort: ORDER holds pairs by expert; the a-th active expert owns OFFSETS[a]..OFFSETS[a + 1].
-    Thread 0 works alone: 10 ns a pair.
+    ACTIVE lists the COUNT experts that have pairs, ascending; the pairs of ACTIVE[a] are
+    ORDER[OFFSETS[a]:OFFSETS[a + 1]], ascending. ACTIVE and OFFSETS hold nothing beyond. Thread 0 works.
     """
 
     @T.prim_func(private=True, s_tir=True)
@@ -127,36 +128,40 @@ def group_by_expert(E: int, top_k: int) -> PrimFunc:
         active = T.decl_buffer((E,), "int32", data=ACTIVE)
         offsets = T.decl_buffer((E + 1,), "int32", data=OFFSETS)
         count = T.decl_buffer((1,), "int32", data=COUNT)
-        place = T.alloc_buffer((E,), "int32", annotations=STACK)
-        sums = T.alloc_buffer((2,), "int32")  # active experts, pairs so far
         if tid == 0:
+            places = T.alloc_buffer((E,), "int32", annotations=STACK)  # counts, then next places
+            used = T.alloc_buffer((1,), "int32")
+            begin = T.alloc_buffer((1,), "int32")
             for e in T.serial(E):
-                place[e] = 0
+                places[e] = T.int32(0)
             for p in T.serial(tokens * top_k):
-                place[ids[p]] = place[ids[p]] + 1
-            sums[0] = 0
-            sums[1] = 0
+                places[ids[p]] = places[ids[p]] + 1
+            used[0] = T.int32(0)
+            begin[0] = T.int32(0)
             for e in T.serial(E):
-                rows: T.let[T.int32] = place[e]
-                place[e] = sums[1]
-                if rows > 0:
-                    active[sums[0]] = T.cast(e, "int32")
-                    offsets[sums[0]] = sums[1]
-                    sums[0] = sums[0] + 1
-                    sums[1] = sums[1] + rows
-            offsets[sums[0]] = sums[1]
-            count[0] = sums[0]
+                pairs: T.let[T.int32] = places[e]
+                if pairs > 0:
+                    active[used[0]] = e
+                    offsets[used[0]] = begin[0]
+                    places[e] = begin[0]
+                    begin[0] = begin[0] + pairs
+                    used[0] = used[0] + 1
+            offsets[used[0]] = begin[0]
+            count[0] = used[0]
             for p in T.serial(tokens * top_k):
-                slot: T.let[T.int32] = place[ids[p]]
-                order[slot] = T.cast(p, "int32")
-                place[ids[p]] = slot + 1
+                order[places[ids[p]]] = T.cast(p, "int32")
+                places[ids[p]] = places[ids[p]] + 1
         return T.int32(0)
 
     return group_by_expert_kernel
 
 
 def expert_gate_up(E: int, I: int, H: int, top_k: int, dtype: str, isa: Isa) -> PrimFunc:  # noqa: E741
-    """Make the kernel (W, X f32 [T, H], ORDER, ACTIVE, OFFSETS, COUNT, Y f32 [T * k, I], T, ld_x, tid, nt)."""
+    """Make the kernel (W, X f32 [T, H], ORDER, ACTIVE, OFFSETS, COUNT, Y f32 [T*k, I], T, ld_x, tid, nt).
+
+    W holds the packed swiglu blocks of expert 0, then of expert 1 and so on. Row p of Y belongs to
+    pair p.
+    """
     matmul = Matmul(2 * I, H, dtype, "swiglu", isa)
 
     @T.prim_func(private=True, s_tir=True)
@@ -174,82 +179,116 @@ def expert_gate_up(E: int, I: int, H: int, top_k: int, dtype: str, isa: Isa) -> 
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
-        w = T.decl_buffer((T.int64(E * matmul.blocks), matmul.lines, BLOCK), matmul.element, data=W)
+        w = T.decl_buffer(_weight_shape(E, matmul), matmul.element, data=W)
         x = T.decl_buffer((tokens, ld_x), "float32", data=X)
+        y = T.decl_buffer((tokens * top_k, I), "float32", data=Y)
         order = T.decl_buffer((tokens * top_k,), "int32", data=ORDER)
         active = T.decl_buffer((E,), "int32", data=ACTIVE)
         offsets = T.decl_buffer((E + 1,), "int32", data=OFFSETS)
         count = T.decl_buffer((1,), "int32", data=COUNT)
-        y = T.decl_buffer((tokens * top_k, I), "float32", data=Y)
-        _grouped(matmul, w, x, y, order, active, offsets, count, top_k, tid, nt)
+        _experts(matmul, (w, x, y), (order, active, offsets, count), top_k, tid, nt)
         return T.int32(0)
 
     return expert_gate_up_kernel
 
 
-def expert_down(E: int, I: int, H: int, top_k: int, dtype: str, isa: Isa) -> PrimFunc:  # noqa: E741
-    """Make the kernel (W, X f32 [T * k, I], ORDER, ACTIVE, OFFSETS, COUNT, Y f32 [T * k, H], T, tid, nt)."""
+def expert_down(E: int, H: int, I: int, top_k: int, dtype: str, isa: Isa) -> PrimFunc:  # noqa: E741
+    """Make the kernel (W, Y1 f32 [T*k, I], ORDER, ACTIVE, OFFSETS, COUNT, Y2 f32 [T*k, H], T, tid, nt).
+
+    W holds the packed blocks of H rows of expert 0, then of expert 1 and so on. Rows are pairs.
+    """
     matmul = Matmul(H, I, dtype, "none", isa)
 
     @T.prim_func(private=True, s_tir=True)
     def expert_down_kernel(
         W: T.handle(matmul.element),
-        X: T.handle("float32"),
+        Y1: T.handle("float32"),
         ORDER: T.handle("int32"),
         ACTIVE: T.handle("int32"),
         OFFSETS: T.handle("int32"),
         COUNT: T.handle("int32"),
-        Y: T.handle("float32"),
+        Y2: T.handle("float32"),
         tokens: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
-        w = T.decl_buffer((T.int64(E * matmul.blocks), matmul.lines, BLOCK), matmul.element, data=W)
-        x = T.decl_buffer((tokens * top_k, I), "float32", data=X)
+        w = T.decl_buffer(_weight_shape(E, matmul), matmul.element, data=W)
+        x = T.decl_buffer((tokens * top_k, I), "float32", data=Y1)
+        y = T.decl_buffer((tokens * top_k, H), "float32", data=Y2)
         order = T.decl_buffer((tokens * top_k,), "int32", data=ORDER)
         active = T.decl_buffer((E,), "int32", data=ACTIVE)
         offsets = T.decl_buffer((E + 1,), "int32", data=OFFSETS)
         count = T.decl_buffer((1,), "int32", data=COUNT)
-        y = T.decl_buffer((tokens * top_k, H), "float32", data=Y)
-        _grouped(matmul, w, x, y, order, active, offsets, count, 1, tid, nt)
+        _experts(matmul, (w, x, y), (order, active, offsets, count), 1, tid, nt)
         return T.int32(0)
 
     return expert_down_kernel
 
 
-def _grouped(
-    matmul: Matmul, w: Expr, x: Expr, y: Expr, order: Expr, active: Expr, offsets: Expr, count: Expr,
-    pairs_per_row: int, tid: Expr, nt: Expr,
-) -> None:  # fmt: skip
-    """Emit this thread's share of (active expert, block); pair p reads row p // pairs_per_row of x."""
-    items = T.Bind(T.cast(count[0], "int64") * matmul.blocks)
-    first = T.Bind(share(items, tid, nt))
-    last = T.Bind(share(items, tid + 1, nt))
-    with T.serial(last - first) as item:
-        group = T.Bind(T.truncdiv(first + item, T.int64(matmul.blocks)))
-        block = T.Bind(first + item - group * matmul.blocks)
-        # int64: an expert's first element lies beyond 2^31 in the larger models.
-        expert = T.Bind(T.cast(active[group], "int64"))
-        operands = Operands(
-            w, x, y, y, expert * matmul.blocks + block, block,
-            lambda position: T.cast(T.truncdiv(order[position], pairs_per_row), "int64"),
-            lambda position: T.cast(order[position], "int64"),
-        )  # fmt: skip
-        begin = T.Bind(T.cast(offsets[group], "int64"))
-        end = T.Bind(T.cast(offsets[group + 1], "int64"))
-        sweep(matmul, operands, begin, end)
+def _weight_shape(E: int, matmul: Matmul) -> tuple[Expr, ...]:
+    # int64: all experts of a layer together may pass 2^31 elements.
+    return (T.int64(E * matmul.blocks), T.int64(matmul.lines), T.int64(BLOCK))
+
+
+def _experts(
+    matmul: Matmul,
+    data: tuple[Expr, Expr, Expr],
+    groups: tuple[Expr, Expr, Expr, Expr],
+    pairs_per_row: int,
+    tid: Expr,
+    nt: Expr,
+) -> None:
+    """Emit this thread's share of the (active expert, block) products; x row = pair // pairs_per_row.
+
+    An expert costs its rows and a constant for each block; the sum over the experts before it is
+    OFFSETS plus that constant times their number. Thread boundaries lie at equal parts of the
+    whole cost, so that neither many experts with a row nor one with all of them leaves threads idle.
+    """
+    (w, x, y), (order, active, offsets, count) = data, groups
+    blocks = matmul.blocks
+    experts = T.Bind(T.cast(count[0], "int64"))
+    whole = T.Bind((_wide(offsets[count[0]]) + experts * _BLOCK_COST_ROWS) * blocks)
+    low, high = T.Bind(share(whole, tid, nt)), T.Bind(share(whole, tid + 1, nt))
+
+    def pair(position: Expr) -> Expr:
+        return _wide(order[position])
+
+    def x_row(position: Expr) -> Expr:
+        return T.truncdiv(pair(position), pairs_per_row)
+
+    with T.serial(experts) as a:
+        begin, end = T.Bind(_wide(offsets[a])), T.Bind(_wide(offsets[a + 1]))
+        cost = T.Bind(end - begin + _BLOCK_COST_ROWS)
+        before = T.Bind((begin + a * _BLOCK_COST_ROWS) * blocks)
+        first, last = (T.Bind(_blocks_before(t, before, cost, blocks)) for t in (low, high))
+        base = T.Bind(_wide(active[a]) * blocks)
+        with T.serial(last - first) as item:
+            block = T.Bind(first + item)
+            sweep(matmul, Operands(w, x, y, y, base + block, block, x_row, pair), begin, end)
+
+
+def _blocks_before(boundary: Expr, before: Expr, cost: Expr, blocks: int) -> Expr:
+    """Return how many of an expert's blocks lie before a boundary in cost."""
+    return T.min(T.truncdiv(T.max(boundary - before, T.int64(0)), cost), T.int64(blocks))
+
+
+def _wide(value: Expr) -> Expr:
+    return T.cast(value, "int64")
 
 
 def combine(H: int, top_k: int, isa: Isa) -> PrimFunc:
-    """Make the kernel (PARTS f32 [T * k, H], WEIGHTS f32 [T, k], SHARED, GATE f32 [T, 1], RESIDUAL, Y f32 [T, H], T,
-    ld_shared, ld_gate, ld_residual, ld_y, tid, nt). Y may be RESIDUAL.
+    """Make the kernel (Y2 f32 [T*k, H], WEIGHTS f32 [T, k], SHARED [T, H], GATE [T, 1], RESIDUAL [T, H],
+    Y [T, H], T, ld_shared, ld_gate, ld_residual, ld_y, tid, nt).
+
+    Y may be RESIDUAL itself. Threads split (token, 64 columns) items.
     """
-    L, chunks = isa.lanes, ceil_div(H, _CHUNK)
+    L = isa.lanes
+    chunks = ceil_div(H, _COLUMNS)
 
     @T.prim_func(private=True, s_tir=True)
     def combine_kernel(
-        PARTS: T.handle("float32"),
+        Y2: T.handle("float32"),
         WEIGHTS: T.handle("float32"),
         SHARED: T.handle("float32"),
         GATE: T.handle("float32"),
@@ -263,37 +302,49 @@ def combine(H: int, top_k: int, isa: Isa) -> PrimFunc:
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
-        # No noalias: Y may be RESIDUAL.
-        parts = T.decl_buffer((tokens * top_k, H), "float32", data=PARTS)
+        y2 = T.decl_buffer((tokens * top_k, H), "float32", data=Y2)
         weights = T.decl_buffer((tokens, top_k), "float32", data=WEIGHTS)
         shared = T.decl_buffer((tokens, ld_shared), "float32", data=SHARED)
-        gate = T.decl_buffer((tokens, ld_gate), "float32", data=GATE)
+        gates = T.decl_buffer((tokens, ld_gate), "float32", data=GATE)
         residual = T.decl_buffer((tokens, ld_residual), "float32", data=RESIDUAL)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         first: T.let[T.int64] = share(tokens * chunks, tid, nt)
-        for item in T.serial(share(tokens * chunks, tid + 1, nt) - first):
-            row: T.let[T.int64] = T.truncdiv(first + item, T.int64(chunks))
-            begin: T.let[T.int64] = (first + item - row * chunks) * _CHUNK
-            width: T.let[T.int64] = T.min(T.int64(_CHUNK), H - begin)
-            open_: T.let[T.float32] = vsigmoid(gate[row, 0], 1)
-            whole: T.let[T.int64] = T.truncdiv(width, T.int64(L))
-            sum_ = T.alloc_buffer((L,), "float32")
-            for v in T.serial(whole):
-                sum_[ramp(0, L)] = (
-                    residual[row, ramp(begin + v * L, L)]
-                    + shared[row, ramp(begin + v * L, L)] * splat(open_, L)
+        last: T.let[T.int64] = share(tokens * chunks, tid + 1, nt)
+        for item in T.serial(last - first):
+            row: T.let[T.int64] = T.truncdiv(first + item, chunks)
+            begin: T.let[T.int64] = T.truncmod(first + item, chunks) * _COLUMNS
+            width: T.let[T.int64] = T.min(T.int64(_COLUMNS), H - begin)
+            gate: T.let[T.float32] = vsigmoid(gates[row, 0], 1)
+            for v in T.serial(T.truncdiv(width, L)):
+                y[row, ramp(begin + v * L, L)] = _combined(
+                    (y2, weights, shared, residual), row, begin + v * L, gate, top_k, L
                 )
-                for s in T.serial(top_k):
-                    sum_[ramp(0, L)] = sum_[ramp(0, L)] + parts[
-                        row * top_k + s, ramp(begin + v * L, L)
-                    ] * splat(weights[row, s], L)
-                y[row, ramp(begin + v * L, L)] = sum_[ramp(0, L)]
-            for c in T.serial(width - whole * L):
-                column: T.let[T.int64] = begin + whole * L + c
-                sum_[0] = residual[row, column] + shared[row, column] * open_
-                for s in T.serial(top_k):
-                    sum_[0] = sum_[0] + parts[row * top_k + s, column] * weights[row, s]
-                y[row, column] = sum_[0]
+            for c in T.serial(T.truncmod(width, L)):
+                y[row, begin + T.truncdiv(width, L) * L + c] = _combined(
+                    (y2, weights, shared, residual),
+                    row,
+                    begin + T.truncdiv(width, L) * L + c,
+                    gate,
+                    top_k,
+                    1,
+                )
         return T.int32(0)
 
     return combine_kernel
+
+
+def _combined(
+    buffers: tuple[Expr, Expr, Expr, Expr],
+    row: Expr,
+    column: Expr,
+    gate: Expr,
+    top_k: int,
+    lanes: int,
+) -> Expr:
+    """Return `lanes` columns of a combined row."""
+    y2, weights, shared, residual = buffers
+    columns = ramp(column, lanes)
+    total = residual[row, columns] + shared[row, columns] * splat(gate, lanes)
+    for s in range(top_k):
+        total = total + y2[row * top_k + s, columns] * splat(weights[row, s], lanes)
+    return total

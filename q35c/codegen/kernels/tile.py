@@ -37,7 +37,11 @@ from q35c.codegen.kernels.common import (
     widen_low,
 )
 
+Vectors = Sequence[int]  # indices of vectors in a line
+
 _CHUNK = 128  # k in one chunk: 16 KiB of f32 weights, half of L1
+
+
 _GROUP = 8  # tall tiles that one chunk serves; their partial sums take 6 KiB
 
 
@@ -86,7 +90,7 @@ class Matmul:
         return BLOCK // 2 if self.is_swiglu else BLOCK
 
     @property
-    def vectors(self) -> tuple[int, ...]:
+    def vectors(self) -> Vectors:
         """Indices of the vectors of a line."""
         return tuple(range(BLOCK // self.isa.lanes))
 
@@ -144,7 +148,7 @@ def sweep(matmul: Matmul, operands: Operands, begin: Expr, end: Expr) -> None:
         position = T.Bind(position + count * rows)
 
 
-def _accumulators(matmul: Matmul, rows: int, vectors: Sequence[int]) -> Expr:
+def _accumulators(matmul: Matmul, rows: int, vectors: Vectors) -> Expr:
     return T.alloc_buffer((rows, len(vectors), matmul.isa.lanes), "float32", annotations=STACK)
 
 
@@ -158,32 +162,50 @@ def _multiply(matmul: Matmul, acc: Expr, weights: Sequence[Expr], xs: Sequence[E
             T.buffer_store(acc, acc[i, j, lanes] + weight * wide, [i, j, lanes])
 
 
-def _line(matmul: Matmul, operands: Operands, line: Expr, vectors: Sequence[int]) -> list[Expr]:
+def _line(matmul: Matmul, operands: Operands, line: Expr, vectors: Vectors) -> list[Expr]:
     size = matmul.isa.lanes
     return [operands.w[operands.block, line, ramp(v * size, size)] for v in vectors]
+
+
+def _load_sums(matmul: Matmul, acc: Expr, sums: Expr, first: Expr, vectors: Vectors) -> None:
+    """Emit acc = the sums of the tile whose first row is `first`."""
+    lanes = matmul.isa.lanes
+    for i in range(int(acc.shape[0])):
+        for j, v in enumerate(vectors):
+            value = sums[first + i, ramp(v * lanes, lanes)]
+            T.buffer_store(acc, value, [i, j, ramp(0, lanes)])
+
+
+def _store_sums(matmul: Matmul, acc: Expr, sums: Expr, first: Expr, vectors: Vectors) -> None:
+    """Emit sums of the tile whose first row is `first` = acc."""
+    lanes = matmul.isa.lanes
+    for i in range(int(acc.shape[0])):
+        for j, v in enumerate(vectors):
+            value = acc[i, j, ramp(0, lanes)]
+            T.buffer_store(sums, value, [first + i, ramp(v * lanes, lanes)])
 
 
 # Short tiles: every vector of the block at once, straight from the packed weights
 
 
-def _short_tiles(
-    matmul: Matmul, operands: Operands, begin: Expr, count: Expr, rows: int
-) -> None:
-    lanes = ramp(0, matmul.isa.lanes)
+def _short_tiles(matmul: Matmul, operands: Operands, begin: Expr, count: Expr, rows: int) -> None:
+    lanes = matmul.isa.lanes
     with T.serial(count) as tile:
+        first = T.Bind(begin + tile * rows)
+        x_rows = [T.Bind(operands.x_row(first + i)) for i in range(rows)]
         acc = _accumulators(matmul, rows, matmul.vectors)
-        positions = [begin + tile * rows + i for i in range(rows)]
-        x_rows = [T.Bind(operands.x_row(position)) for position in positions]
         for i in range(rows):
-            for j in range(len(matmul.vectors)):
-                T.buffer_store(acc, splat(0.0, matmul.isa.lanes), [i, j, lanes])
+            for j in matmul.vectors:
+                T.buffer_store(acc, splat(0.0, lanes), [i, j, ramp(0, lanes)])
         if matmul.dtype == "f32":
             with T.serial(matmul.K) as k:
                 weights = _line(matmul, operands, k, matmul.vectors)
                 _multiply(matmul, acc, weights, [operands.x[row, k] for row in x_rows])
         else:
             _short_bf16(matmul, operands, acc, x_rows)
-        _finish(matmul, operands, acc, positions, matmul.vectors)
+        sums = T.alloc_buffer((rows, BLOCK), "float32", annotations=STACK)
+        _store_sums(matmul, acc, sums, T.int64(0), matmul.vectors)
+        _finish(matmul, operands, sums, first, T.int64(rows))
 
 
 def _short_bf16(matmul: Matmul, operands: Operands, acc: Expr, x_rows: Sequence[Expr]) -> None:
@@ -200,40 +222,33 @@ def _short_bf16(matmul: Matmul, operands: Operands, acc: Expr, x_rows: Sequence[
         _multiply(matmul, acc, low, [x[row, matmul.K - 1] for row in x_rows])
 
 
-# Tall tiles: K in chunks, up to _GROUP tiles for each chunk, partial sums on the stack
+# Tall tiles: K in chunks, up to _GROUP tiles for each chunk, the sums meanwhile on the stack
 
 
 def _tall_tiles(matmul: Matmul, operands: Operands, begin: Expr, count: Expr) -> None:
     rows, lanes = matmul.tall_rows, matmul.isa.lanes
     with T.serial(T.truncdiv(count + (_GROUP - 1), _GROUP)) as group:
-        sums = T.alloc_buffer((_GROUP, rows, BLOCK), "float32", annotations=STACK)
-        first = T.Bind(group * _GROUP)
-        tiles = T.Bind(T.min(count - first, T.int64(_GROUP)))
-        with T.serial(tiles) as tile:
-            for i in range(rows):
-                for v in matmul.vectors:
-                    T.buffer_store(sums, splat(0.0, lanes), [tile, i, ramp(v * lanes, lanes)])
+        sums = T.alloc_buffer((_GROUP * rows, BLOCK), "float32", annotations=STACK)
+        first = T.Bind(begin + group * (_GROUP * rows))
+        tiles = T.Bind(T.min(count - group * _GROUP, T.int64(_GROUP)))
+        with T.serial(tiles * rows) as i:
+            for v in matmul.vectors:
+                T.buffer_store(sums, splat(0.0, lanes), [i, ramp(v * lanes, lanes)])
         with T.serial(T.int64(ceil_div(matmul.K, _CHUNK))) as chunk:
             size = T.Bind(T.min(matmul.K - chunk * _CHUNK, T.int64(_CHUNK)))
             weight = _chunk_weights(matmul, operands, chunk, size)
             with T.serial(tiles) as tile:
-                position = T.Bind(begin + (first + tile) * rows)
-                x_rows = [T.Bind(operands.x_row(position + i)) for i in range(rows)]
+                x_rows = [T.Bind(operands.x_row(first + tile * rows + i)) for i in range(rows)]
                 for vectors in matmul.passes:
                     acc = _accumulators(matmul, rows, vectors)
-                    _copy(matmul, acc, sums, tile, vectors, load=True)
+                    _load_sums(matmul, acc, sums, tile * rows, vectors)
                     with T.serial(T.truncdiv(size, matmul.unroll)) as step:
                         for u in range(matmul.unroll):
                             k = step * matmul.unroll + u
                             xs = [operands.x[row, chunk * _CHUNK + k] for row in x_rows]
                             _multiply(matmul, acc, [weight(k, v) for v in vectors], xs)
-                    _copy(matmul, acc, sums, tile, vectors, load=False)
-        with T.serial(tiles) as tile:
-            positions = [begin + (first + tile) * rows + i for i in range(rows)]
-            for vectors in matmul.passes:
-                acc = _accumulators(matmul, rows, vectors)
-                _copy(matmul, acc, sums, tile, vectors, load=True)
-                _finish(matmul, operands, acc, positions, vectors)
+                    _store_sums(matmul, acc, sums, tile * rows, vectors)
+        _finish(matmul, operands, sums, first, tiles * rows)
 
 
 def _chunk_weights(
@@ -242,9 +257,7 @@ def _chunk_weights(
     """Return how to load vector v of line k of a chunk; bf16 is widened to the stack first."""
     lanes = matmul.isa.lanes
     if matmul.dtype == "f32":
-        return lambda k, v: operands.w[
-            operands.block, chunk * _CHUNK + k, ramp(v * lanes, lanes)
-        ]
+        return lambda k, v: _line(matmul, operands, chunk * _CHUNK + k, (v,))[0]
     panel = T.alloc_buffer((_CHUNK, BLOCK), "float32", annotations=STACK)
     with T.serial(T.truncdiv(size + 1, 2)) as pair:
         words = _line(matmul, operands, chunk * (_CHUNK // 2) + pair, matmul.vectors)
@@ -256,74 +269,40 @@ def _chunk_weights(
     return lambda k, v: panel[k, ramp(v * lanes, lanes)]
 
 
-def _copy(
-    matmul: Matmul, acc: Expr, sums: Expr, tile: Expr, vectors: Sequence[int], load: bool
-) -> None:
-    """Emit the move of one pass's partial sums between the stack and the accumulators."""
+# Epilogue
+
+
+def _finish(matmul: Matmul, operands: Operands, sums: Expr, first: Expr, rows: Expr) -> None:
+    """Emit the epilogue of the rows at positions first.., and their stores."""
     lanes = matmul.isa.lanes
-    for i in range(matmul.tall_rows):
-        for j, v in enumerate(vectors):
-            columns, inner = ramp(v * lanes, lanes), ramp(0, lanes)
-            if load:
-                T.buffer_store(acc, sums[tile, i, columns], [i, j, inner])
-            else:
-                T.buffer_store(sums, acc[i, j, inner], [tile, i, columns])
+    outputs = matmul.block_outputs
+    narrow = matmul.outputs % outputs  # columns of a last block that is not full
+    with T.serial(rows) as i:
+        row = T.Bind(operands.y_row(first + i))
+        if matmul.is_swiglu:
+            for v in range(0, outputs, lanes):
+                gate, up = sums[i, ramp(v, lanes)], sums[i, ramp(v + outputs, lanes)]
+                T.buffer_store(sums, vsilu(gate, lanes) * up, [i, ramp(v, lanes)])
+        if not narrow:
+            _store_row(matmul, operands, sums, i, row)
+            return
+        with T.If(operands.column_block < matmul.blocks - 1):
+            with T.Then():
+                _store_row(matmul, operands, sums, i, row)
+            with T.Else(), T.serial(narrow) as column:
+                _store_columns(matmul, operands, sums, i, row, column, 1)
 
 
-# Epilogues
+def _store_row(matmul: Matmul, operands: Operands, sums: Expr, i: Expr, row: Expr) -> None:
+    for column in range(0, matmul.block_outputs, matmul.isa.lanes):
+        _store_columns(matmul, operands, sums, i, row, column, matmul.isa.lanes)
 
 
-def _finish(
-    matmul: Matmul,
-    operands: Operands,
-    acc: Expr,
-    positions: Sequence[Expr],
-    vectors: Sequence[int],
+def _store_columns(
+    matmul: Matmul, operands: Operands, sums: Expr, i: Expr, row: Expr, column: Expr, lanes: int
 ) -> None:
-    """Emit the epilogue and the stores of a tile, which may lie in a last, narrower block."""
-    y_rows = [T.Bind(operands.y_row(position)) for position in positions]
-    narrow = matmul.outputs % matmul.block_outputs
-    if not narrow:
-        _store(matmul, operands, acc, y_rows, vectors, matmul.block_outputs)
-        return
-    with T.If(operands.column_block < matmul.blocks - 1):
-        with T.Then():
-            _store(matmul, operands, acc, y_rows, vectors, matmul.block_outputs)
-        with T.Else():
-            _store(matmul, operands, acc, y_rows, vectors, narrow)
-
-
-def _store(
-    matmul: Matmul,
-    operands: Operands,
-    acc: Expr,
-    y_rows: Sequence[Expr],
-    vectors: Sequence[int],
-    valid: int,
-) -> None:
-    """Emit the stores of the first `valid` columns of a block."""
-    lanes = matmul.isa.lanes
-    outputs = vectors[: len(vectors) // 2] if matmul.is_swiglu else vectors
-    for i, row in enumerate(y_rows):
-        for j, v in enumerate(outputs):
-            value = acc[i, j, ramp(0, lanes)]
-            if matmul.is_swiglu:
-                value = vsilu(value, lanes) * acc[i, j + len(outputs), ramp(0, lanes)]
-            column = operands.column_block * matmul.block_outputs + v * lanes
-            _store_vector(matmul, operands, value, row, column, min(valid - v * lanes, lanes))
-
-
-def _store_vector(
-    matmul: Matmul, operands: Operands, value: Expr, row: Expr, column: Expr, valid: int
-) -> None:
-    lanes, has_residual = matmul.isa.lanes, matmul.epilogue == "residual"
-    if valid == lanes:
-        columns = ramp(column, lanes)
-        sum_ = value + operands.r[row, columns] if has_residual else value
-        T.buffer_store(operands.y, sum_, [row, columns])
-    elif valid > 0:
-        line = T.alloc_buffer((lanes,), "float32")
-        T.buffer_store(line, value, [ramp(0, lanes)])
-        with T.serial(valid) as lane:
-            sum_ = line[lane] + operands.r[row, column + lane] if has_residual else line[lane]
-            T.buffer_store(operands.y, sum_, [row, column + lane])
+    value = sums[i, ramp(column, lanes)]
+    columns = ramp(operands.column_block * matmul.block_outputs + column, lanes)
+    if matmul.epilogue == "residual":
+        value = value + operands.r[row, columns]
+    T.buffer_store(operands.y, value, [row, columns])
