@@ -24,7 +24,9 @@ def checkpoint(kind: str, precision: str = "f32", seed: int = 0, **overrides: An
     name = "-".join([kind, precision, str(seed), *(f"{k}={v}" for k, v in sorted(overrides.items()))])
     path = Path(_ROOT.name) / name.replace("/", "_").replace(" ", "")[:180]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    return write_checkpoint(path, kind, seed, dtype=dtype, **overrides)
+    # Three layers, linear - full - linear: both kinds, and a last layer that is not full attention.
+    shape = {"num_hidden_layers": 3, "full_attention_interval": 2, **overrides}
+    return write_checkpoint(path, kind, seed, dtype=dtype, **shape)
 
 
 @functools.cache

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
 from q35c.codegen.pack import PackedWeight
 from q35c.codegen.precision import Policy
@@ -43,12 +45,8 @@ class Shared:
 
     def functions(self) -> dict[str, Any]:
         """Generate every requested kernel."""
-        made = {}
-        for (family, parameters), name in self.kernels.items():
-            generate = FAMILIES[family]
-            extra = {"isa": self.target.isa} if "isa" in inspect.signature(generate).parameters else {}
-            made[name] = generate(**dict(parameters), **extra)
-        return made
+        isa = self.target.isa
+        return {name: make_kernel(*key, isa) for key, name in self.kernels.items()}
 
     def weight(self, layout: str, *sources: Value) -> WeightRef:
         """Request a packed weight; equal requests share one."""
@@ -61,6 +59,14 @@ class Shared:
         if known != packed:
             raise LoweringError("a weight is needed in two layouts", where=name, expected=known, got=packed)
         return WeightRef(name)
+
+
+@functools.cache
+def make_kernel(family: str, parameters: tuple[tuple[str, Any], ...], isa: Isa) -> Any:
+    """Generate a kernel; parsing it takes far longer than asking for it again."""
+    generate = FAMILIES[family]
+    extra = {"isa": isa} if "isa" in inspect.signature(generate).parameters else {}
+    return generate(**dict(parameters), **extra)
 
 
 class Lowering:

@@ -69,7 +69,7 @@ def lower_direct(n: Nodes, op: Op, *inputs: str) -> str:
 @lowers(*SCALAR)
 def lower_scalar(n: Nodes, op: Op, x: str) -> str:
     op_type, name = SCALAR[op.kind]
-    return n.add(op_type, x, n.scalar(attr(op, attr), op.operands[0].type.dtype))
+    return n.add(op_type, x, n.scalar(attr(op, name), op.operands[0].type.dtype))
 
 
 @lowers("silu")

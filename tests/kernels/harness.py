@@ -28,9 +28,7 @@ from q35c.runtime.library import Arguments, Library, Workers
 ISA = V3  # runs on every machine that runs these tests
 EACH_ISA = [  # fixture parameters: the wide kernels run where the processor has them
     pytest.param(V3, id="v3"),
-    pytest.param(
-        V4, id="v4", marks=pytest.mark.skipif(detect() is not V4, reason="needs AVX-512")
-    ),
+    pytest.param(V4, id="v4", marks=pytest.mark.skipif(detect() is not V4, reason="needs AVX-512")),
 ]
 GUARD_BYTES = 256
 _PATTERN = np.uint8(0xFF)  # 0xFFFFFFFF is a NaN: what reads a guard shows it in its result

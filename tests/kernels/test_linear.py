@@ -56,7 +56,9 @@ class Case:
             self.w = guard(pack_swiglu(weight[:outputs], weight[outputs:], dtype))
         else:
             self.w = guard(pack_rows(weight, dtype))
-        self.expected = self._reference(self.x[:, :inputs].astype(np.float64), stored(weight, dtype))
+        self.expected = self._reference(
+            self.x[:, :inputs].astype(np.float64), stored(weight, dtype)
+        )
 
     def _reference(self, x, weight):
         product = x @ weight.T

@@ -89,9 +89,7 @@ def test_route_gives_valid_ids_for_invalid_logits(kernels, value):
 def group(kernels, ids, experts, threads=1):
     """Run group_by_expert; return ORDER, ACTIVE, OFFSETS, COUNT."""
     tokens, top_k = ids.shape
-    arrays = [
-        poisoned(size, np.int32) for size in (tokens * top_k, experts, experts + 1, 1)
-    ]
+    arrays = [poisoned(size, np.int32) for size in (tokens * top_k, experts, experts + 1, 1)]
     name = f"group_{experts}_{top_k}"
     kernels.call(name, guard(ids.astype(np.int32)), *arrays, tokens, threads=threads)
     return arrays
@@ -158,9 +156,7 @@ def test_combine(kernels, shape, tokens):
     shared, gate, residual = map(guard, arrays)
     y2 = guard(rng.normal(size=(tokens * top_k, hidden)).astype(np.float32))
     weights = guard(rng.random((tokens, top_k)).astype(np.float32))
-    routed = np.einsum(
-        "ts,tsh->th", weights.astype(np.float64), y2.reshape(tokens, top_k, hidden)
-    )
+    routed = np.einsum("ts,tsh->th", weights.astype(np.float64), y2.reshape(tokens, top_k, hidden))
     sigmoid = 1 / (1 + np.exp(-gate[:, :1].astype(np.float64)))
     expected = residual + routed + sigmoid * shared[:, :hidden]
     outputs = []

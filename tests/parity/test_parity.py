@@ -27,9 +27,9 @@ ODD_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
          "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
                              "mrope_section": [11, 11, 10], "mrope_interleaved": True}},
     ),
-    "shared expert wider than the routed, linear last layer": (
+    "shared expert wider than the routed, full last layer": (
         "moe",
-        {"shared_expert_intermediate_size": 176, "moe_intermediate_size": 16, "num_hidden_layers": 5},
+        {"shared_expert_intermediate_size": 176, "moe_intermediate_size": 16, "num_hidden_layers": 2},
     ),
     "512 experts, top 10": ("moe", {"num_experts": 512, "num_experts_per_tok": 10, "hidden_size": 32}),
 }  # fmt: skip
