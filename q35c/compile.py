@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 from q35c.artifact.writer import ArtifactWriter
 from q35c.codegen.generate import Generated, Limits, generate
 from q35c.codegen.precision import find_policy
@@ -97,7 +96,9 @@ def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits
     most = config.max_position_embeddings
     context = min(4096, most) if context is None else context
     if not 1 <= context <= most:
-        raise OptionError("context is out of range", where="--context", expected=f"1 to {most}", got=context)
+        raise OptionError(
+            "context is out of range", where="--context", expected=f"1 to {most}", got=context
+        )
     if not 1 <= batch <= 256:
         raise OptionError("batch is out of range", where="--batch", expected="1 to 256", got=batch)
     rounded = -(-context // CONTEXT_STEP) * CONTEXT_STEP

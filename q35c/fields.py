@@ -37,7 +37,7 @@ class Fields:
     def integer(self, key: str, low: int, high: int, default: Any = _REQUIRED) -> Any:
         """Return an int in [low, high]; a bool is not an int."""
         value = self._take(key, default)
-        if value is default and default is not _REQUIRED:
+        if value is default:
             return value
         if type(value) is not int or not low <= value <= high:
             raise self._fail(key, f"an integer from {low} to {high}", value)
@@ -46,17 +46,17 @@ class Fields:
     def number(self, key: str, low: float, high: float, default: Any = _REQUIRED) -> Any:
         """Return a finite float in [low, high]; an int is converted, a bool refused."""
         value = self._take(key, default)
-        if value is None and default is None:
-            return None
-        is_number = type(value) in (int, float) and math.isfinite(value)
-        if not is_number or not low <= value <= high:
+        if value is default:
+            return value
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not (math.isfinite(value) and low <= value <= high):
             raise self._fail(key, f"a number from {low} to {high}", value)
         return float(value)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> Any:
         value = self._take(key, default)
-        if value is None and default is None:
-            return None
+        if value is default:
+            return value
         if type(value) is not bool:
             raise self._fail(key, "true or false", value)
         return value

@@ -31,7 +31,38 @@ FIXED: dict[str, tuple[Any, ...]] = {
 # Keys about training, storage, other towers or the host program: they cannot change the logits of
 # the text tower. `auto_map` asks for code from the model directory: it is ignored, never run.
 IRRELEVANT = frozenset(
-    ["_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "id2label", "initializer_range", "label2id", "language_model_only", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef", "torch_dtype", "transformers_version", "unsloth_fixed_mtp", "unsloth_version", "use_cache", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "image_token_id", "video_token_id", "vision_config", "vision_start_token_id", "vision_end_token_id", "audio_token_id"]
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "language_model_only",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "torch_dtype",
+        "transformers_version",
+        "unsloth_fixed_mtp",
+        "unsloth_version",
+        "use_cache",
+        "mtp_num_hidden_layers",
+        "mtp_use_dedicated_embeddings",
+        "image_token_id",
+        "video_token_id",
+        "vision_config",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "audio_token_id",
+    ]
 )
 _USED = frozenset(
     (

@@ -21,7 +21,9 @@ _ROOT = tempfile.TemporaryDirectory(prefix="q35c-tests-")
 @functools.cache
 def checkpoint(kind: str, precision: str = "f32", seed: int = 0, **overrides: Any) -> Path:
     """Return a tiny random checkpoint; bf16 ones are stored in bf16."""
-    name = "-".join([kind, precision, str(seed), *(f"{k}={v}" for k, v in sorted(overrides.items()))])
+    name = "-".join(
+        [kind, precision, str(seed), *(f"{k}={v}" for k, v in sorted(overrides.items()))]
+    )
     path = Path(_ROOT.name) / name.replace("/", "_").replace(" ", "")[:180]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # Three layers, linear - full - linear: both kinds, and a last layer that is not full attention.

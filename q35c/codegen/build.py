@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
@@ -66,7 +67,7 @@ def compile_module(
     return tirx.build(tvm.IRModule(members), target=target, pipeline=_PIPELINE)
 
 
-def _with_support(entry: PrimFunc) -> PrimFunc:
+def _with_support(entry: Any) -> PrimFunc:
     body = tirx.AttrStmt(T.int32(0), "pragma_import_llvm", tvm.ir.StringImm(SUPPORT_IR), entry.body)
     return entry.with_body(body)
 

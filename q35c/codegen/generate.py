@@ -110,7 +110,11 @@ def describe_entries(module: Module, target: Target, limits: Limits) -> list[dic
     }
     names = ("rows", "max_tokens", "logits")
     return [
-        {"name": graph.name, "symbol": graph.name, **dict(zip(names, kinds[graph.name], strict=True))}
+        {
+            "name": graph.name,
+            "symbol": graph.name,
+            **dict(zip(names, kinds[graph.name], strict=True)),
+        }
         for graph in module
     ]
 
@@ -127,10 +131,17 @@ def stored_state(value: Value, policy: Policy, context: int) -> dict[str, Any]:
         return {"name": value.name, "dtype": "f32", "shape": list(dims), "growth": "fixed"}
     _, heads, head_dim = dims
     cells = [context // BLOCK, head_dim, BLOCK] if kind == "keys" else [context, head_dim]
-    return {"name": value.name, "dtype": policy.cache, "shape": [heads, *cells], "growth": "context"}
+    return {
+        "name": value.name,
+        "dtype": policy.cache,
+        "shape": [heads, *cells],
+        "growth": "context",
+    }
 
 
-def io_places(limits: Limits, tokens: int, entries: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+def io_places(
+    limits: Limits, tokens: int, entries: list[dict[str, Any]]
+) -> dict[str, tuple[int, int]]:
     """Return offset and bytes of each io field."""
     rows = max(1 if entry["logits"] == "last" else entry["max_tokens"] for entry in entries)
     fields = layout.io_layout(tokens, limits.batch, rows, limits.vocabulary)["fields"]

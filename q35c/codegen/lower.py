@@ -57,7 +57,9 @@ class Shared:
         packed = PackedWeight(name, layout, dtype, tuple(s.name for s in sources), shapes)
         known = self.weights.setdefault(name, packed)
         if known != packed:
-            raise LoweringError("a weight is needed in two layouts", where=name, expected=known, got=packed)
+            raise LoweringError(
+                "a weight is needed in two layouts", where=name, expected=known, got=packed
+            )
         return WeightRef(name)
 
 
@@ -160,10 +162,17 @@ def lower_embedding(low: Lowering, op: Op) -> None:
     low.call(("embedding", parameters), args, [y])
 
 
-def lower_matrix(low: Lowering, op: Op, epilogue: str, layout: str, weights: tuple[Value, ...]) -> None:
+def lower_matrix(
+    low: Lowering, op: Op, epilogue: str, layout: str, weights: tuple[Value, ...]
+) -> None:
     x = low.views[op.operands[0]]
     rows = sum(count(w.type.shape[:1]) for w in weights)
-    parameters = {"N": rows, "K": width(weights[0]), "dtype": low.shared.policy.matrix, "epilogue": epilogue}
+    parameters = {
+        "N": rows,
+        "K": width(weights[0]),
+        "dtype": low.shared.policy.matrix,
+        "epilogue": epilogue,
+    }
     residual = [low.views[op.operands[1]]] if epilogue == "residual" else []
     y = low.output(op.result)
     strides = [stride(view) for view in (x, y, *residual)]
@@ -187,7 +196,9 @@ def lower_slice(low: Lowering, op: Op) -> None:
     """A slice of the last axis is a view: no kernel."""
     source = low.views[op.operands[0]]
     if op.attrs["axis"] % op.result.type.rank != op.result.type.rank - 1 or op.attrs["step"] != 1:
-        raise LoweringError("only last-axis slices are views", where=f"entry {low.graph.name}", got=op.attrs)
+        raise LoweringError(
+            "only last-axis slices are views", where=f"entry {low.graph.name}", got=op.attrs
+        )
     offset = source.offset + 4 * op.attrs["start"]
     low.views[op.result] = View(source.home, source.stride, source.rows, offset, source.last_row)
 
@@ -220,7 +231,16 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     mixed = low.temporary("conv", int(channels), row_count(op.result))  # type: ignore[arg-type]
     x = view[qkv]
     parameters = {"C": channels, "K": taps, "slot_offset_bytes": 0, "rows": rows}
-    args = [x, shared.weight("conv", conv_w), shared.state(conv), view[slots], mixed, mixed.rows, stride(x), stride(mixed)]
+    args = [
+        x,
+        shared.weight("conv", conv_w),
+        shared.state(conv),
+        view[slots],
+        mixed,
+        mixed.rows,
+        stride(x),
+        stride(mixed),
+    ]
     low.call(("conv_update", parameters), args, [mixed], [conv])
 
     parameters = {
@@ -247,7 +267,13 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
         "v_offset_bytes": shared.state_offsets[values.name] - shared.state_offsets[keys.name],
     }  # fmt: skip
     q = low.temporary("q", op.attrs["heads"] * head_dim, row_count(op.result))
-    parameters = {**heads, **cache, "R": width(table), "eps": op.attrs["eps"], "scale": op.attrs["scale"]}
+    parameters = {
+        **heads,
+        **cache,
+        "R": width(table),
+        "eps": op.attrs["eps"],
+        "scale": op.attrs["scale"],
+    }
     inputs = [view[q_gate], view[k], view[v]]
     norms = [shared.weight("vector", w) for w in (q_norm, k_norm)]
     where = [shared.state(keys), view[slots], view[starts]]
@@ -279,7 +305,14 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
 
     shape = {"E": experts, "I": inner, "H": hidden, "top_k": top_k, "dtype": matrix}
     activated = low.temporary("activated", top_k * inner, rows)
-    args = [shared.weight("experts_swiglu", gate_up), view[x], *groups, activated, rows, stride(view[x])]
+    args = [
+        shared.weight("experts_swiglu", gate_up),
+        view[x],
+        *groups,
+        activated,
+        rows,
+        stride(view[x]),
+    ]
     low.call(("expert_gate_up", shape), args, [activated])
     outputs = low.temporary("outputs", top_k * hidden, rows)
     args = [shared.weight("experts", down), activated, *groups, outputs, rows]

@@ -120,7 +120,7 @@ def entry_function(
         *statements,
         tirx.Evaluate(T.call_extern("int32", "q35c_restore_denormals", old_mode)),
     ]
-    function = tirx.PrimFunc(parameters.as_list(), tirx.SeqStmt(body))
+    function: Any = tirx.PrimFunc(parameters.as_list(), tirx.SeqStmt(body))
     return function.with_attr("global_symbol", symbol).with_attr("s_tir", True)
 
 

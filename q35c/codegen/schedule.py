@@ -132,7 +132,9 @@ class Hazards:
         writes = {extent_of(view, self.plan, self.places) for view in step.writes}
         writes |= {(f"state {name}", 0, 1) for name in step.state}
         needed = (
-            overlap(reads, self.written) or overlap(writes, self.written) or overlap(writes, self.read)
+            overlap(reads, self.written)
+            or overlap(writes, self.written)
+            or overlap(writes, self.read)
         )
         if needed:
             self.read, self.written = set(), set()

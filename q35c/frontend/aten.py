@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from q35c.frontend.importer import Importer, Item
-from q35c.ir import Value
+from q35c.ir import Attrs, Value
 from q35c.ir.ops import symbolic_product
 from q35c.ir.types import Dim, Shape, SymDim
 
@@ -35,9 +35,14 @@ def rule(*names: str, view: bool = False) -> Callable[[Rule], Rule]:
     return register
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """Return a node's positional arguments; the op's schema says what they are."""
+    return node.args
+
+
 def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
     """Return an argument given by position or by name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+    return arguments(node)[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 # --- shapes ---------------------------------------------------------------------------------------
@@ -45,7 +50,7 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
 
 def reshaped(imp: Importer, value: Value, shape: Shape) -> Value:
     """Reshape unless the shape is already right."""
-    return value if value.type.shape == shape else imp.builder.emit("reshape", value, shape=shape)
+    return value if value.type.shape == shape else imp.emit("reshape", value, shape=shape)
 
 
 def without(shape: Shape, axis: int | None) -> Shape:
@@ -72,14 +77,14 @@ def batch_after_reshape(item: Item, shape: Shape) -> int | None:
     view=True,
 )
 def import_reshape(imp: Importer, node: Node) -> Item:
-    item, shape = imp.item(node.args[0], node), imp.shape(node)
+    item, shape = imp.item(arguments(node)[0], node), imp.shape(node)
     batch = batch_after_reshape(item, shape)
     return Item(reshaped(imp, item.value, without(shape, batch)), batch)
 
 
 @rule("aten.expand.default", view=True)
 def import_expand(imp: Importer, node: Node) -> Item:
-    item = imp.item(node.args[0], node)
+    item = imp.item(arguments(node)[0], node)
     if item.shape != imp.shape(node):
         raise imp.error(node, "expand that repeats data")
     return item
@@ -87,30 +92,30 @@ def import_expand(imp: Importer, node: Node) -> Item:
 
 @rule("aten.transpose.int", "aten.permute.default", view=True)
 def import_transpose(imp: Importer, node: Node) -> Item:
-    item = imp.item(node.args[0], node)
+    item = imp.item(arguments(node)[0], node)
     if str(node.target) == "aten.permute.default":
-        order = [dim % item.rank for dim in node.args[1]]
+        order = [dim % item.rank for dim in arguments(node)[1]]
     else:
         order = list(range(item.rank))
-        a, b = node.args[1] % item.rank, node.args[2] % item.rank
+        a, b = arguments(node)[1] % item.rank, arguments(node)[2] % item.rank
         order[a], order[b] = order[b], order[a]
     batch = None if item.batch is None else order.index(item.batch)
     perm = tuple(axis for axis in (item.axis(dim) for dim in order) if axis is not None)
     if perm == tuple(range(len(perm))):
         return Item(item.value, batch)
-    return Item(imp.builder.emit("transpose", item.value, perm=perm), batch)
+    return Item(imp.emit("transpose", item.value, perm=perm), batch)
 
 
-def sliced(imp: Importer, node: Node, item: Item, dim: int, bounds: tuple[Dim, ...]) -> Item:
+def sliced(imp: Importer, node: Node, item: Item, dim: int, bounds: tuple[Any, ...]) -> Item:
     """Take start:stop:step of one dim; the whole of a dim is the item itself."""
     size, axis = item.shape[dim % item.rank], item.axis(dim)
     start, stop, step = bounds
-    if start == 0 and step == 1 and (stop == size or stop == _END):
+    if start == 0 and step == 1 and stop in (size, _END):
         return item
-    if axis is None or not all(isinstance(bound, int) for bound in (size, *bounds)):
+    if axis is None or not isinstance(size, int) or not all(isinstance(b, int) for b in bounds):
         raise imp.error(node, "slice of the batch or token axis")
     stop = min(stop, size)
-    made = imp.builder.emit("slice", item.value, axis=axis, start=start, stop=stop, step=step)
+    made = imp.emit("slice", item.value, axis=axis, start=start, stop=stop, step=step)
     return Item(made, item.batch)
 
 
@@ -126,7 +131,7 @@ def slice_bounds(node: Node, size: Dim) -> tuple[int, Dim, Dim, int]:
 
 @rule("aten.slice.Tensor", view=True)
 def import_slice(imp: Importer, node: Node) -> Item:
-    item = imp.item(node.args[0], node)
+    item = imp.item(arguments(node)[0], node)
     size = item.shape[argument(node, 1, "dim", 0) % item.rank]
     dim, *bounds = slice_bounds(node, size)
     return sliced(imp, node, item, dim, tuple(bounds))
@@ -134,8 +139,8 @@ def import_slice(imp: Importer, node: Node) -> Item:
 
 @rule("aten.select.int", view=True)
 def import_select(imp: Importer, node: Node) -> Item:
-    item = imp.item(node.args[0], node)
-    dim, index = node.args[1] % item.rank, node.args[2]
+    item = imp.item(arguments(node)[0], node)
+    dim, index = arguments(node)[1] % item.rank, arguments(node)[2]
     if item.axis(dim) is None:
         return Item(item.value)
     size = item.shape[dim]
@@ -148,7 +153,7 @@ def import_select(imp: Importer, node: Node) -> Item:
 
 @rule("aten.split_with_sizes.default", "aten.split.Tensor", "aten.chunk.default", view=True)
 def import_split(imp: Importer, node: Node) -> tuple[Item, ...]:
-    item = imp.item(node.args[0], node)
+    item = imp.item(arguments(node)[0], node)
     dim = argument(node, 2, "dim", 0)
     axis = dim % item.rank
     sizes = [imp.shape_of(part, node)[axis] for part in node.meta["val"]]
@@ -163,19 +168,17 @@ def import_split(imp: Importer, node: Node) -> tuple[Item, ...]:
 
 @rule("<built-in function getitem>", view=True)
 def import_getitem(imp: Importer, node: Node) -> Item:
-    source, index = node.args
+    source, index = arguments(node)
     return imp.items(source)[index]
 
 
 @rule("aten.cat.default")
 def import_cat(imp: Importer, node: Node) -> Item:
-    items = [imp.item(part, node) for part in node.args[0]]
+    items = [imp.item(part, node) for part in arguments(node)[0]]
     axis = items[0].axis(argument(node, 1, "dim", 0))
     if axis is None or len({item.batch for item in items}) != 1:
         raise imp.error(node, "concatenation along the batch axis")
-    return Item(
-        imp.builder.emit("concat", *(item.value for item in items), axis=axis), items[0].batch
-    )
+    return Item(imp.emit("concat", *(item.value for item in items), axis=axis), items[0].batch)
 
 
 # --- elementwise ----------------------------------------------------------------------------------
@@ -204,12 +207,12 @@ def import_binary(kind: str) -> Rule:
     def import_op(imp: Importer, node: Node) -> Item:
         if node.kwargs:
             raise imp.error(node, f"options {dict(node.kwargs)}")
-        a, b = node.args[:2]
+        a, b = arguments(node)[:2]
         if isinstance(b, (int, float)) and kind != "div":
             item = imp.item(a, node)
-            return Item(imp.builder.emit(f"{kind}_scalar", item.value, value=float(b)), item.batch)
+            return Item(imp.emit(f"{kind}_scalar", item.value, value=float(b)), item.batch)
         left, right, batch = aligned(imp, imp.item(a, node), imp.item(b, node))
-        return Item(imp.builder.emit(kind, left, right), batch)
+        return Item(imp.emit(kind, left, right), batch)
 
     return import_op
 
@@ -217,9 +220,9 @@ def import_binary(kind: str) -> Rule:
 def import_unary(kind: str) -> Rule:
     def import_op(imp: Importer, node: Node) -> Item:
         if len(node.args) > 1 or node.kwargs:
-            raise imp.error(node, f"options {node.args[1:]} {dict(node.kwargs)}")
-        item = imp.item(node.args[0], node)
-        return Item(imp.builder.emit(kind, item.value), item.batch)
+            raise imp.error(node, f"options {arguments(node)[1:]} {dict(node.kwargs)}")
+        item = imp.item(arguments(node)[0], node)
+        return Item(imp.emit(kind, item.value), item.batch)
 
     return import_op
 
@@ -232,10 +235,8 @@ for _kind in ("neg", "exp", "sigmoid", "silu", "softplus", "rsqrt", "cos", "sin"
 
 @rule("aten.pow.Tensor_Scalar")
 def import_pow(imp: Importer, node: Node) -> Item:
-    item = imp.item(node.args[0], node)
-    return Item(
-        imp.builder.emit("pow_scalar", item.value, exponent=float(node.args[1])), item.batch
-    )
+    item = imp.item(arguments(node)[0], node)
+    return Item(imp.emit("pow_scalar", item.value, exponent=float(arguments(node)[1])), item.batch)
 
 
 @rule(
@@ -245,36 +246,34 @@ def import_pow(imp: Importer, node: Node) -> Item:
 )
 @rule("aten._to_copy.default", "aten.clone.default")
 def import_cast(imp: Importer, node: Node) -> Item:
-    item, dtype = imp.item(node.args[0], node), imp.dtype(node)
+    item, dtype = imp.item(arguments(node)[0], node), imp.dtype(node)
     if item.value.type.dtype == dtype:
         return item
-    return Item(imp.builder.emit("cast", item.value, dtype=dtype), item.batch)
+    return Item(imp.emit("cast", item.value, dtype=dtype), item.batch)
 
 
 @rule("aten.div_.Tensor")
 def import_div_in_place(imp: Importer, node: Node) -> Item:
     made = import_binary("div")(imp, node)
     assert isinstance(made, Item)
-    imp.rebind(node.args[0], made, node)
+    imp.rebind(arguments(node)[0], made, node)
     return made
 
 
 @rule("aten.copy_.default")
 def import_copy_in_place(imp: Importer, node: Node) -> None:
     """Write into a slice: the tensor it was taken from becomes a new value."""
-    target, source = node.args[:2]
+    target, source = arguments(node)[:2]
     if str(target.target) != "aten.slice.Tensor":
         raise imp.error(node, "in-place copy into something else than a slice")
-    whole = target.args[0]
+    whole = arguments(target)[0]
     base, update = imp.item(whole, node), imp.item(source, node)
     size = base.shape[argument(target, 1, "dim", 0) % base.rank]
     dim, start, _, step = slice_bounds(target, size)
     axis = base.axis(dim)
     if axis is None or update.batch != base.batch or update.shape != imp.shape(target):
         raise imp.error(node, "in-place copy of another shape")
-    made = imp.builder.emit(
-        "slice_update", base.value, update.value, axis=axis, start=start, step=step
-    )
+    made = imp.emit("slice_update", base.value, update.value, axis=axis, start=start, step=step)
     imp.rebind(whole, Item(made, base.batch), node)
 
 
@@ -283,12 +282,12 @@ def import_copy_in_place(imp: Importer, node: Node) -> None:
 
 @rule("aten.mean.dim", "aten.sum.dim_IntList")
 def import_reduction(imp: Importer, node: Node) -> Item:
-    item, dims = imp.item(node.args[0], node), node.args[1]
+    item, dims = imp.item(arguments(node)[0], node), arguments(node)[1]
     axis = item.axis(dims[0]) if len(dims) == 1 else None
     if axis is None or node.kwargs:
         raise imp.error(node, "reduction over the batch or over several axes")
     kind = "mean" if str(node.target) == "aten.mean.dim" else "sum"
-    made = Item(imp.builder.emit(kind, item.value, axis=axis), item.batch)
+    made = Item(imp.emit(kind, item.value, axis=axis), item.batch)
     if argument(node, 2, "keepdim", False):
         return made
     dim = dims[0] % item.rank
@@ -298,40 +297,40 @@ def import_reduction(imp: Importer, node: Node) -> Item:
 
 @rule("aten.softmax.int")
 def import_softmax(imp: Importer, node: Node) -> Item:
-    item = imp.item(node.args[0], node)
-    axis = item.axis(node.args[1])
+    item = imp.item(arguments(node)[0], node)
+    axis = item.axis(arguments(node)[1])
     if axis is None or imp.dtype(node) != item.value.type.dtype:
         raise imp.error(node, "softmax over the batch or to another element type")
-    return Item(imp.builder.emit("softmax", item.value, axis=axis), item.batch)
+    return Item(imp.emit("softmax", item.value, axis=axis), item.batch)
 
 
 @rule("aten.topk.default")
 def import_topk(imp: Importer, node: Node) -> tuple[Item, ...]:
-    item, k = imp.item(node.args[0], node), node.args[1]
+    item, k = imp.item(arguments(node)[0], node), arguments(node)[1]
     is_plain = argument(node, 3, "largest", True) and argument(node, 4, "sorted", True)
     if item.axis(argument(node, 2, "dim", -1)) != item.value.type.rank - 1 or not is_plain:
         raise imp.error(node, "top-k other than the largest of the last axis, sorted")
-    values, indices = imp.builder.emit("topk", item.value, k=k)
+    values, indices = imp.builder.append("topk", (item.value,), Attrs.of({"k": k}))
     return Item(values, item.batch), Item(indices, item.batch)
 
 
 @rule("aten.embedding.default")
 def import_embedding(imp: Importer, node: Node) -> Item:
-    table, tokens = (imp.item(operand, node) for operand in node.args[:2])
-    return Item(imp.builder.emit("embedding", tokens.value, table.value), tokens.batch)
+    table, tokens = (imp.item(operand, node) for operand in arguments(node)[:2])
+    return Item(imp.emit("embedding", tokens.value, table.value), tokens.batch)
 
 
 @rule("aten.linear.default")
 def import_linear(imp: Importer, node: Node) -> Item:
     if argument(node, 2, "bias") is not None:
         raise imp.error(node, "linear with a bias")
-    item, weight = (imp.item(operand, node) for operand in node.args[:2])
-    return Item(imp.builder.emit("linear", item.value, weight.value), item.batch)
+    item, weight = (imp.item(operand, node) for operand in arguments(node)[:2])
+    return Item(imp.emit("linear", item.value, weight.value), item.batch)
 
 
 def batchless(imp: Importer, node: Node, index: int) -> Value:
     """Return an operand whose leading batch axis is gone."""
-    item = imp.item(node.args[index], node)
+    item = imp.item(arguments(node)[index], node)
     if item.shape[0] != 1:
         raise imp.error(node, f"operand {index} has no leading batch axis of one")
     return reshaped(imp, item.value, item.shape[1:])
@@ -339,25 +338,25 @@ def batchless(imp: Importer, node: Node, index: int) -> Value:
 
 @rule("q35c.causal_conv.default")
 def import_causal_conv(imp: Importer, node: Node) -> Item:
-    weight = imp.item(node.args[1], node).value
-    return Item(imp.builder.emit("causal_conv", batchless(imp, node, 0), weight), 0)
+    weight = imp.item(arguments(node)[1], node).value
+    return Item(imp.emit("causal_conv", batchless(imp, node, 0), weight), 0)
 
 
 @rule("q35c.delta_rule.default")
 def import_delta_rule(imp: Importer, node: Node) -> Item:
     operands = [batchless(imp, node, index) for index in range(5)]
-    return Item(imp.builder.emit("delta_rule", *operands), 0)
+    return Item(imp.emit("delta_rule", *operands), 0)
 
 
 @rule("q35c.attention.default")
 def import_attention(imp: Importer, node: Node) -> Item:
     operands = [batchless(imp, node, index) for index in range(3)]
-    return Item(imp.builder.emit("attention", *operands, scale=float(node.args[3])), 0)
+    return Item(imp.emit("attention", *operands, scale=float(arguments(node)[3])), 0)
 
 
 @rule("q35c.experts.default")
 def import_experts(imp: Importer, node: Node) -> Item:
-    operands = [imp.item(operand, node) for operand in node.args]
+    operands = [imp.item(operand, node) for operand in arguments(node)]
     if any(item.batch is not None for item in operands):
         raise imp.error(node, "experts of a batched tensor")
-    return Item(imp.builder.emit("experts", *(item.value for item in operands)))
+    return Item(imp.emit("experts", *(item.value for item in operands)))

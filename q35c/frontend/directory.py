@@ -60,7 +60,7 @@ class ModelDirectory:
         path = self.path(name)
         # O_NOFOLLOW and O_NONBLOCK: the file may have been exchanged since it was looked at.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        file = open(descriptor, "rb")
+        file = os.fdopen(descriptor, "rb")
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             file.close()
             raise CheckpointError("is not a regular file", where=str(path))

@@ -17,7 +17,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from q35c.errors import InternalError
-from q35c.ir import Builder, Dim, Graph, SymDim, TensorType, Value
+from q35c.ir import Attrs, Builder, Dim, Graph, SymDim, TensorType, Value
+from q35c.ir.graph import Attr
 from q35c.ir.types import Shape
 
 DTYPES = {torch.float32: "f32", torch.int64: "i32", torch.int32: "i32"}
@@ -114,6 +115,11 @@ class Importer:
         squeezed = (*shape[:batch], *shape[batch + 1 :])
         self._items[node] = Item(self.builder.input(node.name, TensorType("i32", squeezed)), batch)
 
+    def emit(self, kind: str, *operands: Value, **attrs: Attr) -> Value:
+        """Append an op that has one result."""
+        (result,) = self.builder.append(kind, operands, Attrs.of(attrs))
+        return result
+
     def error(self, node: Node, what: str) -> InternalError:
         """Return an error that names the node and the module it came from."""
         stack = list((node.meta.get("nn_module_stack") or {}).values())
@@ -146,15 +152,15 @@ class Importer:
     def _leaf(self, node: Node) -> Item:
         """Make a weight, or a constant of a buffer that holds real data."""
         spec = self._leaves[node.name]
-        shape = self.shape(node)
+        target, shape = spec.target or "", self.shape(node)
         if spec.kind is InputKind.PARAMETER:
-            name = self._weight_names[spec.target]
+            name = self._weight_names[target]
             return Item(self.builder.weight(name, TensorType(self.dtype(node), shape)))
-        data = self._program.constants.get(spec.target)
-        if data is None or data.is_meta or data.dtype != torch.float32:
-            raise self.error(node, f"buffer {spec.target} holds no float32 data")
+        data = self._program.constants.get(target)
+        if not isinstance(data, torch.Tensor) or data.is_meta or data.dtype != torch.float32:
+            raise self.error(node, f"buffer {target} holds no float32 data")
         values = tuple(data.flatten().tolist())
-        return Item(self.builder.emit("constant", values=values, shape=shape))
+        return Item(self.emit("constant", values=values, shape=shape))
 
     def shape(self, node: Node) -> Shape:
         """Return the program's shape of a node with the symbol T for the token count."""
@@ -195,9 +201,12 @@ class Importer:
         stays_readable = str(node.target) == "aten.select.int" and parent not in self._stale
         self._stale |= {view for view in (root, *self._views) if self._has_root(view, root)}
         self._stale.discard(node)
-        if parent is not None and stays_readable:
-            if self._partly_stale.setdefault(parent, chosen) == chosen:
-                self._stale.discard(parent)
+        if (
+            parent is not None
+            and stays_readable
+            and self._partly_stale.setdefault(parent, chosen) == chosen
+        ):
+            self._stale.discard(parent)
         self._items[node] = item
 
     def _has_root(self, node: Node, root: Node) -> bool:

@@ -37,7 +37,9 @@ class OpSpec:
     stages: tuple[str, str]
     variadic: bool = False
     writes_state: bool = False
-    macs: Callable[[list[tuple[int, ...]], Attributes], int] = lambda shapes, attrs: math.prod(shapes[0])
+    macs: Callable[[list[tuple[int, ...]], Attributes], int] = lambda shapes, attrs: math.prod(
+        shapes[0]
+    )
 
 
 OPS: dict[str, OpSpec] = {}
@@ -89,7 +91,9 @@ def linear_macs(shapes, attrs):
 
 # --- the table ------------------------------------------------------------------------------------
 
-define("embedding", "tokens table", "", rule.looked_up, lambda t, w: w[t], "Look up rows of a table.")
+define(
+    "embedding", "tokens table", "", rule.looked_up, lambda t, w: w[t], "Look up rows of a table."
+)
 define("linear", "x weight*", "", rule.linear_type, reference_linear,
        "Multiply by one or more weights [N, K]; the outputs are concatenated.", macs=linear_macs)  # fmt: skip
 for _name, _rule, _function in (
@@ -120,10 +124,24 @@ define("softmax", "x", "axis", rule.softmax_type, lambda x, *, axis: ref.softmax
 define("topk", "x", "k", rule.topk_type, lambda x, *, k: ref.topk(x, k),
        "The k largest of the last axis, sorted, and their indices; ties take the lowest index.",
        stages=TRACED)  # fmt: skip
-define("reshape", "x", "shape", rule.reshaped, lambda x, *, shape: x.reshape(shape), "View in another shape.")
+define(
+    "reshape",
+    "x",
+    "shape",
+    rule.reshaped,
+    lambda x, *, shape: x.reshape(shape),
+    "View in another shape.",
+)
 define("transpose", "x", "perm", rule.transposed, lambda x, *, perm: x.transpose(perm),
        "Permute axes.", stages=TRACED)  # fmt: skip
-define("slice", "x", "axis start stop step", rule.sliced, reference_slice, "Take part of one static axis.")
+define(
+    "slice",
+    "x",
+    "axis start stop step",
+    rule.sliced,
+    reference_slice,
+    "Take part of one static axis.",
+)
 define("slice_update", "x y", "axis start step", rule.slice_updated, reference_slice_update,
        "Replace part of one static axis.", stages=TRACED)  # fmt: skip
 define("concat", "x*", "axis", rule.concatenated, lambda *xs, axis: np.concatenate(xs, axis),
@@ -150,7 +168,15 @@ define("gated_rms_norm", "x weight gate", "eps", rule.normed, ref.gated_rms_norm
        "rms_norm(x) * weight * silu(gate).", stages=FUSED)  # fmt: skip
 define("rotary_table", "positions", "inv_freq sections scaling", rule.rotary_table_type, ref.rotary_table,
        "Cosines and sines of the interleaved multi-axis rotary angles: [T, R].")  # fmt: skip
-define("rotary", "x table", "", rule.rotary_type, ref.rotary, "Rotate the first R dims of x [H, T, D].", stages=FUSED)
+define(
+    "rotary",
+    "x table",
+    "",
+    rule.rotary_type,
+    ref.rotary,
+    "Rotate the first R dims of x [H, T, D].",
+    stages=FUSED,
+)
 define("swiglu", "gate up", "", rule.paired, lambda g, u: ref.silu(g) * u,
        "silu(gate) * up.", stages=FUSED)  # fmt: skip
 define("linear_swiglu", "x gate up", "", rule.linear_swiglu_type, reference_swiglu,

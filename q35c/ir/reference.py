@@ -110,7 +110,9 @@ def sparse_moe(x, router_logits, shared, shared_gate, gate_up, down, top_k: int)
 
 def rotary_table(positions: Array, inv_freq, sections, scaling: float) -> Array:
     """Return [T, R]: cos then sin of R/2 angles; axis 1 and 2 own every third angle of their section."""
-    angles = positions.astype(np.float32)[:, :, None] * np.asarray(inv_freq, np.float32)  # [3, T, R/2]
+    angles = positions.astype(np.float32)[:, :, None] * np.asarray(
+        inv_freq, np.float32
+    )  # [3, T, R/2]
     mixed = angles[0].copy()
     for axis in (1, 2):
         owned = slice(axis, sections[axis] * 3, 3)
@@ -127,7 +129,20 @@ def rotary(x: Array, table: Array) -> Array:
 
 
 def gated_delta_net(
-    qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, *, key_heads, value_heads, eps, conv=None, delta=None
+    qkv,
+    z,
+    b,
+    a,
+    conv_w,
+    a_log,
+    dt_bias,
+    norm_w,
+    *,
+    key_heads,
+    value_heads,
+    eps,
+    conv=None,
+    delta=None,
 ) -> tuple[Array, Array, Array]:
     """Return out [T, Hv*Dv], the new conv state [K-1, C] and the new delta state [Hv, Dk, Dv]."""
     tokens, channels = qkv.shape

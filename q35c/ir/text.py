@@ -1,12 +1,12 @@
 """The text form of graphs. `parse_graph(print_graph(g)) == g` for every graph.
 
-    graph forward traced {
-      input %tokens: i32[T]
-      weight @embed_tokens.weight: f32[320, 64]
-      %0: f32[T, 64] = embedding(%tokens, @embed_tokens.weight)
-      %1: f32[T, 64] = mul_scalar(%0) {value = 2.0}
-      return %1
-    }
+graph forward traced {
+  input %tokens: i32[T]
+  weight @embed_tokens.weight: f32[320, 64]
+  %0: f32[T, 64] = embedding(%tokens, @embed_tokens.weight)
+  %1: f32[T, 64] = mul_scalar(%0) {value = 2.0}
+  return %1
+}
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from q35c.ir.types import Dim, SymDim, TensorType
 from q35c.ir.verify import verify
 
 KINDS = {sigil: kind for kind, sigil in SIGILS.items()}
-LINE = re.compile(r"(?P<results>.+?) = (?P<kind>\w+)\((?P<operands>[^)]*)\)(?: \{(?P<attrs>.*)\})?$")
+LINE = re.compile(
+    r"(?P<results>.+?) = (?P<kind>\w+)\((?P<operands>[^)]*)\)(?: \{(?P<attrs>.*)\})?$"
+)
 TYPED = re.compile(r"(?P<sigil>[%@$])(?P<name>[\w.]+): (?P<dtype>\w+)\[(?P<dims>[^\]]*)\]")
 TOKEN = re.compile(
     r'\s*(?:(?P<string>"[^"]*")|(?P<number>-?(?:\d+\.?\d*(?:e[-+]?\d+)?|inf)(?!\*|\w))|'

@@ -156,13 +156,17 @@ def _top_p(weights: Logits, top_p: float) -> Ids:
     total = float(weights.sum(dtype=np.float64))
     spare = (1.0 - top_p) * total
     candidates = np.flatnonzero(weights >= spare / len(weights))
-    found = weights[candidates].astype(np.float64)
-    order = np.argsort(found, kind="stable")
-    tail = total - float(found.sum())
-    cumulated = tail + np.cumsum(found[order])
-    dropped = int(np.searchsorted(cumulated, spare, side="right"))
-    kept = order[min(dropped, len(order) - 1) :]  # the largest always survives
-    return np.sort(candidates[kept])
+    found = weights[candidates]
+    ordered = np.sort(found)  # values alone: several times faster than sorting indices
+    tail = total - float(found.sum(dtype=np.float64))
+    cumulated: Doubles = tail + np.cumsum(ordered, dtype=np.float64)
+    dropped = int(cumulated.searchsorted(spare, side="right"))
+    dropped = min(dropped, len(ordered) - 1)  # the largest always survives
+    least = ordered[dropped]
+    kept = candidates[found >= least]
+    surplus = len(kept) - (len(ordered) - dropped)  # equal to the least, but below the border
+    ties = np.flatnonzero(weights[kept] == least)[:surplus]
+    return np.delete(kept, ties)
 
 
 def _draw_by_blocks(weights: Logits, number: float) -> int:

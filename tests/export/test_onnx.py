@@ -68,8 +68,6 @@ def test_op_table_examples(kind: str, tmp_path: Path):
     example = FITS[kind]
     graph = build(kind, Case(example.operands, example.attrs, "fused"))
     inputs, weights, _ = draw_arrays(graph, np.random.default_rng(1))
-    if kind == "constant":  # ONNX Runtime wants a graph to have a node that is not a constant
-        assert not inputs
     compare(graph, tmp_path / "op.onnx", inputs, weights)
 
 
@@ -204,7 +202,7 @@ def test_names_and_dynamic_dims_are_readable(tmp_path: Path):
     assert [d.dim_param or d.dim_value for d in logits.type.tensor_type.shape.dim] == ["T", 64]
     assert logits.name == "logits"
     assert [i.name for i in model.graph.initializer].count("embed_tokens.weight") == 1
-    assert [o.version for o in model.opset_import if o.domain == ""] >= [18]
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 18)]
 
 
 def test_large_weights_go_to_a_second_file(tmp_path: Path):

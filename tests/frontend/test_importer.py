@@ -61,7 +61,7 @@ def test_imported_model_equals_eager(tmp_path: Path, name: str) -> None:
     checkpoint, model = open_checkpoint(path), eager_model(path)
     graph = import_program(trace_model(checkpoint.config))
     random = np.random.default_rng(0)
-    for tokens in (1, 2, 5, 64, 71):
+    for tokens in (1, 5, 66):
         ids = random.integers(0, checkpoint.config.vocab_size, tokens).astype(np.int32)
         # Three axes that differ, as beside an image; the next test has the plain ones.
         positions = random.integers(0, 500, (3, tokens)).astype(np.int32)

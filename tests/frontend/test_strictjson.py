@@ -1,5 +1,7 @@
 """Strict JSON: what Python's reader accepts silently is refused, with the place named."""
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,7 +78,5 @@ def test_canonical_form_reads_back(value) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_value_or_the_typed_error(data: bytes) -> None:
-    try:
+    with suppress(ArtifactError):
         read(data)
-    except ArtifactError:
-        pass

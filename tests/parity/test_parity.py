@@ -64,7 +64,9 @@ def test_prefill_and_decode_equal_eager(kind: str) -> None:
 @pytest.mark.parametrize("name", ODD_SHAPES)
 def test_odd_shapes_equal_eager(name: str) -> None:
     kind, overrides = ODD_SHAPES[name]
-    frozen = {key: Frozen(value) if isinstance(value, dict) else value for key, value in overrides.items()}
+    frozen = {
+        key: Frozen(value) if isinstance(value, dict) else value for key, value in overrides.items()
+    }
     compiled = model(kind, **frozen)
     ids = random_ids(77, compiled.manifest.model.vocab_size, seed=1)
     want = oracle_logits(ids, kind, **frozen)

@@ -68,8 +68,9 @@ def test_ties_at_the_border_survive_together() -> None:
 
 def test_top_p_that_is_reached_exactly() -> None:
     for top_p, survivors in ((0.25, 1), (0.5, 2), (0.75, 3), (0.7500001, 4)):
-        _, weights = filter_logits(np.zeros(4, np.float32), SamplingOptions(top_p=top_p))
+        ids, weights = filter_logits(np.zeros(4, np.float32), SamplingOptions(top_p=top_p))
         assert len(weights) == survivors
+        assert ids is not None and ids.tolist() == list(range(4 - survivors, 4))
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.3])

@@ -53,7 +53,9 @@ def clear_rows(shape, w, at):
     """Start a task: no sums yet, the lowest maximum."""
     for r in T.serial(shape.tiles * TILE_ROWS):
         for v in T.serial(shape.D // shape.lanes):
-            w[ramp(at + r * shape.row_words + v * shape.lanes, shape.lanes)] = splat(0.0, shape.lanes)
+            w[ramp(at + r * shape.row_words + v * shape.lanes, shape.lanes)] = splat(
+                0.0, shape.lanes
+            )
         w[at + r * shape.row_words + shape.D] = T.float32(_LOWEST)
         w[at + r * shape.row_words + shape.D + 1] = T.float32(0)
 
@@ -117,9 +119,9 @@ def value_tile(shape, scores, state, values, cells, w, rows, column, vectors):
     acc = T.alloc_buffer((TILE_ROWS, vectors, shape.lanes), "float32", annotations=STACK)
     for r in T.unroll(TILE_ROWS):
         for j in T.unroll(vectors):
-            acc[r, j, ramp(0, L)] = w[
-                ramp(rows + r * shape.row_words + column + j * L, L)
-            ] * splat(w[rows + r * shape.row_words + shape.D + 2], L)
+            acc[r, j, ramp(0, L)] = w[ramp(rows + r * shape.row_words + column + j * L, L)] * splat(
+                w[rows + r * shape.row_words + shape.D + 2], L
+            )
     for cell in T.serial(cells):
         for r in T.unroll(TILE_ROWS):
             for j in T.unroll(vectors):
@@ -142,7 +144,9 @@ def add_values(shape, scores, state, values, cells, w, rows):
 
 
 @T.inline
-def attend(shape, q, state, base, kv_head, first, tokens, start, first_block, end_block, end_cell, w, at):
+def attend(
+    shape, q, state, base, kv_head, first, tokens, start, first_block, end_block, end_cell, w, at
+):
     """Let the rows of one task attend to blocks first_block..end_block of cells before end_cell.
 
     Row r is query head kv_head * group + r % group of token first + r // group; rows beyond the last token
@@ -190,7 +194,9 @@ def store_head(shape, w, at, total, qg, y, row, head):
 @T.inline
 def run_sequence(shape, q, qg, state, slots, starts, y, w, tokens, tid, nt):
     """Tasks are (tile of tokens, key head); the last tiles see most cells, so threads take them in turn."""
-    groups: T.let[T.int64] = T.truncdiv(tokens + (shape.query_tokens - 1), T.int64(shape.query_tokens))
+    groups: T.let[T.int64] = T.truncdiv(
+        tokens + (shape.query_tokens - 1), T.int64(shape.query_tokens)
+    )
     tasks: T.let[T.int64] = groups * shape.Hkv
     start: T.let[T.int64] = T.cast(starts[0], "int64")
     base: T.let[T.int64] = shape.cache.base(slots[0])

@@ -13,7 +13,9 @@ from q35c.codegen.kernels.common import Expr, ramp, widen
 
 CELLS = 32  # keys of one block
 TILE_ROWS = 4  # query rows computed together
-QUERY_TOKENS = 8  # tokens of a prefill task: all their heads read each key block from the cache once
+QUERY_TOKENS = (
+    8  # tokens of a prefill task: all their heads read each key block from the cache once
+)
 SLOT_BYTES = 64  # unit of the slots that the runtime passes
 
 

@@ -213,3 +213,8 @@ def share(count: Expr, part: Expr, parts: Expr) -> Expr:
 def ceil_div(value: int, divisor: int) -> int:
     """Divide Python integers, rounding up."""
     return -(-value // divisor)
+
+
+def vector_type(dtype: str, lanes: int) -> Expr:
+    """Return the TVMScript type of a vector, for `name: T.let[vector_type("float32", n)]`."""
+    return getattr(T, vector(dtype, lanes))

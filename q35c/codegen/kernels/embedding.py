@@ -86,9 +86,8 @@ def _from_bf16(V: int, H: int) -> PrimFunc:
             for pair in T.serial(T.min(T.int64(_CHUNK // 2), H // 2 - begin)):
                 y[row, (begin + pair) * 2] = widen_low(w[block, begin + pair, lane], 1)
                 y[row, (begin + pair) * 2 + 1] = widen_high(w[block, begin + pair, lane], 1)
-            if H % 2 == 1:
-                if begin + _CHUNK // 2 > H // 2:
-                    y[row, H - 1] = widen_low(w[block, H // 2, lane], 1)
+            if H % 2 == 1 and begin + _CHUNK // 2 > H // 2:
+                y[row, H - 1] = widen_low(w[block, H // 2, lane], 1)
         return T.int32(0)
 
     return embedding_kernel

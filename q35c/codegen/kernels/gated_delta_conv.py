@@ -19,7 +19,8 @@ from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import Expr, ramp, share, vsilu
 
 GRAIN = 16  # channels that threads share out: one cache line
-BLOCK_CHANNELS = 512  # 2 KiB of each of K weight rows and K input rows
+BLOCK_CHANNELS = 512  # 2 KiB of each of K weight rows and of the rows in use
+GROUP_ROWS = 4  # computed together: their inputs overlap, and 4 exponentials hide each other's latency
 
 Row = Callable[[Expr], Expr]  # tap -> vector
 
@@ -65,6 +66,17 @@ class ConvShape:
 
 
 @T.inline
+def convolve_rows(shape, x, w, y, first, rows, begin, vectors):
+    """Convolve `rows` rows (a Python int) that have K-1 rows of x before them."""
+    for v in T.serial(vectors):
+        for r in T.unroll(rows):
+            channel: T.let[T.int64] = begin + v * shape.lanes
+            y[first + r, ramp(channel, shape.lanes)] = vsilu(
+                shape.dot(w, channel, shape.rows_of_x(x, first + r, channel)), shape.lanes
+            )
+
+
+@T.inline
 def convolve_run(shape, x, w, state, base, y, first, count, begin, vectors):
     """Convolve `count` rows from `first`, and their state, in `vectors` vectors of channels from `begin`."""
     for t in T.serial(T.min(count, T.int64(shape.taps - 1))):
@@ -74,13 +86,13 @@ def convolve_run(shape, x, w, state, base, y, first, count, begin, vectors):
                 shape.dot(w, channel, shape.rows_of_both(x, first, t, state, base, channel)),
                 shape.lanes,
             )
-    for t in T.serial(T.max(count - (shape.taps - 1), T.int64(0))):
-        for v in T.serial(vectors):
-            channel: T.let[T.int64] = begin + v * shape.lanes
-            row: T.let[T.int64] = first + t + (shape.taps - 1)
-            y[row, ramp(channel, shape.lanes)] = vsilu(
-                shape.dot(w, channel, shape.rows_of_x(x, row, channel)), shape.lanes
-            )
+    rest: T.let[T.int64] = T.max(count - (shape.taps - 1), T.int64(0))
+    groups: T.let[T.int64] = T.truncdiv(rest, T.int64(GROUP_ROWS))
+    after_groups: T.let[T.int64] = first + (shape.taps - 1) + groups * GROUP_ROWS
+    for t in T.serial(groups):
+        convolve_rows(shape, x, w, y, first + (shape.taps - 1) + t * GROUP_ROWS, GROUP_ROWS, begin, vectors)
+    for t in T.serial(rest - groups * GROUP_ROWS):
+        convolve_rows(shape, x, w, y, after_groups + t, 1, begin, vectors)
     for i in T.serial(T.int64(shape.taps - 1)):  # oldest first: reads stay ahead of writes
         for v in T.serial(vectors):
             channel: T.let[T.int64] = begin + v * shape.lanes

@@ -21,13 +21,12 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from q35c.codegen.kernels.common import Expr, hsum, ramp, splat, splat_int, vexp, vrsqrt, vsigmoid
+from q35c.codegen.kernels.common import Expr, hsum, ramp, splat, splat_int, vector_type, vexp, vrsqrt, vsigmoid
 from q35c.codegen.kernels.gated_delta_step import (
     L2_EPS,
     DeltaShape,
     decay_log,
     gated_norm,
-    vector_type,
 )
 from q35c.codegen.kernels.register_tile import (
     Left,
@@ -156,7 +155,7 @@ def normalise_row(scan, source, row, column, w, at, factor):
     square = T.alloc_buffer((scan.tile.lanes,), "float32")
     square[ramp(0, scan.tile.lanes)] = splat(0.0, scan.tile.lanes)
     for d in T.unroll(scan.delta.Dk // scan.tile.lanes):
-        value: T.let[vector_type(scan.tile.lanes)] = source[
+        value: T.let[vector_type("float32", scan.tile.lanes)] = source[
             row, ramp(column + d * scan.tile.lanes, scan.tile.lanes)
         ]
         square[ramp(0, scan.tile.lanes)] = square[ramp(0, scan.tile.lanes)] + value * value
@@ -214,7 +213,7 @@ def load_gates(scan, a, b, a_log, dt_bias, w, head, first, live):
             w[scan.at("beta") + i] = T.float32(0)
     last: T.let[T.float32] = w[scan.at("g") + scan.rows - 1]
     for i in T.serial(scan.rows // scan.tile.lanes):
-        g: T.let[vector_type(scan.tile.lanes)] = w[
+        g: T.let[vector_type("float32", scan.tile.lanes)] = w[
             ramp(scan.at("g") + i * scan.tile.lanes, scan.tile.lanes)
         ]
         w[ramp(scan.at("decay") + i * scan.tile.lanes, scan.tile.lanes)] = vexp(g, scan.tile.lanes)
@@ -230,7 +229,7 @@ def store_scores(scan, w, acc, name, block, columns, factor, diagonal):
         row: T.let[T.int64] = block * scan.score.rows + r
         for j in T.unroll(scan.score.vectors):
             column: T.let[T.int64] = columns * scan.score.columns + j * scan.score.lanes
-            decay: T.let[vector_type(scan.score.lanes)] = vexp(
+            decay: T.let[vector_type("float32", scan.score.lanes)] = vexp(
                 T.min(
                     splat(w[scan.at("g") + row], scan.score.lanes)
                     - w[ramp(scan.at("g") + column, scan.score.lanes)],
@@ -274,7 +273,7 @@ def solve_rows(scan, w, qkv, head, first, live, block, column):
     for r in T.unroll(scan.tile.rows):
         row: T.let[T.int64] = block * scan.tile.rows + r
         for j in T.unroll(scan.tile.vectors):
-            v: T.let[vector_type(scan.tile.lanes)] = qkv[
+            v: T.let[vector_type("float32", scan.tile.lanes)] = qkv[
                 first + T.min(row, live - 1),
                 ramp(scan.delta.v(head) + column * scan.tile.columns + j * scan.tile.lanes, scan.tile.lanes),
             ]  # fmt: skip

@@ -24,6 +24,7 @@ from q35c.codegen.kernels.common import (
     let,
     ramp,
     splat,
+    vector_type,
     vexp,
     vlog1p_unit,
     vrsqrt,
@@ -86,11 +87,6 @@ class DeltaShape:
         return [splat(qkv[row, first + r], self.lanes) for r in range(STEP_ROWS)]
 
 
-def vector_type(lanes: int) -> Expr:
-    """Return the TVMScript type of an f32 vector, for `name: T.let[vector_type(n)]`."""
-    return getattr(T, f"float32x{lanes}")
-
-
 def decay_log(a: Expr, dt_bias: Expr, a_log: Expr, lanes: int) -> Expr:
     """Return g = -exp(A_log) * softplus(a + dt_bias), all f32."""
     zero = splat(0.0, lanes)
@@ -128,10 +124,10 @@ def dot_products(shape, qkv, row, head, dots):
     for i in T.unroll(3):
         dots[i, ramp(0, shape.lanes)] = splat(0.0, shape.lanes)
     for d in T.unroll(shape.Dk // shape.lanes):
-        q: T.let[vector_type(shape.lanes)] = qkv[
+        q: T.let[vector_type("float32", shape.lanes)] = qkv[
             row, ramp(shape.q(head) + d * shape.lanes, shape.lanes)
         ]
-        k: T.let[vector_type(shape.lanes)] = qkv[
+        k: T.let[vector_type("float32", shape.lanes)] = qkv[
             row, ramp(shape.k(head) + d * shape.lanes, shape.lanes)
         ]
         dots[0, ramp(0, shape.lanes)] = dots[0, ramp(0, shape.lanes)] + q * q
@@ -217,7 +213,7 @@ def recurrent_step(shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, base, y, 
     step_scalars(shape, qkv, b, a, a_log, dt_bias, row, head, factors)
     project_state(shape, qkv, row, head, state, base, k_sum, q_sum)
     for j in T.serial(shape.Dv // shape.lanes):
-        change: T.let[vector_type(shape.lanes)] = (
+        change: T.let[vector_type("float32", shape.lanes)] = (
             qkv[row, ramp(shape.v(head) + j * shape.lanes, shape.lanes)]
             - k_sum[ramp(j * shape.lanes, shape.lanes)]
             * splat(factors[K_NORM] * factors[DECAY], shape.lanes)

@@ -18,8 +18,8 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import (
-    STACK,
     BLOCK,
+    STACK,
     Expr,
     ceil_div,
     hmax,

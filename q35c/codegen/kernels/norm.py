@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import hsum, ramp, share, splat, vrsqrt
+from q35c.codegen.kernels.common import Expr, hsum, ramp, share, splat, vrsqrt
 
 _SUMS = 4  # independent sums of squares: one would wait 4 cycles for each addition
 
@@ -23,7 +23,7 @@ def rms_norm(D: int, eps: float, offset: float, isa: Isa) -> PrimFunc:
     Y may be X itself with the same stride.
     """
     L = isa.lanes
-    groups, vectors = D // (L * _SUMS), D // L
+    vectors = D // L
 
     @T.prim_func(private=True, s_tir=True)
     def rms_norm_kernel(
@@ -44,29 +44,8 @@ def rms_norm(D: int, eps: float, offset: float, isa: Isa) -> PrimFunc:
         last: T.let[T.int64] = share(tokens, tid + 1, nt)
         for item in T.serial(last - first):
             row: T.let[T.int64] = first + item
-            squares = T.alloc_buffer((_SUMS, L), "float32")
-            for s in T.unroll(_SUMS):
-                squares[s, ramp(0, L)] = splat(0.0, L)
-            for g in T.serial(groups):
-                for s in T.unroll(_SUMS):
-                    squares[s, ramp(0, L)] = (
-                        squares[s, ramp(0, L)]
-                        + x[row, ramp((g * _SUMS + s) * L, L)]
-                        * x[row, ramp((g * _SUMS + s) * L, L)]
-                    )
-            for v in T.serial(vectors - groups * _SUMS):
-                squares[0, ramp(0, L)] = (
-                    squares[0, ramp(0, L)]
-                    + x[row, ramp((groups * _SUMS + v) * L, L)]
-                    * x[row, ramp((groups * _SUMS + v) * L, L)]
-                )
-            for s in T.unroll(1, _SUMS):
-                squares[0, ramp(0, L)] = squares[0, ramp(0, L)] + squares[s, ramp(0, L)]
-            total = T.alloc_buffer((1,), "float32")
-            total[0] = hsum(squares[0, ramp(0, L)], L)
-            for d in T.serial(D - vectors * L):
-                total[0] = total[0] + x[row, vectors * L + d] * x[row, vectors * L + d]
-            scale: T.let[T.float32] = vrsqrt(total[0] * T.float32(1.0 / D) + T.float32(eps), 1)
+            total: T.let[T.float32] = _sum_of_squares(x, row, D, L)
+            scale: T.let[T.float32] = vrsqrt(total * T.float32(1.0 / D) + T.float32(eps), 1)
             for v in T.serial(vectors):
                 y[row, ramp(v * L, L)] = (
                     x[row, ramp(v * L, L)]
@@ -80,3 +59,29 @@ def rms_norm(D: int, eps: float, offset: float, isa: Isa) -> PrimFunc:
         return T.int32(0)
 
     return rms_norm_kernel
+
+
+def _sum_of_squares(x: Expr, row: Expr, D: int, lanes: int) -> Expr:
+    """Emit the sum of a row's squares and return it."""
+    inner, step = ramp(0, lanes), _SUMS * lanes
+    sums = T.alloc_buffer((_SUMS, lanes), "float32")
+
+    def add(s: int, column: Expr) -> None:
+        value = T.Bind(x[row, ramp(column, lanes)])
+        T.buffer_store(sums, sums[s, inner] + value * value, [s, inner])
+
+    for s in range(_SUMS):
+        T.buffer_store(sums, splat(0.0, lanes), [s, inner])
+    with T.serial(D // step) as group:
+        for s in range(_SUMS):
+            add(s, group * step + s * lanes)
+    for s in range(D % step // lanes):
+        add(s, D // step * step + s * lanes)
+    total = sums[0, inner]
+    for s in range(1, _SUMS):
+        total = total + sums[s, inner]
+    scalar = T.alloc_buffer((1,), "float32")
+    T.buffer_store(scalar, hsum(total, lanes), [0])
+    for column in range(D // lanes * lanes, D):
+        T.buffer_store(scalar, scalar[0] + x[row, column] * x[row, column], [0])
+    return scalar[0]

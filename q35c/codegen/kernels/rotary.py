@@ -1,67 +1,97 @@
-"""The cosines and sines of a step's positions, once for all attention layers.
+"""The rotary table: cosines and sines of every token's angles, shared by all layers.
 
-    table[t, i] = cos(position * inv_freq[i]) * scaling,   table[t, R/2 + i] = sin(..) * scaling
+    angle[t, i] = float32(position[axis_i, t]) * inv_freq[i]     table[t] = scaling * [cos(angle), sin(angle)]
 
-The angle is rounded to f32, as in eager PyTorch; its sine is then exact to f32 for any position: it is reduced and
-evaluated in f64, since an angle may be as large as the context is long. Threads split the tokens.
+Axis 1 (height) and 2 (width) own every third angle of their section, axis 0 (time) the rest. The product is rounded to
+f32 as in the reference, then cos and sin are exact to f32: reduced by multiples of pi/2 and summed in f64, because
+positions reach hundreds of thousands. Cost: about 60 f64 operations per angle, once per step.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+from tvm import tirx
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc
 
-from q35c.codegen.kernels.common import Expr, let, share
+from q35c.codegen.kernels.common import STACK, Expr, let, ramp, share, vector, vector_type
 
-# Taylor coefficients of sin(r)/r and cos(r) in r^2, highest first; 1e-14 on |r| <= pi/4.
-_SIN = tuple((-1) ** n / math.factorial(2 * n + 1) for n in range(7, -1, -1))
-_COS = tuple((-1) ** n / math.factorial(2 * n) for n in range(8, -1, -1))
-
-
-def axis_of(index: int, sections: tuple[int, ...]) -> int:
-    """Return which of the three position axes owns an angle: every third one of its section."""
-    axis = index % 3
-    return axis if axis and index < 3 * sections[axis] else 0
+_ROUND = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
+_HALF_PI_HIGH = 1.5707963267341256  # 33 bits of pi/2: n * it is exact for |n| < 2^20
+_HALF_PI_LOW = math.pi / 2 - _HALF_PI_HIGH + 6.123233995736766e-17
+_SIN = tuple((-1.0) ** k / math.factorial(2 * k + 1) for k in range(7, -1, -1))  # in r^2, times r
+_COS = tuple((-1.0) ** k / math.factorial(2 * k) for k in range(8, -1, -1))  # in r^2
 
 
-def choose(values: tuple[float, ...], index: Expr, make) -> Expr:
-    """Return values[index]; after unrolling it folds to the constant."""
-    if len(values) == 1:
-        return make(values[0])
-    half = len(values) // 2
-    return T.Select(index < half, choose(values[:half], index, make), choose(values[half:], index - half, make))
+def axis_of_angles(angles: int, sections: Sequence[int]) -> list[int]:
+    """Return which of the position axes (time, height, width) each angle belongs to."""
+    axes = [0] * angles
+    for axis in (1, 2):
+        for i in range(axis, min(sections[axis] * 3, angles), 3):
+            axes[i] = axis
+    return axes
 
 
-def polynomial(square: Expr, coefficients: tuple[float, ...]) -> Expr:
-    result = T.float64(coefficients[0])
+def _splat(value: float, lanes: int) -> Expr:
+    return T.float64(value) if lanes == 1 else T.broadcast(T.float64(value), lanes)
+
+
+def _splat_int(value: int, lanes: int) -> Expr:
+    return T.int64(value) if lanes == 1 else T.broadcast(T.int64(value), lanes)
+
+
+def _series(z: Expr, coefficients: Sequence[float], lanes: int) -> Expr:
+    result = _splat(coefficients[0], lanes)
     for coefficient in coefficients[1:]:
-        result = result * square + T.float64(coefficient)
+        result = result * z + _splat(coefficient, lanes)
     return result
 
 
-def turned(angle: Expr, quarter_turns: int) -> Expr:
-    """Return sin(angle + quarter_turns * pi/2) of an f64 angle."""
+def _turn(angle: Expr, quarter: int, lanes: int) -> Expr:
+    """Return sin(angle + quarter * pi/2) of f64 lanes: 0 gives the sine, 1 the cosine."""
 
-    def of_quadrant(k: Expr) -> Expr:
-        quadrant = (T.cast(k, "int32") + quarter_turns) & 3
-        remainder = angle - k * T.float64(math.pi / 2) - k * T.float64(6.123233995736766e-17)
+    def pick(rounded: Expr) -> Expr:
+        n = rounded - _splat(_ROUND, lanes)
+        bits = T.reinterpret(rounded, dtype=vector("int64", lanes)) + _splat_int(quarter, lanes)
 
-        def value(r: Expr) -> Expr:
-            sine, cosine = r * polynomial(r * r, _SIN), polynomial(r * r, _COS)
-            odd = T.Select((quadrant & 1) == 1, cosine, sine)
-            return T.Select(quadrant >= 2, T.float64(0) - odd, odd)
+        def reduced(r: Expr) -> Expr:
+            even = (bits & _splat_int(1, lanes)) == _splat_int(0, lanes)
+            plus = (bits & _splat_int(2, lanes)) == _splat_int(0, lanes)
+            value = let(
+                r * r,
+                lambda z: T.Select(even, r * _series(z, _SIN, lanes), _series(z, _COS, lanes)),
+            )
+            return let(value, lambda v: T.Select(plus, v, _splat(0.0, lanes) - v))
 
-        return let(remainder, value)
+        remainder = let(
+            n,
+            lambda n: (angle - n * _splat(_HALF_PI_HIGH, lanes)) - n * _splat(_HALF_PI_LOW, lanes),
+        )
+        return let(remainder, reduced)
 
-    return let(T.floor(angle * T.float64(2 / math.pi) + T.float64(0.5)), of_quadrant)
+    return let(angle * _splat(2 / math.pi, lanes) + _splat(_ROUND, lanes), pick)
 
 
-def rotary_table(inv_freq: tuple[float, ...], sections: tuple[int, ...], scaling: float) -> PrimFunc:
-    """Make the kernel (POSITIONS i32 [3, ld], TABLE f32 [T, R], T, ld_positions, tid, nt)."""
-    half = len(inv_freq)
-    axes = tuple(float(axis_of(i, sections)) for i in range(half))
+def _fill(buffer: Expr, values: Sequence[Expr]) -> None:
+    """Store constants one by one."""
+    for i, value in enumerate(values):
+        T.buffer_store(buffer, value, [i])
+
+
+def rotary_table(
+    inv_freq: Sequence[float], sections: Sequence[int], scaling: float
+) -> tirx.PrimFunc:
+    """Build the table kernel for R = 2 * len(inv_freq).
+
+    Params: POSITIONS i32[3, T] (time, height, width), TABLE f32[T, R] dense, T, ld_positions, tid, nt.
+    """
+    angles = len(inv_freq)
+    lanes = 4 if angles % 4 == 0 else 1
+    wide = vector("float64", lanes)
+    single = vector("float32", lanes)
+    frequencies = [T.float32(f) for f in inv_freq]
+    axes = [T.int32(axis) for axis in axis_of_angles(angles, sections)]
 
     @T.prim_func(private=True, s_tir=True)
     def rotary_table_kernel(
@@ -74,18 +104,26 @@ def rotary_table(inv_freq: tuple[float, ...], sections: tuple[int, ...], scaling
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
         positions = T.decl_buffer((3, ld_positions), "int32", data=POSITIONS)
-        table = T.decl_buffer((tokens, 2 * half), "float32", data=TABLE)
-        first: T.let[T.int64] = share(tokens, tid, nt)
-        last: T.let[T.int64] = share(tokens, tid + 1, nt)
-        for item in T.serial(last - first):
-            t: T.let[T.int64] = first + item
-            for i in T.unroll(half):
-                angle: T.let[T.float32] = T.cast(
-                    positions[T.cast(choose(axes, i, lambda v: T.int32(int(v))), "int64"), t], "float32"
-                ) * choose(inv_freq, i, T.float32)
-                exact: T.let[T.float64] = T.cast(angle, "float64")
-                table[t, i] = T.cast(turned(exact, 1), "float32") * T.float32(scaling)
-                table[t, half + i] = T.cast(turned(exact, 0), "float32") * T.float32(scaling)
+        table = T.decl_buffer((tokens, 2 * angles), "float32", data=TABLE)
+        frequency = T.alloc_buffer((angles,), "float32", annotations=STACK)
+        axis = T.alloc_buffer((angles,), "int32", annotations=STACK)
+        place = T.alloc_buffer((angles,), "float32", annotations=STACK)
+        _fill(frequency, frequencies)
+        _fill(axis, axes)
+        low: T.let[T.int64] = share(tokens, tid, nt)
+        for item in T.serial(share(tokens, tid + 1, nt) - low):
+            for i in T.serial(angles):
+                place[i] = T.cast(positions[axis[i], low + item], "float32") * frequency[i]
+            for v in T.serial(angles // lanes):
+                angle: T.let[vector_type("float64", lanes)] = T.cast(
+                    place[ramp(v * lanes, lanes)], wide
+                )
+                table[low + item, ramp(v * lanes, lanes)] = T.cast(
+                    _turn(angle, 1, lanes) * _splat(scaling, lanes), single
+                )
+                table[low + item, ramp(angles + v * lanes, lanes)] = T.cast(
+                    _turn(angle, 0, lanes) * _splat(scaling, lanes), single
+                )
         return T.int32(0)
 
     return rotary_table_kernel

@@ -11,14 +11,17 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-BARRIER_BYTES = 128  # two cache lines: int32 arrivals at 0, int32 generation at 64; starts as zeros
-SPINS_BEFORE_YIELD = 2000  # about 30 us of `pause`; then another thread may need this core
+BARRIER_BYTES = 128  # two cache lines: int32 arrivals at 0, generation at 64, sleepers at 68; starts as zeros
+SPINS_BEFORE_SLEEP = 2000  # about 30 us of `pause`; then another thread may need this core
+_FUTEX, _WAIT, _WAKE = 202, 128, 129  # the Linux system call and its process-private operations
 
 # Flush-to-zero (bit 15) and denormals-are-zero (bit 6) of MXCSR: decayed state makes denormals, which are slow.
 _FLUSH_BITS = 0x8040
 
 # Generation barrier: the last thread to arrive clears the count before it opens the next generation, so the
-# words are ready again, for any number of threads. Yielding is a raw system call: no libc symbol is imported.
+# words are ready again, for any number of threads. Who has spun long enough sleeps on the generation; measured:
+# yielding instead lets a spinner keep the core that the thread it waits for was woken on, for milliseconds.
+# Either the opener sees the sleeper's count, or the kernel sees the new generation and does not let it sleep.
 SUPPORT_IR = f"""
 declare void @llvm.x86.sse.stmxcsr(ptr)
 declare void @llvm.x86.sse.ldmxcsr(ptr)
@@ -54,6 +57,7 @@ define linkonce_odr hidden i32 @q35c_restore_denormals(i32 %old) {{
 
 define linkonce_odr hidden i32 @q35c_barrier(ptr %arrivals, i32 %nt) {{
   %generation = getelementptr i8, ptr %arrivals, i64 64
+  %sleepers = getelementptr i8, ptr %arrivals, i64 68
   %before = load atomic i32, ptr %generation acquire, align 4
   %arrived = atomicrmw add ptr %arrivals, i32 1 acq_rel
   %count = add i32 %arrived, 1
@@ -62,22 +66,30 @@ define linkonce_odr hidden i32 @q35c_barrier(ptr %arrivals, i32 %nt) {{
 open:
   store atomic i32 0, ptr %arrivals monotonic, align 4
   %next = add i32 %before, 1
-  store atomic i32 %next, ptr %generation release, align 4
-  ret i32 0
+  store atomic i32 %next, ptr %generation seq_cst, align 4
+  %asleep = load atomic i32, ptr %sleepers seq_cst, align 4
+  %quiet = icmp eq i32 %asleep, 0
+  br i1 %quiet, label %done, label %wake
+wake:
+  %woken = call i64 asm sideeffect "syscall", "={{rax}},{{rax}},{{rdi}},{{rsi}},{{rdx}},~{{rcx}},~{{r11}},~{{memory}}"(i64 {_FUTEX}, ptr %generation, i64 {_WAKE}, i64 2147483647)
+  br label %done
 spin:
-  %spins = phi i32 [ 0, %0 ], [ %more, %pause ], [ %spins, %yield ]
+  %spins = phi i32 [ 0, %0 ], [ %more, %pause ], [ %spins, %sleep ]
   %now = load atomic i32, ptr %generation acquire, align 4
   %same = icmp eq i32 %now, %before
   br i1 %same, label %wait, label %done
 wait:
-  %patient = icmp ult i32 %spins, {SPINS_BEFORE_YIELD}
-  br i1 %patient, label %pause, label %yield
+  %patient = icmp ult i32 %spins, {SPINS_BEFORE_SLEEP}
+  br i1 %patient, label %pause, label %sleep
 pause:
   call void asm sideeffect "pause", "~{{memory}}"()
   %more = add i32 %spins, 1
   br label %spin
-yield:
-  %ignored = call i64 asm sideeffect "syscall", "={{rax}},{{rax}},~{{rcx}},~{{r11}},~{{memory}}"(i64 24)
+sleep:
+  %one_more = atomicrmw add ptr %sleepers, i32 1 seq_cst
+  %expected = zext i32 %before to i64
+  %slept = call i64 asm sideeffect "syscall", "={{rax}},{{rax}},{{rdi}},{{rsi}},{{rdx}},{{r10}},~{{rcx}},~{{r11}},~{{memory}}"(i64 {_FUTEX}, ptr %generation, i64 {_WAIT}, i64 %expected, i64 0)
+  %one_less = atomicrmw sub ptr %sleepers, i32 1 seq_cst
   br label %spin
 done:
   ret i32 0

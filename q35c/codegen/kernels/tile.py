@@ -105,7 +105,7 @@ class Matmul:
         return (3, 2, 1) if self.isa.registers == 16 else (4, 2, 1)
 
     @property
-    def passes(self) -> tuple[tuple[int, ...], ...]:
+    def passes(self) -> tuple[Vectors, ...]:
         """Vectors of a line that one tall tile takes at a time."""
         if len(self.vectors) == 2:
             return (self.vectors,)
