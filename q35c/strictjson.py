@@ -19,9 +19,9 @@ MAX_VALUES = 50_000
 _INT64 = range(-(2**63), 2**63)
 _MAX_DIGITS = 20
 
-# A string that is never closed is swallowed up to the end, so that the scan stays linear.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-_BRACKETS = re.compile(rb"[\[{]+|[\]}]+")
+# Strings, runs of brackets, commas. A string that is never closed is swallowed up to the end, so that
+# the scan stays linear.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{]+|[\]}]+|,', re.DOTALL)
 
 
 class _Refused:
@@ -72,21 +72,20 @@ def dumps(value: Any) -> bytes:
 
 def _check_structure(data: bytes, where: str, error: type[Q35CError], max_values: int) -> None:
     """Bound depth and number of values by counting brackets and commas outside strings."""
-    outline = _STRING.sub(b"", data)
-    depth = deepest = 0
-    for match in _BRACKETS.finditer(outline):
-        run = match.group()
-        depth += len(run) if run[0] in b"[{" else -len(run)
-        deepest = max(deepest, depth)
-        if deepest > MAX_DEPTH:
-            raise error(
-                "JSON is nested too deeply", where=where, expected=f"at most {MAX_DEPTH} levels"
-            )
-    values = 1 + outline.count(b",") + outline.count(b"[") + outline.count(b"{")
-    if values > max_values:
-        raise error(
-            "JSON holds too many values", where=where, expected=f"at most {max_values}", got=values
-        )
+    depth, values = 0, 1
+    for match in _TOKEN.finditer(data):
+        start, length = data[match.start()], match.end() - match.start()
+        if start == ord('"'):
+            continue
+        if start in b"]}":
+            depth -= length
+            continue
+        depth += length if start in b"[{" else 0
+        values += length
+        if depth > MAX_DEPTH:
+            raise error("JSON is nested too deeply", where=where, expected=f"{MAX_DEPTH} levels")
+        if values > max_values:
+            raise error("JSON holds too many values", where=where, expected=f"at most {max_values}")
 
 
 def _hooks(refused: list[_Refused]) -> dict[str, Any]:

@@ -82,8 +82,9 @@ in the public domain, and so is this checkpoint.
 {figures}
 
 The held-out loss is that of the stored bf16 weights in fp32 arithmetic, in windows of 512 tokens.
-The held-out chapters are random ones; parallel passages may stand on both sides of the split. The
-script says how to get the text; the command is
+The held-out chapters are random ones. They also chose which checkpoint of the run to keep, and
+parallel passages may stand on both sides of the split. The script says how to get the text; the
+command is
 
     python scripts/train_demo.py --text kjv.txt --out q35c/demo/model --minutes 82
 

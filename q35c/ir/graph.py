@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from q35c.ir.types import Dim, TensorType
 
@@ -36,16 +36,16 @@ class Attrs(tuple[tuple[str, Attr], ...]):
     def of(cls, items: Mapping[str, Attr]) -> Attrs:
         return cls(sorted(items.items()))
 
-    def __getitem__(self, key):  # type: ignore[override]
+    def __getitem__(self, key: Any) -> Any:
         for name, value in self:
             if name == key:
                 return value
         raise KeyError(key)
 
-    def get(self, key: str, default=None):
+    def get(self, key: str, default: Any = None) -> Any:
         return next((value for name, value in self if name == key), default)
 
-    def to_dict(self) -> dict[str, Attr]:
+    def to_dict(self) -> dict[str, Any]:
         return dict(iter(self))
 
 
@@ -124,7 +124,7 @@ class Builder:
     def state(self, name: str, type: TensorType) -> Value:
         return Value(name, type, "state")
 
-    def emit(self, kind: str, *operands: Value, **attrs: Attr):
+    def emit(self, kind: str, *operands: Value, **attrs: Attr) -> Any:
         """Append an op and return its result, or a tuple of results where it has several."""
         results = self.append(kind, operands, Attrs.of(attrs))
         return results[0] if len(results) == 1 else results

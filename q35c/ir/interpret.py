@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def bind(symbols: dict[str, int], value: Value, array: np.ndarray) -> None:
             )
 
 
-def concrete(attr, symbols: dict[str, int]):
+def concrete(attr: Any, symbols: dict[str, int]) -> Any:
     """Replace symbols inside an attribute by their sizes."""
     if isinstance(attr, SymDim):
         return symbols[attr.name] * attr.factor

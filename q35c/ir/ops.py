@@ -195,7 +195,7 @@ define("sparse_moe", "x router_logits shared shared_gate gate_up down", "top_k",
        macs=lambda s, a: s[0][0] * a["top_k"] * (math.prod(s[4][1:]) + math.prod(s[5][1:])))  # fmt: skip
 
 define("sparse_moe_residual", "x router_logits shared shared_gate gate_up down residual", "top_k",
-       rule.moe_type, lambda *xs, top_k: xs[-1] + ref.sparse_moe(*xs[:-1], top_k),
+       rule.moe_type, lambda *xs, top_k: xs[-1] + ref.sparse_moe(*xs[:-1], top_k=top_k),
        "residual + sparse_moe(..).", macs=lambda s, a: OPS["sparse_moe"].macs(s, a))  # fmt: skip
 
 define("stateful_gated_delta_net", "qkv z b a conv_w a_log dt_bias norm_w slots conv delta",

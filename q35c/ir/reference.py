@@ -50,7 +50,8 @@ def causal_conv(x: Array, weight: Array, state: Array | None = None) -> Array:
     before = np.zeros((channels, taps - 1), x.dtype) if state is None else state
     padded = np.concatenate([before, x], axis=1)
     tokens = x.shape[1]
-    return sum(padded[:, i : i + tokens] * weight[:, i : i + 1] for i in range(taps))
+    products = [padded[:, i : i + tokens] * weight[:, i : i + 1] for i in range(taps)]
+    return np.sum(products, axis=0, dtype=x.dtype)
 
 
 def l2_norm(x: Array) -> Array:
@@ -203,8 +204,10 @@ def stateful_gated_attention(
         end = start + k[:, row].shape[1]
         keys[slot, start:end] = k[:, row].transpose(1, 0, 2)
         values[slot, start:end] = v[:, row].transpose(1, 0, 2)
-        past = (x[slot, :end].transpose(1, 0, 2).astype(q.dtype) for x in (keys, values))
-        outputs.append(attention(q[:, row], *past, scale, start))
+        past_keys, past_values = (
+            x[slot, :end].transpose(1, 0, 2).astype(q.dtype) for x in (keys, values)
+        )
+        outputs.append(attention(q[:, row], past_keys, past_values, scale, start))
     return np.concatenate(outputs).reshape(len(gate), -1) * sigmoid(gate)
 
 

@@ -51,6 +51,13 @@ class TensorType:
         return len(self.shape)
 
 
+def static(dim: Dim) -> int:
+    """Return a dimension that must be a number; TypeError if it is a symbol."""
+    if isinstance(dim, SymDim):
+        raise TypeError(f"{dim} is known only at run time")
+    return dim
+
+
 def count(shape: Shape, sizes: dict[str, int] | None = None) -> int:
     """Return the number of elements; symbols are looked up in `sizes` (KeyError if absent)."""
     return math.prod(extent(dim, sizes) for dim in shape)

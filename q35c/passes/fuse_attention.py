@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from q35c.ir.graph import Graph, Op, Rewriter, Value
+from q35c.ir.types import static
 from q35c.passes.match import Matcher
 
 
@@ -120,4 +121,4 @@ def match_rows(find: Matcher, heads: Value | None) -> Value | None:
         return None
     tokens, count, width = heads.type.shape
     rows = find.through(heads, "reshape")
-    return rows if rows.type.shape == (tokens, count * width) else None
+    return rows if rows.type.shape == (tokens, static(count) * static(width)) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from q35c.ir.graph import Graph, Op, Rewriter, Value
+from q35c.ir.types import static
 from q35c.passes.match import Matcher, is_weight
 
 
@@ -90,7 +91,9 @@ def match_mixer(find: Matcher, op: Op) -> tuple[list[Value], dict] | None:
     a, a_log, dt_bias = decay
     tokens, value_heads, value_dim = v.type.shape
     z = find.through(gate, "reshape")
-    if z.type.shape != (tokens, value_heads * value_dim) or norm_w.type.shape != (value_dim,):
+    if z.type.shape != (tokens, static(value_heads) * static(value_dim)) or norm_w.type.shape != (
+        value_dim,
+    ):
         return None
     if qkv.type.shape[0] != tokens:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from q35c.ir.graph import Graph, Op, Rewriter, Value
+from q35c.ir.types import static
 from q35c.passes.match import Matcher
 
 # Operands of a consumer whose linears become one. Projections that tolerate few bits stay apart
@@ -74,7 +75,7 @@ def merge_siblings(find: Matcher, out: Rewriter, op: Op) -> None:
         merged = out.emit("linear", out.new(x), *weights)
         start = 0
         for member in members:
-            stop = start + member.type.shape[-1]
+            stop = start + static(member.type.shape[-1])
             part = out.emit("slice", merged, axis=-1, start=start, stop=stop, step=1)
             out.replace(member, part)
             start = stop

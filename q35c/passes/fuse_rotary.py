@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from q35c.ir.graph import Graph, Op, Rewriter, Value
-from q35c.ir.types import Shape, TensorType
+from q35c.ir.types import Shape, TensorType, static
 from q35c.passes.match import Matcher, is_last_axis
 
 
@@ -120,13 +120,13 @@ def match_mix(find: Matcher, value: Value) -> tuple[Value, tuple[int, int, int]]
         if update is None or part is None or not (is_last_axis(update) and is_last_axis(part)):
             return None
         bases.append(axis_of(find, part.operands[0], axis))
-        counts.append(part.result.type.shape[-1])
+        counts.append(static(part.result.type.shape[-1]))
         value = update.operands[0]
     base = axis_of(find, value, 0)
     if base is None or bases != [base, base]:
         return None
     width, height = counts
-    return base, (base.type.shape[-1] - height - width, height, width)
+    return base, (static(base.type.shape[-1]) - height - width, height, width)
 
 
 def axis_of(find: Matcher, value: Value, axis: int) -> Value | None:

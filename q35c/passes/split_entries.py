@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from q35c.ir.graph import Attr, Attrs, Graph, Module, Rewriter, Value, producers, use_counts
+from q35c.ir.graph import Attrs, Graph, Module, Rewriter, Value, producers, use_counts
 from q35c.ir.types import SymDim, TensorType
 
 SEQUENCES = SymDim("B")
@@ -94,7 +95,7 @@ def decode_type(value: Value) -> TensorType:
     return TensorType(value.type.dtype, per_sequence(value.type.shape))
 
 
-def per_sequence(attr: Attr) -> Attr:
+def per_sequence(attr: Any) -> Any:
     """Return a dimension or attribute of decode: T rows become B rows."""
     if isinstance(attr, tuple):
         return tuple(map(per_sequence, attr))

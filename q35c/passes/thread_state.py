@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from q35c.ir.graph import Graph, Op, Rewriter, Value
-from q35c.ir.types import SymDim, TensorType
+from q35c.ir.types import SymDim, TensorType, static
 
 SEQUENCES, CONTEXT = SymDim("B"), SymDim("CTX")
 
@@ -70,7 +70,7 @@ def delta_states(out: Rewriter, op: Op, number: int) -> list[Value]:
     (value_dim,) = op.operands[7].type.shape
     key_heads, value_heads = op.attrs["key_heads"], op.attrs["value_heads"]
     key_dim = (channels - value_heads * value_dim) // (2 * key_heads)
-    conv = TensorType("f32", (SEQUENCES, taps - 1, channels))
+    conv = TensorType("f32", (SEQUENCES, static(taps) - 1, channels))
     delta = TensorType("f32", (SEQUENCES, value_heads, key_dim, value_dim))
     return [
         out.state(f"delta_net.{number}.conv", conv),

@@ -16,7 +16,7 @@ from typing import Any, NoReturn, cast
 from q35c.errors import OptionError, TokenizerError
 
 MAX_TEMPLATE_BYTES = 1 << 20
-_MAX_STEPS = 500_000  # loop passes and calls
+_MAX_STEPS = 200_000  # loop passes, calls and filters: thousands of messages need a few each
 _MAX_CHARACTERS = 128 << 20  # made by all operations together
 _MAX_RANGE = 10_000
 _FILTERS = """abs capitalize count d default dictsort e escape first float int items join last length
@@ -111,7 +111,7 @@ class _Budget:
         pieces: list[str] = []
         for part in parts:
             text = str(part)
-            self.pay(steps=1, characters=len(text))
+            self.pay(characters=len(text) + 1)
             pieces.append(text)
         return "".join(pieces)
 

@@ -35,7 +35,11 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def compare(
-    graph: Graph, path: Path, inputs: dict[str, np.ndarray], weights: dict[str, np.ndarray], tolerance: float = 1e-4
+    graph: Graph,
+    path: Path,
+    inputs: dict[str, np.ndarray],
+    weights: dict[str, np.ndarray],
+    tolerance: float = 1e-4,
 ) -> None:
     """Export, run, and compare every output with the interpreter's, relative to its largest value."""
     made = session(export_onnx(graph, weights.__getitem__, path)).run(None, inputs)
@@ -75,7 +79,9 @@ def delta_net(key_heads: int, value_heads: int, key_dim: int, value_dim: int, ta
     values = value_heads * value_dim
     channels = 2 * key_heads * key_dim + values
     gates = f"f32[T,{value_heads}] f32[T,{value_heads}]"
-    constants = f"@f32[{channels},1,{taps}] @f32[{value_heads}] @f32[{value_heads}] @f32[{value_dim}]"
+    constants = (
+        f"@f32[{channels},1,{taps}] @f32[{value_heads}] @f32[{value_heads}] @f32[{value_dim}]"
+    )
     operands = f"f32[T,{channels}] f32[T,{values}] {gates} {constants}"
     return case(operands, "fused", key_heads=key_heads, value_heads=value_heads, eps=1e-6)
 
@@ -107,7 +113,9 @@ def test_gated_attention(sizes: tuple[int, ...], tokens: int, tmp_path: Path):
 @pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (5, 2), (4, 4), (16, 3)])
 def test_sparse_moe(experts: int, top_k: int, tokens: int, tmp_path: Path):
     """With 16 experts and one token most experts get no row at all."""
-    operands = f"f32[T,6] f32[T,{experts}] f32[T,6] f32[T,1] @f32[{experts},10,6] @f32[{experts},6,5]"
+    operands = (
+        f"f32[T,6] f32[T,{experts}] f32[T,6] f32[T,1] @f32[{experts},10,6] @f32[{experts},6,5]"
+    )
     graph = build("sparse_moe", case(operands, "fused", top_k=top_k))
     compare(graph, tmp_path / "moe.onnx", *draw_normal(graph, tokens))
 
@@ -128,7 +136,9 @@ def test_ties_between_experts_take_the_lowest_index(tmp_path: Path):
 
 @pytest.mark.parametrize("sections", [(2, 1, 1), (4, 0, 0), (3, 3, 2), (11, 11, 10)], ids=str)
 def test_rotary_table_keeps_the_axes_apart(sections: tuple[int, int, int], tmp_path: Path):
-    frequencies = tuple(float(f) for f in np.float32(1e4) ** -np.linspace(0, 1, sum(sections), False))
+    frequencies = tuple(
+        float(f) for f in np.float32(1e4) ** -np.linspace(0, 1, sum(sections), False)
+    )
     example = case("i32[3,T]", "fused", inv_freq=frequencies, sections=sections, scaling=1.25)
     graph = build("rotary_table", example)
     positions = np.random.default_rng(0).integers(0, 5000, (3, 9)).astype(np.int32)
@@ -147,20 +157,30 @@ def test_decay_and_gates_of_extreme_size_stay_finite(tmp_path: Path):
 def test_two_layers_share_mask_and_constants(tmp_path: Path):
     """The mask is made once; a second Scan in one graph needs names of its own."""
     b = Builder("two", "fused")
-    x, positions = b.input("x", TensorType("f32", (T, 24))), b.input("positions", TensorType("i32", (3, T)))
+    x, positions = (
+        b.input("x", TensorType("f32", (T, 24))),
+        b.input("positions", TensorType("i32", (3, T))),
+    )
     table = b.emit("rotary_table", positions, inv_freq=(1.0, 0.1), sections=(1, 1, 0), scaling=1.0)
     for layer in range(2):
         norm = b.weight(f"layers.{layer}.self_attn.q_norm.weight", TensorType("f32", (4,)))
         q, k, v = (
-            b.emit("slice", x, axis=1, start=a, stop=z, step=1) for a, z in ((0, 16), (16, 20), (20, 24))
+            b.emit("slice", x, axis=1, start=a, stop=z, step=1)
+            for a, z in ((0, 16), (16, 20), (20, 24))
         )
         sizes = {"heads": 2, "kv_heads": 1, "eps": 1e-6, "scale": 0.5}
         y = b.emit("gated_attention", q, k, v, norm, norm, table, **sizes)
         w = b.weight(f"layers.{layer}.self_attn.o_proj.weight", TensorType("f32", (24, 8)))
         x = b.emit("linear_residual", y, x, w)
-        mixer = [b.emit("slice", x, axis=1, start=a, stop=z, step=1) for a, z in ((0, 12), (12, 16), (16, 18), (18, 20))]
+        mixer = [
+            b.emit("slice", x, axis=1, start=a, stop=z, step=1)
+            for a, z in ((0, 12), (12, 16), (16, 18), (18, 20))
+        ]
         shapes = {"conv1d": (12, 1, 4), "A_log": (2,), "dt_bias": (2,), "norm": (2,)}
-        leaves = [b.weight(f"layers.{layer}.linear_attn.{n}", TensorType("f32", s)) for n, s in shapes.items()]
+        leaves = [
+            b.weight(f"layers.{layer}.linear_attn.{n}", TensorType("f32", s))
+            for n, s in shapes.items()
+        ]
         mixed = b.emit("gated_delta_net", *mixer, *leaves, key_heads=2, value_heads=2, eps=1e-6)
         w = b.weight(f"layers.{layer}.linear_attn.out_proj.weight", TensorType("f32", (24, 4)))
         x = b.emit("linear_residual", mixed, x, w)
@@ -179,7 +199,13 @@ def test_two_layers_share_mask_and_constants(tmp_path: Path):
 @pytest.mark.parametrize("seed", range(40))
 def test_random_graphs(seed: int, tmp_path: Path):
     graph, inputs, weights = random_graph(seed, stage="fused")
-    compare(graph, tmp_path / "random.onnx", {v.name: inputs[v.name] for v in graph.inputs}, weights, 1e-3)
+    compare(
+        graph,
+        tmp_path / "random.onnx",
+        {v.name: inputs[v.name] for v in graph.inputs},
+        weights,
+        1e-3,
+    )
 
 
 # --- the file -------------------------------------------------------------------------------------

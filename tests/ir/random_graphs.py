@@ -68,7 +68,9 @@ class Draw:
         """Pick a shape for a value's elements; its own if none of `shapes` has as many."""
         size = self.arrays[value].size
         count = size // self.tokens
-        fit = [s for s in shapes if np.prod(concrete(s, {"T": 1})) == count and size % self.tokens == 0]
+        fit = [
+            s for s in shapes if np.prod(concrete(s, {"T": 1})) == count and size % self.tokens == 0
+        ]
         is_symbolic = any(isinstance(dim, SymDim) for dim in value.type.shape)
         return self.pick(*fit) if fit and is_symbolic else value.type.shape
 
@@ -114,7 +116,9 @@ def draw_binary(d: Draw) -> Value:
     kind = d.pick("add", "add", "mul", "div")
     if d.rng.random() < 0.3 and isinstance(a.type.shape[-1], int):
         return d.emit(kind, a, d.weight(a.type.shape[-1]))
-    return d.emit(kind, a, d.pick(*same)) if d.rng.random() < 0.5 else d.emit(kind, d.pick(*same), a)
+    return (
+        d.emit(kind, a, d.pick(*same)) if d.rng.random() < 0.5 else d.emit(kind, d.pick(*same), a)
+    )
 
 
 def draw_reshape(d: Draw) -> Value:

@@ -82,7 +82,11 @@ def test_attributes_are_an_immutable_sorted_mapping():
 
 def test_dimensions():
     assert T * 4 == 4 * T == SymDim("T", 4) and (T * 4) // 2 == T * 2
-    assert str(T) == "T" and str(T * 4) == "4*T" and str(TensorType("f32", (T * 4, 8))) == "f32[4*T, 8]"
+    assert (
+        str(T) == "T"
+        and str(T * 4) == "4*T"
+        and str(TensorType("f32", (T * 4, 8))) == "f32[4*T, 8]"
+    )
     with pytest.raises(ValueError, match="not a multiple"):
         (T * 3) // 2
     assert extent(T * 4, {"T": 3}) == 12 and count((T, 8), {"T": 3}) == 24

@@ -43,7 +43,9 @@ def test_text_round_trips(kind: str):
     assert print_graph(parse_graph(text)) == text
 
 
-@pytest.mark.parametrize(("kind", "example"), BAD, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    ("kind", "example"), BAD, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(BAD)]
+)
 def test_bad_operands_are_refused(kind: str, example: Case):
     with pytest.raises(VerifyError) as caught:
         build(kind, example)
@@ -62,12 +64,24 @@ def test_reference_keeps_float64(kind: str):
     assert run(graph, inputs, weights, state)[0].dtype == np.float64
 
 
-@pytest.mark.parametrize("kind", OPS)
-def test_cost_counts_work(kind: str):
-    graph = build(kind, FITS[kind])
-    shapes = [sized(value.type) for value in graph.ops[0].operands]
-    if shapes:
-        assert OPS[kind].macs(shapes, graph.ops[0].attrs.to_dict()) > 0
+@pytest.mark.parametrize(
+    ("kind", "macs"),  # with 5 tokens
+    {
+        "exp": 5 * 8,
+        "linear": 5 * 8 * (3 + 5),
+        "linear_swiglu": 5 * 8 * (5 + 5),
+        "linear_residual": 5 * 8 * 5,
+        "attention": 4 * (5 * 5 // 2 + 0.5) * 8 * 2,  # half of the scores, for q k and for p v
+        "delta_rule": 5 * 4 * 3 * (4 * 3),  # heads, three products with the state
+        "experts": 5 * 2 * (10 * 6 + 6 * 5),
+        "sparse_moe": 5 * 2 * (10 * 6 + 6 * 5),
+        "sparse_moe_residual": 5 * 2 * (10 * 6 + 6 * 5),
+        "stateful_gated_delta_net": 5 * 4 * 3 * (4 * 4),
+    }.items(),
+)
+def test_cost_counts_multiply_adds(kind: str, macs: float):
+    op = build(kind, FITS[kind]).ops[0]
+    assert OPS[kind].macs([sized(v.type) for v in op.operands], op.attrs.to_dict()) == macs
 
 
 def test_documentation_is_up_to_date():

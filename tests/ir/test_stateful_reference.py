@@ -21,7 +21,9 @@ class DeltaNet:
 
     def __init__(self, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        self.rows = [[normal(rng, TOKENS, n) for n in DELTA_SHAPES.values()] for _ in range(SEQUENCES)]
+        self.rows = [
+            [normal(rng, TOKENS, n) for n in DELTA_SHAPES.values()] for _ in range(SEQUENCES)
+        ]
         self.weights = [normal(rng, *shape) for shape in DELTA_WEIGHTS.values()]
         self.state = np.zeros((SEQUENCES, 3, 32)), np.zeros((SEQUENCES, 4, 4, 4))
 
@@ -29,7 +31,10 @@ class DeltaNet:
         return ref.gated_delta_net(*self.rows[sequence], *self.weights, **DELTA)[0]
 
     def step(self, slots: list[int], part: slice, rows: str) -> np.ndarray:
-        inputs = [np.concatenate(xs) for xs in zip(*([x[part] for x in self.rows[s]] for s in slots), strict=True)]
+        inputs = [
+            np.concatenate(xs)
+            for xs in zip(*([x[part] for x in self.rows[s]] for s in slots), strict=True)
+        ]
         return ref.stateful_gated_delta_net(
             *inputs, *self.weights, np.array(slots), *self.state, rows=rows, **DELTA
         )
@@ -42,14 +47,19 @@ class Attention:
         rng = np.random.default_rng(seed)
         self.rows = [[normal(rng, TOKENS, n) for n in (64, 16, 16)] for _ in range(SEQUENCES)]
         self.norms = [normal(rng, 8), normal(rng, 8)]
-        self.table = ref.rotary_table(np.tile(np.arange(TOKENS), (3, 1)), (1.0, 0.1), (1, 1, 0), 1.0)
+        self.table = ref.rotary_table(
+            np.tile(np.arange(TOKENS), (3, 1)), (1.0, 0.1), (1, 1, 0), 1.0
+        )
         self.state = [np.full((SEQUENCES, CONTEXT, 2, 8), np.nan) for _ in range(2)]
 
     def whole(self, sequence: int) -> np.ndarray:
         return ref.gated_attention(*self.rows[sequence], *self.norms, self.table, **HEADS)
 
     def step(self, slots: list[int], part: slice, rows: str) -> np.ndarray:
-        inputs = [np.concatenate(xs) for xs in zip(*([x[part] for x in self.rows[s]] for s in slots), strict=True)]
+        inputs = [
+            np.concatenate(xs)
+            for xs in zip(*([x[part] for x in self.rows[s]] for s in slots), strict=True)
+        ]
         table = np.concatenate([self.table[part]] * len(slots))
         starts = np.full(len(slots), part.start)
         return ref.stateful_gated_attention(

@@ -61,7 +61,10 @@ def test_shapes_round_trip(shape):
 def test_every_kind_of_value_round_trips():
     assert print_graph(parse_graph(GOOD)) == GOOD
     builder = Builder("g", "stateful")
-    kinds = [getattr(builder, kind)("v", TensorType("f32", (8,))) for kind in ("input", "weight", "state")]
+    kinds = [
+        getattr(builder, kind)("v", TensorType("f32", (8,)))
+        for kind in ("input", "weight", "state")
+    ]
     total = builder.emit("add", builder.emit("add", *kinds[:2]), kinds[2])
     graph = builder.finish([total])
     assert "@v: f32[8]" in print_graph(graph) and "$v: f32[8]" in print_graph(graph)

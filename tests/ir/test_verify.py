@@ -70,7 +70,9 @@ def test_inputs_may_not_share_a_name():
 def test_the_builder_checks_every_op_when_it_is_emitted():
     builder = Builder("g", "traced")
     x = builder.input("x", ROWS)
-    with pytest.raises(VerifyError, match=r"graph g, op linear\(%x: f32\[T, 8\], @w: f32\[3, 7\]\)"):
+    with pytest.raises(
+        VerifyError, match=r"graph g, op linear\(%x: f32\[T, 8\], @w: f32\[3, 7\]\)"
+    ):
         builder.emit("linear", x, builder.weight("w", TensorType("f32", (3, 7))))
 
 

@@ -19,7 +19,12 @@ from q35c.codegen.kernels.gated_delta_scan import (
     scan_shape,
     unpack_state,
 )
-from q35c.codegen.kernels.gated_delta_step import DeltaShape, gated_norm, recurrent_step, vector_of_row
+from q35c.codegen.kernels.gated_delta_step import (
+    DeltaShape,
+    gated_norm,
+    recurrent_step,
+    vector_of_row,
+)
 
 SHORT_RUN = 8  # below this many tokens one step per token is faster than the scan
 

@@ -21,12 +21,21 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from q35c.codegen.kernels.common import Expr, hsum, ramp, splat, splat_int, vector_type, vexp, vrsqrt, vsigmoid
+from q35c.codegen.kernels.common import (
+    Expr,
+    hsum,
+    ramp,
+    splat,
+    splat_int,
+    vector_type,
+    vexp,
+    vrsqrt,
+    vsigmoid,
+)
 from q35c.codegen.kernels.gated_delta_step import (
     L2_EPS,
     DeltaShape,
     decay_log,
-    gated_norm,
 )
 from q35c.codegen.kernels.register_tile import (
     Left,
@@ -38,7 +47,6 @@ from q35c.codegen.kernels.register_tile import (
     tile_for,
     vectors,
 )
-
 
 # C, tokens in a chunk. 32, 48 and 64 ran within 5 % of each other on AVX2, 96 was slower; fewer tokens mean less work
 # inside the chunk (it grows with C) and less scratch.
