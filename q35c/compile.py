@@ -73,6 +73,7 @@ def write_artifact(
     """Pack the weights slice by slice into the artifact and publish it."""
     texts = {
         "tokenizer": checkpoint.files.get("tokenizer.json"),
+        "tokenizer_config": checkpoint.files.get("tokenizer_config.json"),
         "chat_template": chat_template(checkpoint),
     }
     segments = {"code": generated.code} | {name: data for name, data in texts.items() if data}

@@ -168,9 +168,13 @@ def load_oracle(source: str | os.PathLike[str], load_format: Any = "auto", seed:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from q35c.frontend.checkpoint import open_checkpoint
 
+    # Its bar and its advice to install faster kernels would drown ours.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     checkpoint = open_checkpoint(str(source), load_format=load_format, seed=seed)
     if load_format == "dummy":
         return _fill_model(checkpoint)

@@ -94,7 +94,7 @@ def describe_result(result: Any, load_seconds: float, threads: int) -> str:
         f"[{result.finish_reason}; load {load_seconds:.2f} s; "
         f"prompt {timings.prompt_tokens} tokens at {prefill:.1f} tok/s; "
         f"new {timings.new_tokens} tokens at {timings.decode_tokens_per_second:.1f} tok/s; "
-        f"{threads} threads; seed {result.seed}]"
+        f"threads {threads}; seed {result.seed}]"
     )
 
 

@@ -120,8 +120,12 @@ def describe_entries(module: Module, target: Target, limits: Limits) -> list[dic
 
 
 def describe_state(module: Module, policy: Policy, context: int) -> list[dict[str, Any]]:
-    """Return the stored shape of every state tensor: keys by blocks of 32 cells, values by cell."""
-    return [stored_state(value, policy, context) for value in module.entries[0].leaves("state")]
+    """Return the stored shape of every state tensor: keys by blocks of 32 cells, values by cell.
+
+    What does not grow comes first, so that a short session keeps it together in huge pages.
+    """
+    tensors = [stored_state(v, policy, context) for v in module.entries[0].leaves("state")]
+    return sorted(tensors, key=lambda tensor: tensor["growth"] == "context")
 
 
 def stored_state(value: Value, policy: Policy, context: int) -> dict[str, Any]:

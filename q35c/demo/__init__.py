@@ -17,7 +17,7 @@ from q35c.errors import ArtifactError
 Progress = Callable[[str, float], None]
 
 CHECKPOINT = Path(__file__).parent / "model"
-PROMPT = "In the beginning"
+PROMPT = "And it came to pass"
 
 
 def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
@@ -57,9 +57,10 @@ def cache_directory() -> Path:
 def _digest(target: str) -> str:
     """Hash everything that decides the artifact: version, target, checkpoint and our own code."""
     package = Path(q35c.__file__).parent
-    files = [path for path in CHECKPOINT.iterdir() if path.is_file()] + [*package.rglob("*.py")]
+    ours = {str(path.relative_to(package)): path for path in package.rglob("*.py")}
+    theirs = {f"model/{path.name}": path for path in CHECKPOINT.iterdir() if path.is_file()}
     digest = hashlib.sha256(f"{q35c.__version__} {target}".encode())
-    for path in sorted(files):
-        digest.update(str(path.relative_to(package)).encode())
+    for name, path in sorted((ours | theirs).items()):
+        digest.update(name.encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]

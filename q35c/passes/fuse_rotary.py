@@ -55,8 +55,8 @@ def match_rotary(find: Matcher, op: Op) -> tuple[Value, Angles] | None:
         rotated, part = parts[0], find.last_axis_slice(parts[1])
     if part is None:
         return None
-    x, width, stop = part
-    if x.type.rank != 3 or stop != x.type.shape[-1] or x.type != op.result.type:
+    x, width, _ = part
+    if x.type.rank != 3 or x.type != op.result.type:
         return None
     table = (x.type.shape[1], width)
     for direct, crossed in find.either(rotated, "add"):

@@ -71,7 +71,7 @@ def test_reference_keeps_float64(kind: str):
         "linear": 5 * 8 * (3 + 5),
         "linear_swiglu": 5 * 8 * (5 + 5),
         "linear_residual": 5 * 8 * 5,
-        "attention": 4 * (5 * 5 // 2 + 0.5) * 8 * 2,  # half of the scores, for q k and for p v
+        "attention": 4 * 5 * 5 * 8,  # half of the scores, twice: for q k and for p v
         "delta_rule": 5 * 4 * 3 * (4 * 3),  # heads, three products with the state
         "experts": 5 * 2 * (10 * 6 + 6 * 5),
         "sparse_moe": 5 * 2 * (10 * 6 + 6 * 5),

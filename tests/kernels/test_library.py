@@ -62,15 +62,13 @@ def halve(X: T.handle("float32"), tid: T.int32, nt: T.int32) -> T.int32:
     return T.int32(0)
 
 
-def chain(with_barriers=True):
+def chain():
     """Reverse back and forth between two vectors in the arena."""
     here, there = Pointer("arena", 0), Pointer("arena", COUNT * 4)
     calls = []
     for step in range(STEPS):
         x, y = (here, there) if step % 2 == 0 else (there, here)
-        calls.append(Call("reverse", (x, y, Tid(), Nt())))
-        if with_barriers:
-            calls.append(Barrier())
+        calls += [Call("reverse", (x, y, Tid(), Nt())), Barrier()]
     return calls
 
 

@@ -1,0 +1,75 @@
+"""`q35c compile`: what it writes, and what it refuses before it works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from q35c.artifact import read_artifact
+from q35c.cli.compile import default_output
+from q35c.errors import OptionError
+from tests.cli.conftest import Run
+from tests.compiled import checkpoint
+
+
+def test_compile_writes_the_artifact(run: Run, tmp_path: Path) -> None:
+    output, dump = tmp_path / "made.q35c", tmp_path / "ir"
+    options = ("--precision", "f32", "--context", 64, "--batch", 1, "--dump-ir", dump)
+    target = ("--target", "cpu:x86-64-v4")  # need not run here
+    result = run("compile", checkpoint("dense"), "-o", output, *options, *target)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"{output}: ")
+    with read_artifact(output) as artifact:
+        artifact.verify_weights()
+        manifest = artifact.manifest
+    assert (manifest.precision, manifest.context, manifest.batch) == ("f32", 64, 1)
+    assert manifest.target.name == "cpu:x86-64-v4"
+    assert {path.name.partition("_")[2] for path in dump.iterdir()} >= {
+        "import.txt",
+        "fuse_norm.txt",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ir", "made.q35c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--target", "cpu:z80"), "unknown target"),
+        (("--precision", "f7"), "precision"),
+        (("--context", 0), "--context"),
+        (("--context", 1 << 30), "--context"),
+        (("--batch", 0), "--batch"),
+        (("--load-format", "pickle"), "--load-format"),
+    ],
+)
+def test_refused_options(
+    run: Run, tmp_path: Path, arguments: tuple[object, ...], said: str
+) -> None:
+    result = run("compile", checkpoint("dense"), "-o", tmp_path / "x.q35c", *arguments)
+    assert (result.exit_code, said in result.stderr) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("./absent", "absent"),
+        ("qwen3.5-0.8b", "has no weights"),
+    ],
+)
+def test_refused_sources(run: Run, tmp_path: Path, source: str, said: str) -> None:
+    result = run("compile", source, "-o", tmp_path / "x.q35c")
+    assert (result.exit_code, said in result.stderr) == (1, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_default_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.model").mkdir()
+    assert default_output("my.model/", ".q35c") == Path("my.model.q35c")
+    assert default_output("Qwen/Qwen3.5-0.8B", ".q35c") == Path("Qwen3.5-0.8B.q35c")
+    assert default_output("qwen3.5-0.8b", ".onnx") == Path("qwen3.5-0.8b.onnx")
+    assert default_output(".", ".q35c").stem == tmp_path.name
+    with pytest.raises(OptionError, match="-o"):
+        default_output("gone/", ".q35c")

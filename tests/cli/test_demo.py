@@ -1,0 +1,83 @@
+"""`q35c demo`: compiled once, kept in the cache, and the shipped model writes its language."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import q35c
+from q35c.demo import CHECKPOINT, cache_directory, demo_artifact
+from q35c.verify import verify_artifact
+from tests.cli.conftest import Run
+from tests.compiled import artifact, checkpoint
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """Put a tiny model in the demo's place, compiled in no time; return what was asked for."""
+    made: list[Path] = []
+
+    def compile_model(source: Path, output: Path, **options: Any) -> None:
+        made.append(source)
+        shutil.copy(artifact("dense"), output)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("q35c.compile.compile_model", compile_model)
+    monkeypatch.setattr(
+        "q35c.demo.CHECKPOINT", shutil.copytree(checkpoint("dense"), tmp_path / "c")
+    )
+    return made
+
+
+def test_compiled_once_and_again_when_something_changed(
+    compilations: list[Path], tmp_path: Path
+) -> None:
+    path, is_new = demo_artifact()
+    assert path.parent == tmp_path / "cache" / "q35c"
+    assert (is_new, demo_artifact()) == (True, (path, False))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert demo_artifact() == (path, True)
+    with (tmp_path / "c" / "config.json").open("a") as file:
+        file.write("\n")
+    other, is_new = demo_artifact()
+    assert is_new and other != path
+    assert list(path.parent.iterdir()) == [other]
+    assert len(compilations) == 3
+
+
+def test_demo_tells_where_and_writes(compilations: list[Path], run: Run) -> None:
+    first = run("demo", "-n", 5, "--prompt", "the")
+    again = run("demo", "-n", 5, "--prompt", "the")
+    assert (first.exit_code, again.exit_code) == (0, 0)
+    path = demo_artifact()[0]
+    assert "compiled in 0." in first.stderr and str(path) in first.stderr
+    assert "compiled before" in again.stderr
+    assert "new 5 tokens" in again.stderr
+    assert first.stdout.startswith("the") and first.stdout == again.stdout
+
+
+def test_a_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_directory() == Path("/home/someone/.cache/q35c")
+
+
+def test_the_shipped_model_knows_its_language(tmp_path: Path) -> None:
+    from q35c.compile import compile_model
+
+    path = tmp_path / "demo.q35c"
+    compile_model(CHECKPOINT, path, precision="bf16", context=256, batch=1)
+    text = "And the LORD spake unto Moses, saying, Speak unto the children of Israel, and say"
+    assert verify_artifact(path, CHECKPOINT, text=text).failures == ()
+    with q35c.load(path) as model:
+        ids = np.array(model.tokenizer.encode(text))
+        rows = model.score(ids)[:-1].astype(np.float64)
+    rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
+    loss = -rows[np.arange(len(rows)), ids[1:]].mean()
+    assert loss < 3.4  # the card's held-out loss; a model that knows nothing has 8.3 nats

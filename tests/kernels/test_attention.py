@@ -1,0 +1,201 @@
+"""The rotary table and the attention kernels against float64 references.
+
+Cache cells that were never written hold NaN in every case, so that any use of one shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from q35c.codegen.isa.x86 import V4
+from q35c.codegen.kernels.attention import attention, attention_combine, attention_shape
+from q35c.codegen.kernels.attention_prepare import attention_prepare
+from q35c.codegen.kernels.rotary import rotary_table
+from q35c.ir import reference
+from tests.kernels.harness import (
+    ISA,
+    Kernels,
+    assert_close,
+    build_kernels,
+    from_bf16,
+    guard,
+    to_bf16,
+)
+
+CONTEXT, EPS, SPLITS = 384, 1e-6, 4
+LENGTHS = (1, 2, 7, 8, 9, 31, 32, 33, 65, 130)
+STARTS = (0, 1, 31, 32, 63, 100)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, key heads, head dim, rotated dims and cache type."""
+
+    Hq: int
+    Hkv: int
+    D: int
+    R: int
+    dtype: str = "f32"
+
+    @property
+    def value_offset(self) -> int:
+        return self.Hkv * CONTEXT * self.D * (4 if self.dtype == "f32" else 2)
+
+    @property
+    def cache(self) -> dict:
+        return {"kv_dtype": self.dtype, "context": CONTEXT, "k_offset_bytes": 0,
+                "v_offset_bytes": self.value_offset}  # fmt: skip
+
+    @property
+    def frequencies(self) -> tuple[float, ...]:
+        half = self.R // 2
+        return tuple(float(x) for x in (1e4 ** -(np.arange(half) / half)).astype(np.float32))
+
+
+CASES = (
+    Heads(1, 1, 32, 8),
+    Heads(3, 1, 48, 16),
+    Heads(4, 2, 80, 16, "bf16"),
+    Heads(6, 2, 64, 16),
+    Heads(8, 1, 256, 64, "bf16"),
+    Heads(8, 4, 128, 32),
+)
+
+
+def functions(heads: Heads, isa) -> dict:
+    """Generate all kernels of one case."""
+    made = {"combine": attention_combine(heads.Hq, heads.Hkv, heads.D, SPLITS, isa)}
+    for rows, splits in (("sequence", 1), ("batch", SPLITS)):
+        shape = {"Hq": heads.Hq, "Hkv": heads.Hkv, "D": heads.D, "rows": rows, **heads.cache}
+        scale = heads.D**-0.5
+        made[f"prepare_{rows}"] = attention_prepare(**shape, R=heads.R, eps=EPS, scale=scale, isa=isa)
+        made[f"attend_{rows}"] = attention(**shape, splits=splits, isa=isa)
+    return made
+
+
+@dataclass
+class Problem:
+    """One long sequence, its float64 result and an unwritten cache."""
+
+    heads: Heads
+    kernels: Kernels
+    arrays: dict[str, np.ndarray]
+    want: np.ndarray
+    state: np.ndarray
+
+    def run(self, start: int, stop: int, rows: str, threads: int = 1) -> np.ndarray:
+        """Append tokens start..stop and return their outputs."""
+        h, count = self.heads, stop - start
+        part = {n: guard(self.arrays[n][start:stop]) for n in ("q_gate", "k", "v", "table")}
+        norms = [guard(self.arrays[n]) for n in ("q_norm", "k_norm")]
+        q, y = (guard(np.zeros((count, h.Hq * h.D), np.float32), poison=True) for _ in "qy")
+        slots, starts = guard(np.zeros(1, np.int64)), guard(np.full(1, start, np.int32))
+        widths = (h.Hq * 2 * h.D, h.Hkv * h.D, h.Hkv * h.D)
+        self.kernels.call(
+            f"prepare_{rows}", part["q_gate"], part["k"], part["v"], *norms, part["table"], q,
+            self.state, slots, starts, count, *widths, threads=threads,
+        )  # fmt: skip
+        splits = SPLITS if rows == "batch" else 1
+        shape = attention_shape(h.Hq, h.Hkv, h.D, rows=rows, splits=splits, isa=ISA, **h.cache)
+        tasks = h.Hkv * splits if rows == "batch" else threads
+        scratch = guard(np.zeros(shape.task_words * tasks, np.float32), poison=True)
+        self.kernels.call(
+            f"attend_{rows}", q, part["q_gate"], self.state, slots, starts, y, scratch,
+            count, widths[0], h.Hq * h.D, threads=threads,
+        )  # fmt: skip
+        if rows == "batch":
+            self.kernels.call(
+                "combine", scratch, part["q_gate"], y, count, widths[0], h.Hq * h.D, threads=threads
+            )
+        return np.array(y)
+
+    def clear(self) -> None:
+        self.state[...] = np.nan if self.heads.dtype == "f32" else 0x7FC0
+
+
+def make_problem(heads: Heads, tokens: int) -> Problem:
+    rng = np.random.default_rng(heads.D)
+    positions = np.tile(np.arange(tokens, dtype=np.int32), (3, 1))
+    sections = (heads.R // 2, 0, 0)
+    shapes = {"q_gate": (tokens, heads.Hq * 2 * heads.D), "k": (tokens, heads.Hkv * heads.D),
+              "v": (tokens, heads.Hkv * heads.D), "q_norm": (heads.D,), "k_norm": (heads.D,)}  # fmt: skip
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays["q_norm"] *= 0.2
+    arrays["k_norm"] *= 0.2
+    arrays["table"] = reference.rotary_table(positions, heads.frequencies, sections, 1.0)
+    state = guard(np.zeros(2 * heads.Hkv * CONTEXT * heads.D, np.float32 if heads.dtype == "f32" else np.uint16))  # fmt: skip
+    problem = Problem(heads, build_kernels(functions(heads, ISA)), arrays, expected(heads, arrays), state)
+    problem.clear()
+    return problem
+
+
+def expected(heads: Heads, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the float64 result; keys and values rounded as the cache stores them."""
+    exact = {name: array.astype(np.float64) for name, array in arrays.items()}
+    q, k, v, gate = reference.project_heads(
+        *(exact[n] for n in ("q_gate", "k", "v", "q_norm", "k_norm", "table")),
+        heads=heads.Hq, kv_heads=heads.Hkv, eps=EPS,
+    )  # fmt: skip
+    if heads.dtype == "bf16":
+        k, v = (from_bf16(to_bf16(x.astype(np.float32))).astype(np.float64) for x in (k, v))
+    out = reference.attention(q, k, v, heads.D**-0.5)
+    return out.reshape(len(gate), -1) * reference.sigmoid(gate)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def problem(request) -> Problem:
+    return make_problem(request.param, max(STARTS) + max(LENGTHS))
+
+
+def limit(problem: Problem) -> float:
+    # f32 keys may round to the other bf16 neighbour than the float64 reference's keys.
+    return 1e-7 if problem.heads.dtype == "f32" else 1e-5
+
+
+def test_prefill_continues_from_any_start(problem: Problem) -> None:
+    for start in STARTS:
+        for count in LENGTHS:
+            problem.clear()
+            if start:
+                problem.run(0, start, "sequence")
+            got = problem.run(start, start + count, "sequence")
+            assert_close(got, problem.want[start : start + count], limit(problem), (start, count))
+
+
+def test_decode_continues_a_prefill(problem: Problem) -> None:
+    problem.clear()
+    problem.run(0, 29, "sequence")
+    for token in range(29, 70):
+        got = problem.run(token, token + 1, "batch")
+        assert_close(got, problem.want[token : token + 1], limit(problem), token)
+
+
+def test_results_do_not_depend_on_threads(problem: Problem) -> None:
+    results = {}
+    for threads in (1, 2, 3):
+        problem.clear()
+        parts = [problem.run(0, 60, "sequence", threads), problem.run(60, 61, "batch", threads)]
+        results[threads] = np.concatenate(parts)
+    assert np.array_equal(results[1], results[2])
+    assert np.array_equal(results[1], results[3])
+
+
+@pytest.mark.parametrize("first", [0, 4000, 262_000, 1_009_000])
+def test_rotary_table(first: int) -> None:
+    tokens, sections = 70, (4, 2, 2)
+    frequencies = Heads(1, 1, 64, 16).frequencies
+    rng = np.random.default_rng(first)
+    positions = (first + rng.integers(0, 1000, (3, tokens))).astype(np.int32)
+    kernels = build_kernels({"table": rotary_table(frequencies, sections, 1.25)})
+    table = guard(np.zeros((tokens, 16), np.float32), poison=True)
+    kernels.call("table", guard(positions), table, tokens, tokens, threads=2)
+    want = reference.rotary_table(positions, frequencies, sections, 1.25)
+    assert np.abs(np.array(table) - want).max() <= 2e-7
+
+
+def test_wide_vectors_compile() -> None:
+    code = build_kernels(functions(Heads(4, 2, 48, 16, "bf16"), V4), V4).code
+    assert code.startswith(b"\x7fELF")

@@ -1,0 +1,130 @@
+"""The house rules that a machine can see: who may import whom, file sizes, a lean `import q35c`."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "q35c"
+MAX_LINES = 400
+LEAN_MIB = 60
+
+BASE = {"errors", "fields", "strictjson", "config", "hf_config", "family", "__version__"}
+# Room -> other rooms of q35c and other packages that its modules may import, wherever they do.
+ROOMS: dict[str, set[str]] = {
+    "base": set(),
+    "ir": {"numpy"},
+    "passes": {"ir"},
+    "frontend": {"ir", "numpy", "torch", "transformers", "safetensors", "huggingface_hub"},
+    # Memory is planned per call of a kernel, so the planner serves code generation.
+    "codegen": {"ir", "passes.plan_memory", "artifact", "numpy", "tvm"},
+    "export": {"ir", "passes", "frontend", "numpy", "onnx"},
+    "artifact": {"numpy", "safetensors"},
+    "runtime": {"artifact", "numpy", "tokenizers", "jinja2"},
+}
+# The roof: it calls every room, but imports only these before a command needs more.
+ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "verify"}
+LEAN_AT_IMPORT = {"numpy", "click", "artifact", "load"} | ROOF
+DRIVER = {"compile"}  # the spine names them all
+HEAVY = ("torch", "transformers", "tvm", "tvm_ffi", "safetensors", "onnx", "huggingface_hub")
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "base" if name in BASE else name
+
+
+def imports_of(tree: ast.AST, *, is_lazy_too: bool) -> Iterator[str]:
+    """Yield imported names in dotted form, those of `from x import y` as `x.y`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the arrow"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif is_lazy_too or not (isinstance(node, ast.FunctionDef) or is_type_checking(node)):
+            yield from imports_of(node, is_lazy_too=is_lazy_too)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def forbidden_imports(source: str, room: str) -> list[str]:
+    """Return what a module in that room imports against the arrows."""
+    is_roof = room in ROOF
+    allowed = LEAN_AT_IMPORT if is_roof else ROOMS[room] | {room}
+    names = imports_of(ast.parse(source), is_lazy_too=not is_roof)
+    return [name for name in names if not is_allowed(name, allowed)]
+
+
+def is_allowed(name: str, allowed: set[str]) -> bool:
+    top, _, rest = name.partition(".")
+    if top in sys.stdlib_module_names or name == "q35c":
+        return True
+    if top != "q35c":
+        return top in allowed
+    return any(rest == prefix or rest.startswith(prefix + ".") for prefix in allowed | BASE)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    room = room_of(path)
+    if room in DRIVER:
+        return
+    assert room in ROOMS or room in ROOF, f"{room} is not in the table of rooms"
+    assert forbidden_imports(path.read_text(), room) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("runtime", "import torch"),
+        ("runtime", "def f():\n    from q35c.codegen.target import find_target"),
+        ("runtime", "from q35c import ir"),
+        ("ir", "from q35c.artifact import layout"),
+        ("passes", "import numpy as np"),
+        ("codegen", "from q35c.passes.pipeline import fuse"),
+        ("cli", "from q35c.compile import compile_model"),
+        ("base", "from q35c.ir import Graph"),
+    ],
+)
+def test_an_arrow_against_the_table_is_found(room: str, source: str) -> None:
+    assert forbidden_imports(source, room)
+
+
+def test_no_file_is_too_long() -> None:
+    tracked = [*modules(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    tracked += (ROOT / "scripts").rglob("*.py")
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in tracked}
+    assert {name: length for name, length in lengths.items() if length >= MAX_LINES} == {}
+
+
+# Every module a user of a finished artifact needs; the peak is that of this process alone (VmHWM).
+_LEAN_PROGRAM = f"""
+import sys
+import q35c
+{{more}}
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+assert not loaded, loaded
+status = open("/proc/self/status").read()
+peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+assert peak <= {LEAN_MIB}, f"{{{{peak}}}} MiB"
+"""
+
+
+@pytest.mark.parametrize("more", ["", "import q35c.cli", "import q35c.runtime, q35c.bench"])
+def test_import_is_lean(more: str) -> None:
+    program = _LEAN_PROGRAM.format(more=more)
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
