@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from q35c.codegen.kernels.common import (
+    STACK,
     Expr,
     hsum,
     ramp,
@@ -260,7 +261,9 @@ def score_rows(scan, w, left, name, block, factor, diagonal):
     for columns in T.serial(
         T.truncdiv(width + (scan.score.columns - 1), T.int64(scan.score.columns))
     ):
-        acc = T.alloc_buffer((scan.score.rows, scan.score.vectors, scan.score.lanes), "float32")
+        acc = T.alloc_buffer(
+            (scan.score.rows, scan.score.vectors, scan.score.lanes), "float32", annotations=STACK
+        )
         clear(acc, scan.score)
         multiply_add(
             acc, scan.score, scan.row_block(w, left, block),
@@ -273,7 +276,9 @@ def score_rows(scan, w, left, name, block, factor, diagonal):
 @T.inline
 def solve_rows(scan, w, qkv, head, first, live, block, column):
     """X rows of one block: beta (V - exp(G) K S), minus A X of earlier rows, then substitution."""
-    x = T.alloc_buffer((scan.tile.rows, scan.tile.vectors, scan.tile.lanes), "float32")
+    x = T.alloc_buffer(
+        (scan.tile.rows, scan.tile.vectors, scan.tile.lanes), "float32", annotations=STACK
+    )
     clear(x, scan.tile)
     multiply_add(
         x, scan.tile, scan.row_block(w, "k", block), scan.state_tile(w, column), scan.delta.Dk
@@ -309,7 +314,9 @@ def solve_rows(scan, w, qkv, head, first, live, block, column):
 @T.inline
 def output_rows(scan, w, y, head, first, live, block, column):
     """Y rows of one block: exp(G) Q S + W X."""
-    o = T.alloc_buffer((scan.tile.rows, scan.tile.vectors, scan.tile.lanes), "float32")
+    o = T.alloc_buffer(
+        (scan.tile.rows, scan.tile.vectors, scan.tile.lanes), "float32", annotations=STACK
+    )
     clear(o, scan.tile)
     multiply_add(
         o, scan.tile, scan.row_block(w, "q", block), scan.state_tile(w, column), scan.delta.Dk
@@ -342,7 +349,9 @@ def advance_state(scan, w, column, padded):
             )
     for d in T.serial(T.int64(scan.delta.Dk // scan.tile.rows)):
         row: T.let[T.int64] = d * scan.tile.rows
-        s = T.alloc_buffer((scan.tile.rows, scan.tile.vectors, scan.tile.lanes), "float32")
+        s = T.alloc_buffer(
+            (scan.tile.rows, scan.tile.vectors, scan.tile.lanes), "float32", annotations=STACK
+        )
         for r in T.unroll(scan.tile.rows):
             for j in T.unroll(scan.tile.vectors):
                 s[r, j, ramp(0, scan.tile.lanes)] = w[

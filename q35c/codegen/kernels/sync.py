@@ -12,7 +12,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 BARRIER_BYTES = 128  # two cache lines: int32 arrivals at 0, generation at 64, sleepers at 68; starts as zeros
-SPINS_BEFORE_SLEEP = 2000  # about 30 us of `pause`; then another thread may need this core
+CYCLES_BEFORE_SLEEP = 200_000  # about 70 us; then another thread may need this core
 _FUTEX, _WAIT, _WAKE = 202, 128, 129  # the Linux system call and its process-private operations
 
 # Flush-to-zero (bit 15) and denormals-are-zero (bit 6) of MXCSR: decayed state makes denormals, which are slow.
@@ -21,8 +21,10 @@ _FLUSH_BITS = 0x8040
 # Generation barrier: the last thread to arrive clears the count before it opens the next generation, so the
 # words are ready again, for any number of threads. Who has spun long enough sleeps on the generation; measured:
 # yielding instead lets a spinner keep the core that the thread it waits for was woken on, for milliseconds.
+# The wait is bounded by time and has no `pause`: under a hypervisor each may cost an exit, 2,000 of them milliseconds.
 # Either the opener sees the sleeper's count, or the kernel sees the new generation and does not let it sleep.
 SUPPORT_IR = f"""
+declare i64 @llvm.readcyclecounter()
 declare void @llvm.x86.sse.stmxcsr(ptr)
 declare void @llvm.x86.sse.ldmxcsr(ptr)
 declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
@@ -74,23 +76,23 @@ wake:
   %woken = call i64 asm sideeffect "syscall", "={{rax}},{{rax}},{{rdi}},{{rsi}},{{rdx}},~{{rcx}},~{{r11}},~{{memory}}"(i64 {_FUTEX}, ptr %generation, i64 {_WAKE}, i64 2147483647)
   br label %done
 spin:
-  %spins = phi i32 [ 0, %0 ], [ %more, %pause ], [ %spins, %sleep ]
+  %start = call i64 @llvm.readcyclecounter()
+  br label %look
+look:
   %now = load atomic i32, ptr %generation acquire, align 4
   %same = icmp eq i32 %now, %before
   br i1 %same, label %wait, label %done
 wait:
-  %patient = icmp ult i32 %spins, {SPINS_BEFORE_SLEEP}
-  br i1 %patient, label %pause, label %sleep
-pause:
-  call void asm sideeffect "pause", "~{{memory}}"()
-  %more = add i32 %spins, 1
-  br label %spin
+  %clock = call i64 @llvm.readcyclecounter()
+  %waited = sub i64 %clock, %start
+  %patient = icmp ult i64 %waited, {CYCLES_BEFORE_SLEEP}
+  br i1 %patient, label %look, label %sleep
 sleep:
   %one_more = atomicrmw add ptr %sleepers, i32 1 seq_cst
   %expected = zext i32 %before to i64
   %slept = call i64 asm sideeffect "syscall", "={{rax}},{{rax}},{{rdi}},{{rsi}},{{rdx}},{{r10}},~{{rcx}},~{{r11}},~{{memory}}"(i64 {_FUTEX}, ptr %generation, i64 {_WAIT}, i64 %expected, i64 0)
   %one_less = atomicrmw sub ptr %sleepers, i32 1 seq_cst
-  br label %spin
+  br label %look
 done:
   ret i32 0
 }}
