@@ -71,7 +71,9 @@ def functions(heads: Heads, isa) -> dict:
     for rows, splits in (("sequence", 1), ("batch", SPLITS)):
         shape = {"Hq": heads.Hq, "Hkv": heads.Hkv, "D": heads.D, "rows": rows, **heads.cache}
         scale = heads.D**-0.5
-        made[f"prepare_{rows}"] = attention_prepare(**shape, R=heads.R, eps=EPS, scale=scale, isa=isa)
+        made[f"prepare_{rows}"] = attention_prepare(
+            **shape, R=heads.R, eps=EPS, scale=scale, isa=isa
+        )
         made[f"attend_{rows}"] = attention(**shape, splits=splits, isa=isa)
     return made
 
@@ -127,7 +129,9 @@ def make_problem(heads: Heads, tokens: int) -> Problem:
     arrays["k_norm"] *= 0.2
     arrays["table"] = reference.rotary_table(positions, heads.frequencies, sections, 1.0)
     state = guard(np.zeros(2 * heads.Hkv * CONTEXT * heads.D, np.float32 if heads.dtype == "f32" else np.uint16))  # fmt: skip
-    problem = Problem(heads, build_kernels(functions(heads, ISA)), arrays, expected(heads, arrays), state)
+    problem = Problem(
+        heads, build_kernels(functions(heads, ISA)), arrays, expected(heads, arrays), state
+    )
     problem.clear()
     return problem
 

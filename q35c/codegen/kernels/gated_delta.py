@@ -68,7 +68,23 @@ def run_batch(shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, toke
 
 @T.inline
 def run_sequence(
-    shape, scan, short_run, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, w, tokens, tid, nt
+    shape,
+    scan,
+    short_run,
+    qkv,
+    z,
+    b,
+    a,
+    a_log,
+    dt_bias,
+    norm_w,
+    state,
+    slots,
+    y,
+    w,
+    tokens,
+    tid,
+    nt,
 ):
     """All rows, for each head of this thread's share."""
     lo: T.let[T.int64] = share(shape.Hv, tid, nt)
@@ -133,9 +149,7 @@ def _kernel(shape: DeltaShape, is_batch: bool, short_run: int) -> tirx.PrimFunc:
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         w = T.decl_buffer((scan.total,), "float32", data=SCRATCH, elem_offset=tid * scan.total)
         if is_batch:
-            run_batch(
-                shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, tokens, tid, nt
-            )
+            run_batch(shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, tokens, tid, nt)
         else:
             run_sequence(
                 shape, scan, short_run, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, w,

@@ -20,7 +20,9 @@ from q35c.codegen.kernels.common import Expr, ramp, share, vsilu
 
 GRAIN = 16  # channels that threads share out: one cache line
 BLOCK_CHANNELS = 512  # 2 KiB of each of K weight rows and of the rows in use
-GROUP_ROWS = 4  # computed together: their inputs overlap, and 4 exponentials hide each other's latency
+GROUP_ROWS = (
+    4  # computed together: their inputs overlap, and 4 exponentials hide each other's latency
+)
 
 Row = Callable[[Expr], Expr]  # tap -> vector
 
@@ -90,7 +92,9 @@ def convolve_run(shape, x, w, state, base, y, first, count, begin, vectors):
     groups: T.let[T.int64] = T.truncdiv(rest, T.int64(GROUP_ROWS))
     after_groups: T.let[T.int64] = first + (shape.taps - 1) + groups * GROUP_ROWS
     for t in T.serial(groups):
-        convolve_rows(shape, x, w, y, first + (shape.taps - 1) + t * GROUP_ROWS, GROUP_ROWS, begin, vectors)
+        convolve_rows(
+            shape, x, w, y, first + (shape.taps - 1) + t * GROUP_ROWS, GROUP_ROWS, begin, vectors
+        )
     for t in T.serial(rest - groups * GROUP_ROWS):
         convolve_rows(shape, x, w, y, after_groups + t, 1, begin, vectors)
     for i in T.serial(T.int64(shape.taps - 1)):  # oldest first: reads stay ahead of writes
@@ -101,9 +105,7 @@ def convolve_run(shape, x, w, state, base, y, first, count, begin, vectors):
             )(i)
 
 
-def conv_update(
-    C: int, K: int, slot_offset_bytes: int, rows: str, isa: Isa
-) -> tirx.PrimFunc:
+def conv_update(C: int, K: int, slot_offset_bytes: int, rows: str, isa: Isa) -> tirx.PrimFunc:
     """Build the convolution kernel; C is a multiple of 16, K is 2 to 4.
 
     Params: X f32[T, C], W f32[K, C], STATE, SLOTS i64[B], Y f32[T, C] (not X), T, ld_x, ld_y, tid, nt. The state of a

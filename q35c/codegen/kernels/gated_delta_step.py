@@ -104,9 +104,7 @@ def gated_norm(shape, o, z, norm_w, y, row, head):
     square = T.alloc_buffer((shape.lanes,), "float32")
     square[ramp(0, shape.lanes)] = splat(0.0, shape.lanes)
     for j in T.unroll(shape.Dv // shape.lanes):
-        square[ramp(0, shape.lanes)] = (
-            square[ramp(0, shape.lanes)] + o(j) * o(j)
-        )
+        square[ramp(0, shape.lanes)] = square[ramp(0, shape.lanes)] + o(j) * o(j)
     total: T.let[T.float32] = hsum(square[ramp(0, shape.lanes)], shape.lanes)
     scale: T.let[T.float32] = vrsqrt(total * T.float32(1 / shape.Dv) + T.float32(shape.eps), 1)
     for j in T.serial(shape.Dv // shape.lanes):

@@ -11,7 +11,9 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-BARRIER_BYTES = 128  # two cache lines: int32 arrivals at 0, generation at 64, sleepers at 68; starts as zeros
+BARRIER_BYTES = (
+    128  # two cache lines: int32 arrivals at 0, generation at 64, sleepers at 68; starts as zeros
+)
 CYCLES_BEFORE_SLEEP = 200_000  # about 70 us; then another thread may need this core
 _FUTEX, _WAIT, _WAKE = 202, 128, 129  # the Linux system call and its process-private operations
 
