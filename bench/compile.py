@@ -1,9 +1,10 @@
-"""Time and peak memory of compiling with dummy weights: the 0.8B whole, the 397B with a few layers.
+"""Measure time and peak memory of compiling family shapes with random weights.
 
-    python bench/compile.py                       # both, bf16
-    python bench/compile.py --only qwen3.5-0.8b
+    python bench/compile.py                                    # the 0.8B, and 4 layers of the 397B
+    python bench/compile.py qwen3.5-0.8b
+    python bench/compile.py qwen3.5-397b-a17b --layers 4
 
-Each compilation runs in its own process, so that its peak memory is its own; the artifact is removed.
+Each model is compiled in a process of its own, so that its peak is its own; the artifact is removed.
 """
 
 from __future__ import annotations
@@ -14,63 +15,76 @@ import json
 import subprocess
 import sys
 import tempfile
+from math import prod
 from pathlib import Path
+from typing import Any
 
-CASES = {"qwen3.5-0.8b": None, "qwen3.5-397b-a17b": 4}  # layers; None: all
+from q35c import family
+from q35c.bench import peak_memory
+from q35c.cli.text import size_text, table_text
+
+DEFAULT_CASES = (("qwen3.5-0.8b", 0), ("qwen3.5-397b-a17b", 4))  # layers; 0: all
+COLUMNS = ("model", "layers", "time", "artifact", "peak memory", "largest tensor in f32", "stages, s")
 
 
-def measure(name: str, layers: int | None, directory: Path) -> dict[str, object]:
+def measure(name: str, layers: int, directory: Path) -> dict[str, Any]:
     """Compile one shape in this process and return what it cost."""
-    from q35c import family
     from q35c.compile import compile_model
+    from q35c.frontend.checkpoint import open_checkpoint
 
-    source: str | Path = name
-    if layers is not None:
-        whole = family.load(name)
-        config = dataclasses.replace(
-            whole, num_hidden_layers=layers, layer_types=whole.layer_types[:layers]
-        )
-        source = directory / "shape"
-        source.mkdir()
-        document = config.to_dict()
-        document["model_type"] += "_text"
-        document["eos_token_id"] = document.pop("eos_token_ids")
-        (source / "config.json").write_text(json.dumps(document))
+    source = write_shape(name, layers, directory / "shape") if layers else name
     report = compile_model(source, directory / "model.q35c", load_format="dummy")
-    largest = max_tensor_bytes(source)
+    checkpoint = open_checkpoint(source, load_format="dummy")
+    largest = max(4 * prod(checkpoint.shape(tensor)) for tensor in checkpoint.names)
     return {
-        "model": name,
-        "layers": layers or "all",
-        "seconds": round(report.seconds, 1),
-        "peak_mib": report.peak_bytes >> 20,
-        "file_mib": report.bytes >> 20,
-        "largest_tensor_f32_mib": largest >> 20,
-        "stages": {stage: round(seconds, 1) for stage, seconds in report.stages.items()},
+        "bytes": report.bytes,
+        "seconds": report.seconds,
+        "stages": report.stages,
+        "peak": peak_memory(),
+        "largest": largest,
     }
 
 
-def max_tensor_bytes(source: str | Path) -> int:
-    """Return the bytes in f32 of the largest tensor of the checkpoint."""
-    from math import prod
+def write_shape(name: str, layers: int, directory: Path) -> Path:
+    """Write the config of a family member cut to its first layers; return its directory."""
+    whole = family.load(name)
+    config = dataclasses.replace(
+        whole, num_hidden_layers=layers, layer_types=whole.layer_types[:layers]
+    )
+    document = config.to_dict()
+    document["model_type"] += "_text"
+    document["eos_token_id"] = document.pop("eos_token_ids")
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(document))
+    return directory
 
-    from q35c.frontend.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(source, load_format="dummy")
-    return max(4 * prod(checkpoint.shape(name)) for name in checkpoint.names)
+def describe(name: str, layers: int, found: dict[str, Any]) -> list[str]:
+    """Return the table row of one measurement."""
+    stages: dict[str, float] = found["stages"]
+    slowest = sorted(stages, key=lambda stage: -stages[stage])[:3]
+    parts = ", ".join(f"{stage} {stages[stage]:.1f}" for stage in slowest)
+    sizes = [size_text(found[key]) for key in ("bytes", "peak", "largest")]
+    return [name, str(layers or "all"), f"{found['seconds']:.1f} s", *sizes, parts]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", choices=CASES)
-    parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("models", nargs="*", choices=[*family.names(), []], metavar="MODEL")
+    parser.add_argument("--layers", type=int, default=0, help="compile the first layers only")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         with tempfile.TemporaryDirectory(prefix="q35c-bench-") as directory:
-            result = measure(options.child, CASES[options.child], Path(directory))
-        print(json.dumps(result))
+            print(json.dumps(measure(options.models[0], options.layers, Path(directory))))
         return
-    for name in [options.only] if options.only else CASES:
-        subprocess.run([sys.executable, __file__, "--child", name], check=True)
+    cases = [(name, options.layers) for name in options.models] or DEFAULT_CASES
+    rows: list[list[str]] = []
+    for name, layers in cases:
+        command = [sys.executable, __file__, "--child", name, "--layers", str(layers)]
+        child = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+        rows.append(describe(name, layers, json.loads(child.stdout)))
+    print(table_text(COLUMNS, rows))
 
 
 if __name__ == "__main__":

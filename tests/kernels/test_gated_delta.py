@@ -1,0 +1,142 @@
+"""The gated delta kernels against the float64 reference: convolution, chunk scan, single steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from q35c.codegen.isa.x86 import V4
+from q35c.codegen.kernels.gated_delta import gated_delta, gated_delta_scratch_bytes
+from q35c.codegen.kernels.gated_delta_conv import conv_update
+from q35c.ir import reference
+from tests.kernels.harness import ISA, Kernels, assert_close, build_kernels, guard
+
+EPS, TAPS = 1e-6, 4
+LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 31, 33, 63, 64, 65, 130)
+CASES = ((1, 1, 32, 32), (2, 4, 32, 48), (1, 3, 64, 32), (1, 4, 128, 128), (2, 2, 48, 256))
+
+
+@dataclass
+class Net:
+    """Kernels of one shape, one long random sequence and the weights."""
+
+    shape: tuple[int, int, int, int]
+    kernels: Kernels
+    arrays: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+
+    @property
+    def channels(self) -> int:
+        key_heads, value_heads, key_dim, value_dim = self.shape
+        return 2 * key_heads * key_dim + value_heads * value_dim
+
+    def empty(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return zero conv and delta states."""
+        _, value_heads, key_dim, value_dim = self.shape
+        conv = np.zeros((TAPS - 1, self.channels), np.float32)
+        return guard(conv), guard(np.zeros((value_heads, key_dim, value_dim), np.float32))
+
+    def run(self, state: Any, start: int, stop: int, rows: str, threads: int = 1) -> np.ndarray:
+        """Append tokens start..stop; the state is updated in place."""
+        key_heads, value_heads, key_dim, value_dim = self.shape
+        conv, delta = state
+        count, width = stop - start, value_heads * value_dim
+        part = {name: guard(array[start:stop]) for name, array in self.arrays.items()}
+        conv_w = guard(np.ascontiguousarray(self.weights["conv_w"][:, 0].T))
+        a_log, dt_bias, norm_w = (guard(self.weights[n]) for n in ("a_log", "dt_bias", "norm_w"))
+        mixed = guard(np.zeros((count, self.channels), np.float32), poison=True)
+        y = guard(np.zeros((count, width), np.float32), poison=True)
+        size = gated_delta_scratch_bytes(key_heads, value_heads, key_dim, value_dim, rows, ISA)
+        scratch = guard(np.zeros(max(size, 64) * threads // 4, np.float32), poison=True)
+        slots = guard(np.zeros(1, np.int64))
+        self.kernels.call(
+            f"conv_{rows}", part["qkv"], conv_w, conv, slots, mixed,
+            count, self.channels, self.channels, threads=threads,
+        )  # fmt: skip
+        self.kernels.call(
+            f"delta_{rows}", mixed, part["z"], part["b"], part["a"], a_log, dt_bias, norm_w,
+            delta, slots, y, scratch, count, self.channels, width, value_heads, value_heads, width,
+            threads=threads,
+        )  # fmt: skip
+        return np.array(y)
+
+    def expected(self, start: int, stop: int, state: Any) -> tuple[np.ndarray, ...]:
+        """Return output and states in float64 after tokens start..stop from a state."""
+        exact = [self.arrays[n][start:stop].astype(np.float64) for n in ("qkv", "z", "b", "a")]
+        weights = [
+            self.weights[n].astype(np.float64) for n in ("conv_w", "a_log", "dt_bias", "norm_w")
+        ]
+        conv, delta = (np.array(part, np.float64) for part in state)
+        return reference.gated_delta_net(
+            *exact, *weights, key_heads=self.shape[0], value_heads=self.shape[1], eps=EPS,
+            conv=conv, delta=delta,
+        )  # fmt: skip
+
+
+def functions(shape: tuple[int, int, int, int], isa: Any) -> dict[str, Any]:
+    key_heads, value_heads, key_dim, value_dim = shape
+    channels = 2 * key_heads * key_dim + value_heads * value_dim
+    made: dict[str, Any] = {}
+    for rows in ("sequence", "batch"):
+        made[f"conv_{rows}"] = conv_update(channels, TAPS, 0, rows, isa)
+        made[f"delta_{rows}"] = gated_delta(*shape, EPS, 0, rows, isa)
+    return made
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def net(request: Any) -> Net:
+    key_heads, value_heads, key_dim, value_dim = shape = request.param
+    channels, tokens = 2 * key_heads * key_dim + value_heads * value_dim, 40 + max(LENGTHS)
+    rng = np.random.default_rng(sum(shape))
+    widths = {"qkv": channels, "z": value_heads * value_dim, "b": value_heads, "a": value_heads}
+    arrays = {n: rng.normal(size=(tokens, w)).astype(np.float32) for n, w in widths.items()}
+    weights = {
+        "conv_w": rng.normal(size=(channels, 1, TAPS)) * 0.5,
+        "a_log": np.log(rng.uniform(0.05, 8, value_heads)),
+        "dt_bias": rng.normal(size=value_heads),
+        "norm_w": 1 + 0.2 * rng.normal(size=value_dim),
+    }
+    single = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    return Net(shape, build_kernels(functions(shape, ISA)), arrays, single)
+
+
+@pytest.mark.parametrize("start", [0, 40])
+def test_runs_of_every_length(net: Net, start: int) -> None:
+    for count in LENGTHS:
+        state = net.empty()
+        if start:
+            net.run(state, 0, start, "sequence")
+        want, conv, delta = net.expected(start, start + count, state)
+        got = net.run(state, start, start + count, "sequence")
+        assert_close(got, want, 1e-7, count)
+        assert_close(state[0], conv, 1e-7, count)
+        assert_close(state[1], delta, 1e-7, count)
+
+
+def test_steps_continue_a_run(net: Net) -> None:
+    state = net.empty()
+    net.run(state, 0, 33, "sequence")
+    for token in range(33, 60):
+        want, _, delta = net.expected(token, token + 1, state)
+        assert_close(net.run(state, token, token + 1, "batch"), want, 1e-7, token)
+        assert_close(state[1], delta, 1e-7, token)
+
+
+def test_results_do_not_depend_on_threads(net: Net) -> None:
+    results = []
+    for threads in (1, 2, 3):
+        state = net.empty()
+        parts = [
+            net.run(state, 0, 70, "sequence", threads),
+            net.run(state, 70, 71, "batch", threads),
+        ]
+        results.append(np.concatenate([*parts, state[1].reshape(-1, parts[0].shape[1])]))
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+
+
+def test_wide_vectors_compile() -> None:
+    assert build_kernels(functions((2, 4, 32, 48), V4), V4).code.startswith(b"\x7fELF")
