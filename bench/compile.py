@@ -24,7 +24,15 @@ from q35c.bench import peak_memory
 from q35c.cli.text import size_text, table_text
 
 DEFAULT_CASES = (("qwen3.5-0.8b", 0), ("qwen3.5-397b-a17b", 4))  # layers; 0: all
-COLUMNS = ("model", "layers", "time", "artifact", "peak memory", "largest tensor in f32", "stages, s")
+COLUMNS = (
+    "model",
+    "layers",
+    "time",
+    "artifact",
+    "peak memory",
+    "largest tensor in f32",
+    "stages, s",
+)
 
 
 def measure(name: str, layers: int, directory: Path) -> dict[str, Any]:
