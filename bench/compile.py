@@ -78,10 +78,12 @@ def describe(name: str, layers: int, found: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("models", nargs="*", choices=[*family.names(), []], metavar="MODEL")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="a family name")
     parser.add_argument("--layers", type=int, default=0, help="compile the first layers only")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if unknown := set(options.models) - set(family.names()):
+        parser.error(f"no model {min(unknown)!r}; there are {', '.join(family.names())}")
     if options.child:
         with tempfile.TemporaryDirectory(prefix="q35c-bench-") as directory:
             print(json.dumps(measure(options.models[0], options.layers, Path(directory))))

@@ -15,6 +15,8 @@ from q35c.verify import verify_artifact
 from tests.cli.conftest import Run
 from tests.compiled import artifact, checkpoint
 
+VERSE = "And the LORD spake unto Moses, saying, Speak unto the children of Israel, and say"
+
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
@@ -68,15 +70,23 @@ def test_a_relative_cache_home_is_ignored(monkeypatch: pytest.MonkeyPatch) -> No
     assert cache_directory() == Path("/home/someone/.cache/q35c")
 
 
-def test_the_shipped_model_knows_its_language(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the artifact of the checkpoint that ships with q35c."""
     from q35c.compile import compile_model
 
-    path = tmp_path / "demo.q35c"
+    path = tmp_path_factory.mktemp("shipped") / "demo.q35c"
     compile_model(CHECKPOINT, path, precision="bf16", context=256, batch=1)
-    text = "And the LORD spake unto Moses, saying, Speak unto the children of Israel, and say"
-    assert verify_artifact(path, CHECKPOINT, text=text).failures == ()
-    with q35c.load(path) as model:
-        ids = np.array(model.tokenizer.encode(text))
+    return path
+
+
+def test_trained_weights_keep_the_promise(shipped: Path) -> None:
+    assert verify_artifact(shipped, CHECKPOINT, text=VERSE).failures == ()
+
+
+def test_the_shipped_model_knows_its_language(shipped: Path) -> None:
+    with q35c.load(shipped) as model:
+        ids = np.array(model.tokenizer.encode(VERSE))
         rows = model.score(ids)[:-1].astype(np.float64)
     rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
     loss = -rows[np.arange(len(rows)), ids[1:]].mean()
