@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from q35c.artifact.writer import ArtifactWriter
+from q35c.bench import peak_memory
 from q35c.codegen.generate import Generated, Limits, generate
 from q35c.codegen.precision import find_policy
 from q35c.codegen.target import find_target
@@ -82,7 +82,10 @@ def write_artifact(
         "model": checkpoint.config.to_dict(),
         "generation": generation_defaults(checkpoint),
     }
-    report = lambda done, total: progress("weights", done / total)  # noqa: E731
+
+    def report(done: int, total: int) -> None:
+        progress("weights", done / total)
+
     with ArtifactWriter(path, fields, segments, generated.entries, report) as writer:
         for weight in generated.weights:
             for chunk in weight.chunks(checkpoint.read):
@@ -124,6 +127,5 @@ class Clock:
             self._progress(stage, fraction)
 
     def report(self, path: Path) -> CompileReport:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         seconds = time.perf_counter() - self._begin
-        return CompileReport(path, path.stat().st_size, seconds, peak, self.stages)
+        return CompileReport(path, path.stat().st_size, seconds, peak_memory(), self.stages)

@@ -265,9 +265,9 @@ def _check_supported(config: ModelConfig, where: str) -> None:
     rotary = config.rotary_dim
     factor = config.rope_parameters.partial_rotary_factor
     require(
-        rotary >= 2 and rotary % 2 == 0,
+        2 <= rotary < config.head_dim and rotary % 2 == 0,
         "rope_parameters.partial_rotary_factor",
-        "an even number of rotary dims",
+        "an even number of rotary dims, fewer than the head's",
         f"{factor} of head_dim {config.head_dim}",
     )
 

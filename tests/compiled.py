@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.models import eager_model, eager_model_logits, write_checkpoint
 
 CONTEXT, BATCH = 1088, 3
 _ROOT = tempfile.TemporaryDirectory(prefix="q35c-tests-")
+atexit.register(_ROOT.cleanup)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from q35c.codegen.lower import Lowering, Shared
 from q35c.codegen.pack import BLOCK, PackedWeight
 from q35c.codegen.precision import Policy
 from q35c.codegen.program import program_entry
-from q35c.codegen.schedule import Places, Schedule
+from q35c.codegen.schedule import Places
 from q35c.codegen.target import Target
 from q35c.ir.graph import Module, Value
 
@@ -95,7 +95,7 @@ def generate(
         "arena_bytes": max(plan.bytes for plan in plans),
         "max_threads": target.max_threads,
         "state": state,
-        "kernels": describe_kernels(shared, schedules),
+        "kernels": describe_kernels(shared),
     }
     return Generated(code, tuple(shared.weights.values()), stored, fields)
 
@@ -155,7 +155,7 @@ def io_places(
     }
 
 
-def describe_kernels(shared: Shared, schedules: list[Schedule]) -> list[dict[str, Any]]:
+def describe_kernels(shared: Shared) -> list[dict[str, Any]]:
     """Return each kernel's family and parameters, for `inspect`."""
     return [
         {"name": name, "family": family, "parameters": {k: plain(v) for k, v in parameters}}

@@ -280,12 +280,13 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     args = [*inputs, *norms, view[table], q, *where, q.rows, *(stride(x) for x in inputs)]
     low.call(("attention_prepare", parameters), args, [q], [keys, values])
 
-    splits = DECODE_SPLITS if op.attrs["rows"] == "batch" else 1
+    is_batch = op.attrs["rows"] == "batch"
+    splits = DECODE_SPLITS if is_batch else 1
     parameters = {**heads, **cache, "splits": splits}
     y, scratch = low.output(op.result), low.scratch("attention", **parameters)
     args = [q, view[q_gate], *where, y, scratch, y.rows, stride(view[q_gate]), stride(y)]
     low.call(("attention", parameters), args, [y, scratch], [keys, values])
-    if splits > 1:
+    if is_batch:
         args = [scratch, view[q_gate], y, y.rows, stride(view[q_gate]), stride(y)]
         low.call(("attention_combine", {**heads, "splits": splits}), args, [y])
 

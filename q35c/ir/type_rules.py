@@ -216,6 +216,7 @@ def delta_rule_type(types: Types, attrs: Attributes) -> Types:
     q, k, v, g, beta = types
     need(q == k and q.rank == 3 and v.rank == 3, "wants q, k [T, Hk, Dk] and v [T, Hv, Dv]")
     key_heads, value_heads = (static(t.shape[1], "the number of heads") for t in (q, v))
+    need(key_heads >= 1, "there must be a key head")
     need(value_heads % key_heads == 0, "value heads are no multiple of key heads")
     need(g.shape == beta.shape == v.shape[:2], "g and beta must be [T, Hv]")
     need(q.shape[0] == v.shape[0], "q and v differ in tokens")
@@ -226,6 +227,7 @@ def attention_type(types: Types, attrs: Attributes) -> Types:
     q, k, v = types
     need(q.rank == 3 and k == v and q.shape[1:] == k.shape[1:], "wants q [Hq,T,D], k, v [Hkv,T,D]")
     heads, kv_heads = (static(t.shape[0], "the number of heads") for t in (q, k))
+    need(kv_heads >= 1, "there must be a key head")
     need(heads % kv_heads == 0, "query heads are no multiple of key heads")
     return (TensorType(q.dtype, (q.shape[1], q.shape[0], q.shape[2])),)
 
@@ -266,6 +268,7 @@ def delta_net_type(types: Types, attrs: Attributes) -> Types:
     need(conv_w.shape[:2] == (channels, 1), f"conv weight {conv_w} does not fit qkv {qkv}")
     value_dim = static(norm_w.shape[0], "Dv")
     keys = channels - heads * value_dim
+    need(attrs["key_heads"] >= 1, "there must be a key head")
     need(heads % attrs["key_heads"] == 0, "value heads are no multiple of key heads")
     need(keys > 0 and keys % (2 * attrs["key_heads"]) == 0, "qkv must be [T, 2*Hk*Dk + Hv*Dv]")
     fits("z [T,Hv*Dv]", z, tokens, heads * value_dim)
@@ -293,6 +296,7 @@ def gated_attention_type(types: Types, attrs: Attributes) -> Types:
     need(q_norm.rank == 1 and q_norm == k_norm, "the norm weights of q and k must be [D]")
     need(table.rank == 2 and q_gate.rank == 2, "wants q_gate [T, Hq*2*D] and a table [T, R]")
     tokens, dim = q_gate.shape[0], static(q_norm.shape[0], "D")
+    need(kv_heads >= 1, "there must be a key head")
     need(heads % kv_heads == 0, "query heads are no multiple of key heads")
     fits("q_gate [T,Hq*2*D]", q_gate, tokens, heads * 2 * dim)
     for name, tensor in (("k [T,Hkv*D]", k), ("v [T,Hkv*D]", v)):

@@ -40,6 +40,7 @@ UNSUPPORTED = {
     "text_config": {"text_config": {}},
     "num_experts": {"num_experts": 8},
     "model_type": {"model_type": "llama"},
+    "partial_rotary_factor ": rope(partial_rotary_factor=1.0, mrope_section=[6, 5, 5]),
     "layer_types": {"full_attention_interval": None, "layer_types": ["mamba"] * 4},
     "hidden_size": {"hidden_size": 72},
     "intermediate_size": {"intermediate_size": 100},

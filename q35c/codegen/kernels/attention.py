@@ -245,7 +245,7 @@ def attention(
     rows: str, splits: int, isa: Isa,
 ) -> PrimFunc:  # fmt: skip
     """Make the kernel (Q f32 [T, Hq * D] scaled, QG f32 [T, Hq * 2D], STATE, SLOTS i64 [B], STARTS i32 [B],
-    Y f32 [T, Hq * D], SCRATCH, T, ld_qg, ld_y, tid, nt). With splits > 1 it leaves Y to `attention_combine`.
+    Y f32 [T, Hq * D], SCRATCH, T, ld_qg, ld_y, tid, nt). In "batch" it leaves Y to `attention_combine`.
     """
     shape = attention_shape(
         Hq, Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes, rows, splits, isa

@@ -127,7 +127,8 @@ def vlog1p_unit(u: Expr, lanes: int) -> Expr:
         terms = (2 / 13, 2 / 11, 2 / 9, 2 / 7, 2 / 5, 2 / 3, 2.0)
         return let(s * s, lambda z: s * horner(z, terms, lanes))
 
-    return let(u / (u + splat(2.0, lanes)), series)
+    # u is bound: it is often an exponential, which must not be computed, or bound, twice.
+    return let(u, lambda u: let(u / (u + splat(2.0, lanes)), series))
 
 
 def vsoftplus(x: Expr, lanes: int) -> Expr:
