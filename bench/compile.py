@@ -1,6 +1,6 @@
 """Measure time and peak memory of compiling family shapes with random weights.
 
-    python bench/compile.py                                    # the 0.8B, and 2 layers of the 397B (26 GiB)
+    python bench/compile.py                                    # the 0.8B, and 2 layers of the 397B (28 GiB)
     python bench/compile.py qwen3.5-0.8b
     python bench/compile.py qwen3.5-397b-a17b --layers 4
 
