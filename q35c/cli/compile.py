@@ -23,7 +23,8 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
     "--target",
     default="cpu",
     show_default=True,
-    help="cpu (this machine), cpu:x86-64-v3 (AVX2) or cpu:x86-64-v4 (AVX-512).",
+    help="cpu (this machine), or cpu:LEVEL with a level x86-64-v3 (AVX2), x86-64-v4 (AVX-512), "
+    "x86-64-v4-vnni or x86-64-v4-bf16.",
 )
 @click.option(
     "--precision", default="bf16", show_default=True, help="How weights are stored: f32 or bf16."

@@ -63,7 +63,9 @@ def compile_module(
     members[BARRIER_FUNCTION] = barrier()
     for name in sorted(entries):
         members[tvm.ir.GlobalVar(name)] = _with_support(entries[name])
-    target = tvm.target.Target({"kind": "llvm", "mcpu": isa.llvm_target})
+    target = tvm.target.Target(
+        {"kind": "llvm", "mcpu": isa.llvm_cpu, "mattr": list(isa.llvm_features)}
+    )
     return tirx.build(tvm.IRModule(members), target=target, pipeline=_PIPELINE)
 
 
