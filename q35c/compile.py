@@ -10,7 +10,6 @@ from pathlib import Path
 from q35c.artifact.writer import ArtifactWriter
 from q35c.bench import peak_memory
 from q35c.codegen.generate import Generated, Limits, generate
-from q35c.codegen.precision import find_policy
 from q35c.codegen.target import find_target
 from q35c.config import ModelConfig
 from q35c.errors import OptionError
@@ -18,6 +17,7 @@ from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
 from q35c.frontend.generation import chat_template, generation_defaults
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
+from q35c.ir.precision import find_policy
 from q35c.passes.pipeline import run_pipeline
 
 Progress = Callable[[str, float], None]  # stage, fraction done
@@ -61,7 +61,7 @@ def compile_model(
     clock("trace", 0.0)
     graph = import_program(trace_model(checkpoint.config))
     clock("passes", 0.0)
-    module = run_pipeline(graph, dump_ir)
+    module = run_pipeline(graph, policy, dump_ir)
     generated = generate(module, machine, policy, limits, clock)
     write_artifact(Path(output), checkpoint, generated, clock)
     return clock.report(Path(output))

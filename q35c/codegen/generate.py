@@ -11,11 +11,11 @@ from q35c.artifact.writer import WeightEntry, place_weights
 from q35c.codegen.build import build_shared
 from q35c.codegen.lower import Lowering, Shared
 from q35c.codegen.pack import BLOCK, PackedWeight
-from q35c.codegen.precision import Policy
 from q35c.codegen.program import program_entry
 from q35c.codegen.schedule import Places
 from q35c.codegen.target import Target
 from q35c.ir.graph import Module, Value
+from q35c.ir.precision import Policy
 
 LAYOUT_NOTES = {
     "vector": "as in the checkpoint",
@@ -59,13 +59,13 @@ def generate(
     state = layout.state_layout(describe_state(module, policy, limits.context))
     tokens = max(entry["max_tokens"] for entry in entries)
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
-    shared = Shared(target, policy, limits.context, tokens, offsets)
+    shared = Shared(target, policy.cache, limits.context, tokens, offsets)
     schedules = [
         Lowering(graph, shared, entry["max_tokens"]).run()
         for graph, entry in zip(module, entries, strict=True)
     ]
     stored = tuple(
-        WeightEntry(w.name, w.dtype, w.shape, LAYOUT_NOTES[w.layout], w.sources)
+        WeightEntry(w.name, w.stored_dtype, w.shape, f"{LAYOUT_NOTES[w.layout]}, {w.dtype}", w.sources)
         for w in shared.weights.values()
     )
     places = Places(

@@ -10,12 +10,13 @@ from typing import Any
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
+from q35c.codegen.kernels.quantize import RowLayout
 from q35c.codegen.pack import PackedWeight
-from q35c.codegen.precision import Policy
 from q35c.codegen.program import Int, Tokens
 from q35c.codegen.schedule import Buffer, Schedule, StateRef, Step, StepArgument, View, WeightRef
 from q35c.codegen.target import Target
 from q35c.errors import LoweringError
+from q35c.ir.formats import integer_format
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import SymDim, count
 
@@ -27,7 +28,7 @@ class Shared:
     """What the entries of one model share: kernels, packed weights, the layout of a sequence's state."""
 
     target: Target
-    policy: Policy
+    cache: str  # element type of keys and values
     context: int
     io_tokens: int  # row stride of the positions in the io blob
     state_offsets: Mapping[str, int]
@@ -50,11 +51,10 @@ class Shared:
 
     def weight(self, layout: str, *sources: Value) -> WeightRef:
         """Request a packed weight; equal requests share one."""
-        dtype = "f32" if layout in ("vector", "conv") else self.policy.matrix
         leaves = [source.name.removesuffix(".weight") for source in sources]
         name = "-".join([leaves[0], *(leaf.rpartition(".")[2] for leaf in leaves[1:])])
         shapes = tuple(tuple(int(d) for d in source.type.shape) for source in sources)  # type: ignore[arg-type]
-        packed = PackedWeight(name, layout, dtype, tuple(s.name for s in sources), shapes)
+        packed = PackedWeight(name, layout, sources[0].type.dtype, tuple(s.name for s in sources), shapes)
         known = self.weights.setdefault(name, packed)
         if known != packed:
             raise LoweringError(
@@ -98,8 +98,7 @@ class Lowering:
 
     def output(self, value: Value) -> View:
         """Return the rows a result is written to: io for the logits, a new buffer otherwise."""
-        width = int(value.type.shape[-1])  # type: ignore[arg-type]
-        rows = row_count(value)
+        width, rows = row_words(value), row_count(value)
         if value == self.logits:
             self.views[value] = View("logits", width, rows)
         else:
@@ -120,6 +119,12 @@ class Lowering:
         size = scratch_bytes(family, self.shared.target, self.max_tokens, parameters)
         return self.temporary("scratch", -(-size // 4), Int(1))
 
+    def rounded(self, x: View, width: int, group: int, pairs: int) -> View:
+        """Return the rounded rows of a temporary that has `pairs` rows of `width` for each token."""
+        q = self.temporary("rounded", pairs * RowLayout(width, group).words, x.rows)
+        self.quantize(x, q, width, group, pairs)
+        return q
+
     # --- calls -------------------------------------------------------------------------------
 
     def call(
@@ -137,9 +142,22 @@ class Lowering:
         self.schedule.steps.append(Step(name, args, reads, writes, tuple(s.name for s in state)))
 
 
+    def quantize(self, x: View, q: View, width: int, group: int, pairs: int = 1) -> None:
+        """Append the rounding of rows; a token has `pairs` of them side by side."""
+        parameters = {"K": width, "group": group, "pairs": pairs}
+        args = [x, q, q, q, q.rows, Int(x.stride // pairs), Int(q.stride // pairs)]
+        self.call(("quantize_rows", parameters), args, [q])
+
+
 def row_count(value: Value) -> Tokens | Int:
     rows = value.type.shape[0]
     return Tokens() if isinstance(rows, SymDim) else Int(rows)
+
+
+def row_words(value: Value) -> int:
+    """Return the 4-byte words of one row."""
+    form = integer_format(value.type.dtype)
+    return RowLayout(width(value), form.group).words if form else width(value)
 
 
 def width(value: Value) -> int:
@@ -157,7 +175,7 @@ def lower_embedding(low: Lowering, op: Op) -> None:
     tokens, table = op.operands
     vocabulary, hidden = table.type.shape
     y = low.output(op.result)
-    parameters = {"V": vocabulary, "H": hidden, "dtype": low.shared.policy.matrix}
+    parameters = {"V": vocabulary, "H": hidden, "dtype": table.type.dtype}
     args = [low.shared.weight("linear", table), low.views[tokens], y, y.rows, stride(y)]
     low.call(("embedding", parameters), args, [y])
 
@@ -170,7 +188,7 @@ def lower_matrix(
     parameters = {
         "N": rows,
         "K": width(weights[0]),
-        "dtype": low.shared.policy.matrix,
+        "dtype": weights[0].type.dtype,
         "epilogue": epilogue,
     }
     residual = [low.views[op.operands[1]]] if epilogue == "residual" else []
@@ -262,7 +280,7 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     heads = {"Hq": op.attrs["heads"], "Hkv": op.attrs["kv_heads"], "D": head_dim}
     # Offsets relative to the keys are the same in every layer, so all layers share one kernel.
     cache = {
-        "kv_dtype": shared.policy.cache, "context": shared.context, "rows": op.attrs["rows"],
+        "kv_dtype": shared.cache, "context": shared.context, "rows": op.attrs["rows"],
         "k_offset_bytes": 0,
         "v_offset_bytes": shared.state_offsets[values.name] - shared.state_offsets[keys.name],
     }  # fmt: skip
@@ -295,7 +313,7 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
     x, logits, shared_out, gate, gate_up, down, residual = op.operands
     shared, view, top_k = low.shared, low.views, op.attrs["top_k"]
     experts, hidden, inner = (int(d) for d in down.type.shape)  # type: ignore[arg-type]
-    rows, matrix = row_count(op.result), shared.policy.matrix
+    rows = row_count(op.result)
     ids, weights, order = (low.temporary(name, top_k, rows) for name in ("ids", "weights", "order"))
     active, offsets, number = (low.temporary(n, s, Int(1)) for n, s in (("active", experts), ("offsets", experts + 1), ("count", 1)))  # fmt: skip
     groups = [order, active, offsets, number]
@@ -304,7 +322,7 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
     low.call(("route", {"E": experts, "top_k": top_k}), args, [ids, weights])
     low.call(("group_by_expert", {"E": experts, "top_k": top_k}), [ids, *groups, rows], groups)
 
-    shape = {"E": experts, "I": inner, "H": hidden, "top_k": top_k, "dtype": matrix}
+    shape = {"E": experts, "I": inner, "H": hidden, "top_k": top_k}
     activated = low.temporary("activated", top_k * inner, rows)
     args = [
         shared.weight("experts_swiglu", gate_up),
@@ -314,15 +332,23 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
         rows,
         stride(view[x]),
     ]
-    low.call(("expert_gate_up", shape), args, [activated])
+    low.call(("expert_gate_up", {**shape, "dtype": gate_up.type.dtype}), args, [activated])
+    if form := integer_format(down.type.dtype):
+        # One row for each pair of token and choice: the kernel sees top_k times as many tokens.
+        activated = low.rounded(activated, inner, form.group, pairs=top_k)
     outputs = low.temporary("outputs", top_k * hidden, rows)
-    args = [shared.weight("experts", down), activated, *groups, outputs, rows]
-    low.call(("expert_down", shape), args, [outputs])
+    args = [shared.weight("experts", down), activated, *groups, outputs, rows, Int(activated.stride // top_k)]
+    low.call(("expert_down", {**shape, "dtype": down.type.dtype}), args, [outputs])
 
     y = low.output(op.result)
     inputs = [view[shared_out], view[gate], view[residual]]
     args = [outputs, weights, *inputs, y, rows, *(stride(v) for v in (*inputs, y))]
     low.call(("combine", {"H": hidden, "top_k": top_k}), args, [y])
+
+
+def lower_quantize_rows(low: Lowering, op: Op) -> None:
+    x, q = low.views[op.operands[0]], low.output(op.result)
+    low.quantize(x, q, width(op.result), op.attrs["group"])
 
 
 RULES: dict[str, Callable[[Lowering, Op], None]] = {
@@ -337,4 +363,6 @@ RULES: dict[str, Callable[[Lowering, Op], None]] = {
     "stateful_gated_delta_net": lower_gated_delta_net,
     "stateful_gated_attention": lower_gated_attention,
     "sparse_moe_residual": lower_sparse_moe,
+    "quantized_moe_residual": lower_sparse_moe,
+    "quantize_rows": lower_quantize_rows,
 }

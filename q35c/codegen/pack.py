@@ -1,16 +1,21 @@
 """Weight layouts: which checkpoint tensors make a packed weight, and the bytes it becomes.
 
 Matrices are stored in blocks of 32 output rows so that one vector load serves 8, 16 or 32 outputs of
-one input element: f32 as [blocks, K, 32], bf16 in pairs of inputs as [blocks, K/2, 32, 2]. Everything
-is read, converted and written in slices of about a megabyte.
+one input element: f32 as [blocks, K, 32], bf16 in pairs of inputs as [blocks, K/2, 32, 2]. Integers are
+stored group by group of inputs, [blocks, groups, bytes]: the 32 scales, then lines of 4 bytes for each
+of the 32 outputs (4 inputs of 8 bits, 8 of 4 bits). Everything is read, converted and written in slices
+of about a megabyte.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+from q35c.ir.formats import IntegerFormat, integer_format, quantize_weight
 
 BLOCK = 32  # output rows per block
 SLICE_BYTES = 1 << 20  # f32 bytes converted at a time: they stay in the cache
@@ -48,10 +53,23 @@ class PackedWeight:
         if self.layout == "conv":
             channels, _, taps = self.source_shapes[0]
             return taps, channels
-        inputs = self.source_shapes[0][-1]
-        pairs = (inputs, BLOCK) if self.dtype == "f32" else (ceil_div(inputs, 2), BLOCK, 2)
         experts = self.source_shapes[0][:1] if self.layout.startswith("experts") else ()
-        return (*experts, self.blocks, *pairs)
+        return (*experts, self.blocks, *self._block_shape(self.source_shapes[0][-1]))
+
+    def _block_shape(self, inputs: int) -> tuple[int, ...]:
+        if form := integer_format(self.dtype):
+            return form.groups(inputs), group_bytes(form)
+        return (inputs, BLOCK) if self.dtype == "f32" else (ceil_div(inputs, 2), BLOCK, 2)
+
+    @property
+    def stored_dtype(self) -> str:
+        """The element type of `shape`; integers lie in bytes together with their scales."""
+        return "u8" if integer_format(self.dtype) else self.dtype
+
+    @property
+    def values(self) -> int:
+        """Number of weights, without padding."""
+        return sum(math.prod(shape) for shape in self.source_shapes)
 
     @property
     def blocks(self) -> int:
@@ -130,7 +148,11 @@ def interleave(gate: np.ndarray, up: np.ndarray, first: int, count: int) -> np.n
 
 
 def pack_blocks(rows: np.ndarray, dtype: str) -> np.ndarray:
-    """Turn f32 [n * 32, K] into f32 [n, K, 32] or bf16 bits u16 [n, K/2, 32, 2] (odd K: zero)."""
+    """Turn f32 [n * 32, K] into f32 [n, K, 32], bf16 bits u16 [n, K/2, 32, 2] (odd K: zero) or
+    integers u8 [n, groups, bytes].
+    """
+    if form := integer_format(dtype):
+        return pack_integers(rows, form)
     count, inputs = len(rows) // BLOCK, rows.shape[1]
     blocks = rows.reshape(count, BLOCK, inputs)
     if dtype == "f32":
@@ -142,6 +164,30 @@ def pack_blocks(rows: np.ndarray, dtype: str) -> np.ndarray:
     return (
         np.ascontiguousarray(pairs.transpose(0, 2, 1)).view(np.uint16).reshape(count, -1, BLOCK, 2)
     )
+
+
+def group_bytes(form: IntegerFormat) -> int:
+    """Return the bytes of one group of inputs of a block: 32 scales, then the codes."""
+    return 2 * BLOCK + BLOCK * form.group * form.bits // 8
+
+
+def pack_integers(rows: np.ndarray, form: IntegerFormat) -> np.ndarray:
+    """Turn f32 [n * 32, K] into u8 [n, groups, group_bytes].
+
+    Word j of the scales holds those of outputs j (low half) and j + 16: one load serves 32 outputs.
+    """
+    codes, scales = quantize_weight(rows, form)
+    count, groups = len(rows) // BLOCK, codes.shape[1]
+    halves = to_bf16(scales).reshape(count, 2, BLOCK // 2, groups).transpose(0, 3, 2, 1)
+    packed = np.empty((count, groups, group_bytes(form)), np.uint8)
+    packed[..., : 2 * BLOCK] = np.ascontiguousarray(halves).view(np.uint8).reshape(count, groups, -1)
+    unsigned = (codes.view(np.uint8) + np.uint8(form.zero_point)).reshape(count, BLOCK, groups, -1)
+    if form.bits == 4:  # low halves: inputs 0..3 of a line, high halves: inputs 4..7
+        pairs = unsigned.reshape(count, BLOCK, groups, -1, 2, 4)
+        unsigned = pairs[..., 0, :] | pairs[..., 1, :] << np.uint8(4)
+    lines = unsigned.reshape(count, BLOCK, groups, -1, 4).transpose(0, 2, 3, 1, 4)
+    packed[..., 2 * BLOCK :] = lines.reshape(count, groups, -1)
+    return packed
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from q35c.errors import VerifyError
+from q35c.ir.formats import stored
 from q35c.ir.graph import Graph, Value
 from q35c.ir.ops import OPS
 from q35c.ir.types import SymDim, TensorType
@@ -58,7 +59,7 @@ def run(
     for op in graph.ops:
         for operand in op.operands:
             if operand.kind == "weight" and operand not in values:
-                values[operand] = lookup(operand.name)
+                values[operand] = stored(lookup(operand.name), operand.type.dtype)
                 bind(symbols, operand, values[operand])
             elif operand.kind == "state":
                 values[operand] = (state or {})[operand.name]

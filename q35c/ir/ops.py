@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from q35c.ir import formats
 from q35c.ir import reference as ref
 from q35c.ir import type_rules as rule
 from q35c.ir.type_rules import Attributes, ShapeRuleError, Types, symbolic_product
@@ -43,8 +44,9 @@ class OpSpec:
 
 
 OPS: dict[str, OpSpec] = {}
-ALWAYS, TRACED, FUSED, LATE = (
+ALWAYS, TRACED, FUSED, LATE, QUANTIZED = (
     ("traced", "scheduled"), ("traced", "fused"), ("fused", "fused"), ("stateful", "scheduled"),
+    ("quantized", "scheduled"),
 )  # fmt: skip
 
 
@@ -209,3 +211,10 @@ define("stateful_gated_attention", "q_gate k v q_norm k_norm table slots starts 
        summary="gated_attention over the key/value cache of the sequences named by slots.")  # fmt: skip
 define("last_token", "x", "", rule.last_row,
        lambda x: x[-1:], "The last row.", stages=LATE)  # fmt: skip
+define("quantize_rows", "x", "group", rule.quantized_rows,
+       lambda x, *, group: formats.round_rows(x, group), stages=QUANTIZED,
+       summary="Round rows to int8 with a scale for every `group` values.")  # fmt: skip
+define("quantized_moe_residual", "x router_logits shared shared_gate gate_up down residual", "top_k group",
+       rule.quantized_moe_type, ref.quantized_moe_residual, stages=QUANTIZED,
+       summary="sparse_moe_residual with integer experts; what they activate is rounded like x.",
+       macs=lambda s, a: OPS["sparse_moe"].macs(s, a))  # fmt: skip

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from q35c.ir.formats import round_rows
+
 Array = np.ndarray
 
 
@@ -90,23 +92,36 @@ def attention(q: Array, k: Array, v: Array, scale: float, start: int = 0) -> Arr
     return np.einsum("hts,hsd->thd", softmax(scores, -1).astype(q.dtype), values)
 
 
-def experts(x: Array, ids: Array, weights: Array, gate_up: Array, down: Array) -> Array:
-    """Sum each token's routed experts: down(silu(gate x) * up x) times its routing weight."""
+def experts(
+    x: Array, ids: Array, weights: Array, gate_up: Array, down: Array, group: int = 0
+) -> Array:
+    """Sum each token's routed experts: down(silu(gate x) * up x) times its routing weight.
+
+    With a `group`, the input of `down` is rounded to int8 with one scale for as many values.
+    """
     out = np.zeros_like(x)
     inner = gate_up.shape[1] // 2
     for expert in np.unique(ids):
         rows, slots = np.nonzero(ids == expert)
         hidden = x[rows] @ gate_up[expert].T.astype(x.dtype)
         hidden = silu(hidden[:, :inner]) * hidden[:, inner:]
+        hidden = round_rows(hidden, group) if group else hidden
         np.add.at(out, rows, hidden @ down[expert].T.astype(x.dtype) * weights[rows, slots, None])
     return out
 
 
-def sparse_moe(x, router_logits, shared, shared_gate, gate_up, down, top_k: int) -> Array:
+def sparse_moe(
+    x, router_logits, shared, shared_gate, gate_up, down, top_k: int, group: int = 0
+) -> Array:
     """Route by softmax over all experts, take the top k, renormalise, add the gated shared expert."""
     weights, ids = topk(softmax(router_logits, -1), top_k)
     weights = weights / weights.sum(-1, keepdims=True)
-    return experts(x, ids, weights, gate_up, down) + sigmoid(shared_gate) * shared
+    return experts(x, ids, weights, gate_up, down, group) + sigmoid(shared_gate) * shared
+
+
+def quantized_moe_residual(*operands: Array, top_k: int, group: int) -> Array:
+    """Return residual + sparse_moe(..) where the experts' inner activations are rounded too."""
+    return operands[-1] + sparse_moe(*operands[:-1], top_k=top_k, group=group)
 
 
 def rotary_table(positions: Array, inv_freq, sections, scaling: float) -> Array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from q35c.ir.formats import integer_format
 from q35c.ir.types import Dim, SymDim, TensorType
 
 Types = tuple[TensorType, ...]
@@ -180,12 +181,34 @@ def linear_type(types: Types, attrs: Attributes) -> Types:
     need(x.rank >= 1, "wants an input [.., K]")
     for w in weights:
         need(w.rank == 2 and w.shape[1] == x.shape[-1], f"weight {w} does not fit input {x}")
+        need(w.dtype == weights[0].dtype, "the weights have several formats")
+        check_groups(x, w)
     total = sum(static(w.shape[0], "a weight's rows") for w in weights)
     return (TensorType("f32", (*x.shape[:-1], total)),)
 
 
+def check_groups(x: TensorType, weight: TensorType) -> None:
+    """Check that integer weights meet rows rounded in the same groups, and only they do."""
+    activations, stored = integer_format(x.dtype), integer_format(weight.dtype)
+    if activations is None:
+        need(stored is None, f"integer weight {weight} needs rounded rows, not {x}")
+    else:
+        need(
+            stored is not None and stored.group == activations.group,
+            f"rounded rows {x} need an integer weight of the same group, not {weight}",
+        )
+
+
+def quantized_rows(types: Types, attrs: Attributes) -> Types:
+    (x,) = types
+    dtype = f"q8g{attrs['group']}"
+    need(integer_format(dtype) is not None, f"no format has groups of {attrs['group']}")
+    need(x.dtype == "f32" and x.rank == 2, f"wants rows f32 [T, K], not {x}")
+    return (TensorType(dtype, x.shape),)
+
+
 def linear_swiglu_type(types: Types, attrs: Attributes) -> Types:
-    need(types[1].shape == types[2].shape, "gate and up differ in shape")
+    need(types[1] == types[2], "gate and up differ")
     return linear_type(types[:2], attrs)
 
 
@@ -259,6 +282,16 @@ def moe_type(types: Types, attrs: Attributes) -> Types:
     need(all(t == x for t in (shared, *types[6:])), f"the shared expert does not fit {x}")
     need(1 <= attrs["top_k"] <= experts, f"top_k is not within 1..{experts}")
     return (x,)
+
+
+def quantized_moe_type(types: Types, attrs: Attributes) -> Types:
+    x, residual = types[0], types[6]
+    need(x.dtype == f"q8g{attrs['group']}", f"x must be rounded in groups of {attrs['group']}")
+    for weight in types[4:6]:
+        check_groups(x, weight)
+    plain = TensorType("f32", x.shape)
+    need(residual == plain, f"the residual does not fit {x}")
+    return moe_type((plain, *types[1:]), attrs)
 
 
 def delta_net_type(types: Types, attrs: Attributes) -> Types:

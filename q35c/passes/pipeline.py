@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from q35c.ir.graph import Graph, Module
+from q35c.ir.precision import Policy
 from q35c.ir.text import print_graph, print_module
 from q35c.passes.canonicalize import canonicalize
 from q35c.passes.fold_moe import fold_moe
@@ -14,6 +15,7 @@ from q35c.passes.fuse_gated_delta import fuse_gated_delta
 from q35c.passes.fuse_linear import fuse_linear
 from q35c.passes.fuse_norm import fuse_norm
 from q35c.passes.fuse_rotary import fuse_rotary
+from q35c.passes.quantize import quantize
 from q35c.passes.split_entries import split_entries
 from q35c.passes.thread_state import thread_state
 
@@ -41,12 +43,14 @@ def fuse(graph: Graph, dump: Path | None = None) -> Graph:
     return graph
 
 
-def run_pipeline(graph: Graph, dump: Path | None = None) -> Module:
+def run_pipeline(graph: Graph, policy: Policy, dump: Path | None = None) -> Module:
     """Take a traced graph to the entries that code generation lowers."""
     graph = thread_state(fuse(graph, dump))
     write_dump(dump, len(FUSION) + 1, "thread_state", print_graph(graph))
     module = split_entries(graph)
     write_dump(dump, len(FUSION) + 2, "split_entries", print_module(module))
+    module = quantize(module, policy)
+    write_dump(dump, len(FUSION) + 3, "quantize", print_module(module))
     return module
 
 

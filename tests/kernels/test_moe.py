@@ -138,7 +138,7 @@ def test_experts(kernels, shape, dtype, skew):
         for threads in (1, 2, 3):
             y1, y2 = poisoned((pairs, inner)), poisoned((pairs, hidden))
             kernels.call(f"up_{name}", w_up, x, *groups, y1, tokens, ld_x, threads=threads)
-            kernels.call(f"down_{name}", w_down, y1, *groups, y2, tokens, threads=threads)
+            kernels.call(f"down_{name}", w_down, y1, *groups, y2, tokens, inner, threads=threads)
             outputs.append(y1.tobytes() + y2.tobytes())
         assert_close(y1, expected, note=f"gate_up, {tokens} tokens")
         product = np.einsum("phi,pi->ph", down[flat], y1.astype(np.float64))

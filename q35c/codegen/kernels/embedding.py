@@ -8,30 +8,33 @@ That line traffic is the limit. Threads split (token, chunk of columns) pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import BLOCK, ceil_div, share, widen_high, widen_low
+from q35c.codegen.kernels.common import BLOCK, Expr, ceil_div, share, widen_high, widen_low
+from q35c.codegen.kernels.matmul import make_product
+from q35c.codegen.kernels.product import Product
+from q35c.codegen.kernels.quantized_tile import IntegerProduct
 
-_CHUNK = 64  # columns of one work item; even, so that no bf16 pair is split
+_CHUNK = 128  # columns of one work item: whole groups of integers, whole pairs of bf16
+
+Word = Callable[[Expr], Expr]  # element of the token's block -> its value
 
 
 def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
     """Make the kernel (W, TOKENS i32 [T], Y f32 [T, H], T, ld_y, tid, nt) for a table of V rows.
 
-    W is packed as f32 or bf16 pairs. Ids outside the table read its first or last row.
+    W is packed as `linear` reads it. Ids outside the table read its first or last row.
     """
-    del isa  # strided loads: no vectors here
-    return _from_f32(V, H) if dtype == "f32" else _from_bf16(V, H)
-
-
-def _from_f32(V: int, H: int) -> PrimFunc:
+    table = make_product(V, H, dtype, "none", isa)
     chunks = ceil_div(H, _CHUNK)
 
     @T.prim_func(private=True, s_tir=True)
     def embedding_kernel(
-        W: T.handle("float32"),
+        W: T.handle(table.element),
         TOKENS: T.handle("int32"),
         Y: T.handle("float32"),
         tokens: T.int64,
@@ -40,7 +43,7 @@ def _from_f32(V: int, H: int) -> PrimFunc:
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
-        w = T.decl_buffer((T.int64(ceil_div(V, BLOCK)), H, BLOCK), "float32", data=W)
+        w = table.weights(W)
         ids = T.decl_buffer((tokens,), "int32", data=TOKENS)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         first: T.let[T.int64] = share(tokens * chunks, tid, nt)
@@ -51,43 +54,53 @@ def _from_f32(V: int, H: int) -> PrimFunc:
             token: T.let[T.int64] = T.cast(T.max(T.min(ids[row], V - 1), 0), "int64")
             block: T.let[T.int64] = T.shift_right(token, T.int64(5))
             lane: T.let[T.int64] = T.bitwise_and(token, T.int64(BLOCK - 1))
-            for c in T.serial(T.min(T.int64(_CHUNK), H - begin)):
-                y[row, begin + c] = w[block, begin + c, lane]
+            end: T.let[T.int64] = T.min(begin + _CHUNK, T.int64(H))
+            copy_columns(table, lambda at: w[block, at], lane, y, row, begin, end)
         return T.int32(0)
 
     return embedding_kernel
 
 
-def _from_bf16(V: int, H: int) -> PrimFunc:
-    chunks = ceil_div(H, _CHUNK)
+def copy_columns(
+    table: Product, word: Word, lane: Expr, y: Expr, row: Expr, begin: Expr, end: Expr
+) -> None:
+    """Emit y[row, begin..end] = the lane's values; call it as a statement inside TVMScript."""
+    if isinstance(table, IntegerProduct):
+        _copy_integers(table, word, lane, y, row, begin, end)
+    elif table.dtype == "f32":
+        with T.serial(end - begin) as c:
+            T.buffer_store(y, word((begin + c) * BLOCK + lane), [row, begin + c])
+    else:
+        _copy_pairs(word, lane, y, row, begin, end)
 
-    @T.prim_func(private=True, s_tir=True)
-    def embedding_kernel(
-        W: T.handle("int32"),
-        TOKENS: T.handle("int32"),
-        Y: T.handle("float32"),
-        tokens: T.int64,
-        ld_y: T.int64,
-        tid: T.int32,
-        nt: T.int32,
-    ) -> T.int32:
-        T.func_attr({"tirx.noalias": True})
-        w = T.decl_buffer((T.int64(ceil_div(V, BLOCK)), ceil_div(H, 2), BLOCK), "int32", data=W)
-        ids = T.decl_buffer((tokens,), "int32", data=TOKENS)
-        y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
-        first: T.let[T.int64] = share(tokens * chunks, tid, nt)
-        last: T.let[T.int64] = share(tokens * chunks, tid + 1, nt)
-        for item in T.serial(last - first):
-            row: T.let[T.int64] = T.truncdiv(first + item, chunks)
-            begin: T.let[T.int64] = T.truncmod(first + item, chunks) * (_CHUNK // 2)
-            token: T.let[T.int64] = T.cast(T.max(T.min(ids[row], V - 1), 0), "int64")
-            block: T.let[T.int64] = T.shift_right(token, T.int64(5))
-            lane: T.let[T.int64] = T.bitwise_and(token, T.int64(BLOCK - 1))
-            for pair in T.serial(T.min(T.int64(_CHUNK // 2), H // 2 - begin)):
-                y[row, (begin + pair) * 2] = widen_low(w[block, begin + pair, lane], 1)
-                y[row, (begin + pair) * 2 + 1] = widen_high(w[block, begin + pair, lane], 1)
-            if H % 2 == 1 and begin + _CHUNK // 2 > H // 2:
-                y[row, H - 1] = widen_low(w[block, H // 2, lane], 1)
-        return T.int32(0)
 
-    return embedding_kernel
+def _copy_pairs(word: Word, lane: Expr, y: Expr, row: Expr, begin: Expr, end: Expr) -> None:
+    with T.serial(T.truncdiv(end - begin + 1, T.int64(2))) as pair:
+        column = T.Bind(begin + pair * 2)
+        both = T.Bind(word(T.truncdiv(begin, T.int64(2)) * BLOCK + pair * BLOCK + lane))
+        T.buffer_store(y, widen_low(both, 1), [row, column])
+        with T.If(column + 1 < end), T.Then():
+            T.buffer_store(y, widen_high(both, 1), [row, column + 1])
+
+
+def _copy_integers(
+    table: IntegerProduct, word: Word, lane: Expr, y: Expr, row: Expr, begin: Expr, end: Expr
+) -> None:
+    """Emit the columns one by one: (stored - zero point) * scale, the latter in half a word."""
+    form = table.form
+    inputs = 4 * table.words_of_x  # of one word
+    with T.serial(end - begin) as c:
+        column = T.Bind(begin + c)
+        group = T.Bind(T.truncdiv(column, T.int64(form.group)))
+        base = T.Bind(group * table.group_words)
+        within = T.Bind(column - group * form.group)
+        line = T.Bind(T.truncdiv(within, T.int64(inputs)))
+        place = T.Bind(T.cast(within - line * inputs, "int32"))  # among the inputs of a word
+        half = BLOCK // 2
+        scales = T.Bind(word(base + T.bitwise_and(lane, T.int64(half - 1))))
+        scale = T.Bind(T.Select(lane < half, widen_low(scales, 1), widen_high(scales, 1)))
+        # Input i of a word lies in byte i % 4; of two in a byte, the first 4 are the low halves.
+        shift = T.bitwise_and(place, 3) * 8 + T.shift_right(place, 2) * 4
+        code = T.shift_right(word(base + half + line * BLOCK + lane), shift)
+        value = T.cast(T.bitwise_and(code, 2**form.bits - 1) - form.zero_point, "float32")
+        T.buffer_store(y, value * scale, [row, column])

@@ -14,6 +14,7 @@ from q35c.codegen.kernels.gated_delta_conv import conv_update
 from q35c.codegen.kernels.linear import linear
 from q35c.codegen.kernels.moe import combine, expert_down, expert_gate_up, group_by_expert, route
 from q35c.codegen.kernels.norm import rms_norm
+from q35c.codegen.kernels.quantize import quantize_rows
 from q35c.codegen.kernels.rotary import rotary_table
 from q35c.codegen.target import Target
 
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "gated_delta": gated_delta,
     "group_by_expert": group_by_expert,
     "linear": linear,
+    "quantize_rows": quantize_rows,
     "rms_norm": rms_norm,
     "rotary_table": rotary_table,
     "route": route,

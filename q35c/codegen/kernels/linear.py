@@ -5,7 +5,7 @@
     swiglu    y[t, i] = silu(sum_k x[t, k] gate[i, k]) * sum_k x[t, k] up[i, k]
 
 Threads split the blocks of 32 output columns. A thread keeps one block in L2 (128 or 64 bytes a k)
-while all rows pass it, a tile of rows at a time (tile.py). One row reads each weight once, in one
+while all rows pass it, a tile of rows at a time (tile.py, quantized_tile.py). One row reads each weight once, in one
 contiguous stream: the limit is memory bandwidth. Many rows: the limit is the FMA rate.
 """
 
@@ -15,25 +15,27 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import BLOCK, Expr, share
-from q35c.codegen.kernels.tile import Matmul, Operands, sweep
+from q35c.codegen.kernels.common import Expr, share
+from q35c.codegen.kernels.matmul import make_product
+from q35c.codegen.kernels.product import Operands, Product
 
 
 def linear(N: int, K: int, dtype: str, epilogue: str, isa: Isa) -> PrimFunc:
     """Make the kernel (W, X, Y, [R], T, ld_x, ld_y, [ld_r], tid, nt) for X f32 [T, K].
 
-    W holds N rows packed as f32 or bf16 pairs; swiglu counts gate and up rows in N and writes N/2
-    columns. R and ld_r exist only with "residual"; R may be Y itself. Strides are in elements.
+    W holds N rows packed as f32, bf16 pairs or integers; swiglu counts gate and up rows in N and writes
+    N/2 columns. Integer weights read X as `quantize_rows` leaves it. R and ld_r exist only with
+    "residual"; R may be Y itself. Strides are in elements of 4 bytes.
     """
-    matmul = Matmul(N, K, dtype, epilogue, isa)
+    matmul = make_product(N, K, dtype, epilogue, isa)
     return _with_residual(matmul) if epilogue == "residual" else _plain(matmul)
 
 
-def _plain(matmul: Matmul) -> PrimFunc:
+def _plain(matmul: Product) -> PrimFunc:
     @T.prim_func(private=True, s_tir=True)
     def linear_kernel(
         W: T.handle(matmul.element),
-        X: T.handle("float32"),
+        X: T.handle(matmul.x_element),
         Y: T.handle("float32"),
         tokens: T.int64,
         ld_x: T.int64,
@@ -42,8 +44,8 @@ def _plain(matmul: Matmul) -> PrimFunc:
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
-        w = T.decl_buffer((matmul.blocks, matmul.lines, BLOCK), matmul.element, data=W)
-        x = T.decl_buffer((tokens, ld_x), "float32", data=X)
+        w = matmul.weights(W)
+        x = T.decl_buffer((tokens, ld_x), matmul.x_element, data=X)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         _blocks(matmul, w, x, y, y, tokens, tid, nt)
         return T.int32(0)
@@ -51,11 +53,11 @@ def _plain(matmul: Matmul) -> PrimFunc:
     return linear_kernel
 
 
-def _with_residual(matmul: Matmul) -> PrimFunc:
+def _with_residual(matmul: Product) -> PrimFunc:
     @T.prim_func(private=True, s_tir=True)
     def linear_residual_kernel(
         W: T.handle(matmul.element),
-        X: T.handle("float32"),
+        X: T.handle(matmul.x_element),
         Y: T.handle("float32"),
         R: T.handle("float32"),
         tokens: T.int64,
@@ -66,8 +68,8 @@ def _with_residual(matmul: Matmul) -> PrimFunc:
         nt: T.int32,
     ) -> T.int32:
         # No noalias: R may be Y.
-        w = T.decl_buffer((matmul.blocks, matmul.lines, BLOCK), matmul.element, data=W)
-        x = T.decl_buffer((tokens, ld_x), "float32", data=X)
+        w = matmul.weights(W)
+        x = T.decl_buffer((tokens, ld_x), matmul.x_element, data=X)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         r = T.decl_buffer((tokens, ld_r), "float32", data=R)
         _blocks(matmul, w, x, y, r, tokens, tid, nt)
@@ -77,14 +79,14 @@ def _with_residual(matmul: Matmul) -> PrimFunc:
 
 
 def _blocks(
-    matmul: Matmul, w: Expr, x: Expr, y: Expr, r: Expr, tokens: Expr, tid: Expr, nt: Expr
+    matmul: Product, w: Expr, x: Expr, y: Expr, r: Expr, tokens: Expr, tid: Expr, nt: Expr
 ) -> None:
     """Emit this thread's share of the blocks."""
     first = T.Bind(share(matmul.blocks, tid, nt))
     last = T.Bind(share(matmul.blocks, tid + 1, nt))
     with T.serial(last - first) as item:
         block = T.Bind(first + item)
-        sweep(matmul, Operands(w, x, y, r, block, block, _same, _same), T.int64(0), tokens)
+        matmul.sweep(Operands(w, x, y, r, block, block, _same, _same), T.int64(0), tokens)
 
 
 def _same(position: Expr) -> Expr:

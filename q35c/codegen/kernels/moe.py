@@ -18,7 +18,6 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import (
-    BLOCK,
     STACK,
     Expr,
     ceil_div,
@@ -31,7 +30,8 @@ from q35c.codegen.kernels.common import (
     vexp,
     vsigmoid,
 )
-from q35c.codegen.kernels.tile import Matmul, Operands, sweep
+from q35c.codegen.kernels.matmul import make_product
+from q35c.codegen.kernels.product import Operands, Product
 
 # Reading one block of weights from memory costs about as much as computing this many rows.
 _BLOCK_COST_ROWS = 8
@@ -162,12 +162,12 @@ def expert_gate_up(E: int, I: int, H: int, top_k: int, dtype: str, isa: Isa) -> 
     W holds the packed swiglu blocks of expert 0, then of expert 1 and so on. Row p of Y belongs to
     pair p.
     """
-    matmul = Matmul(2 * I, H, dtype, "swiglu", isa)
+    matmul = make_product(2 * I, H, dtype, "swiglu", isa)
 
     @T.prim_func(private=True, s_tir=True)
     def expert_gate_up_kernel(
         W: T.handle(matmul.element),
-        X: T.handle("float32"),
+        X: T.handle(matmul.x_element),
         ORDER: T.handle("int32"),
         ACTIVE: T.handle("int32"),
         OFFSETS: T.handle("int32"),
@@ -179,8 +179,8 @@ def expert_gate_up(E: int, I: int, H: int, top_k: int, dtype: str, isa: Isa) -> 
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
-        w = T.decl_buffer(_weight_shape(E, matmul), matmul.element, data=W)
-        x = T.decl_buffer((tokens, ld_x), "float32", data=X)
+        w = matmul.weights(W, E)
+        x = T.decl_buffer((tokens, ld_x), matmul.x_element, data=X)
         y = T.decl_buffer((tokens * top_k, I), "float32", data=Y)
         order = T.decl_buffer((tokens * top_k,), "int32", data=ORDER)
         active = T.decl_buffer((E,), "int32", data=ACTIVE)
@@ -193,28 +193,29 @@ def expert_gate_up(E: int, I: int, H: int, top_k: int, dtype: str, isa: Isa) -> 
 
 
 def expert_down(E: int, H: int, I: int, top_k: int, dtype: str, isa: Isa) -> PrimFunc:  # noqa: E741
-    """Make the kernel (W, Y1 f32 [T*k, I], ORDER, ACTIVE, OFFSETS, COUNT, Y2 f32 [T*k, H], T, tid, nt).
+    """Make the kernel (W, Y1 [T*k, I], ORDER, ACTIVE, OFFSETS, COUNT, Y2 f32 [T*k, H], T, ld_y1, tid, nt).
 
     W holds the packed blocks of H rows of expert 0, then of expert 1 and so on. Rows are pairs.
     """
-    matmul = Matmul(H, I, dtype, "none", isa)
+    matmul = make_product(H, I, dtype, "none", isa)
 
     @T.prim_func(private=True, s_tir=True)
     def expert_down_kernel(
         W: T.handle(matmul.element),
-        Y1: T.handle("float32"),
+        Y1: T.handle(matmul.x_element),
         ORDER: T.handle("int32"),
         ACTIVE: T.handle("int32"),
         OFFSETS: T.handle("int32"),
         COUNT: T.handle("int32"),
         Y2: T.handle("float32"),
         tokens: T.int64,
+        ld_y1: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
-        w = T.decl_buffer(_weight_shape(E, matmul), matmul.element, data=W)
-        x = T.decl_buffer((tokens * top_k, I), "float32", data=Y1)
+        w = matmul.weights(W, E)
+        x = T.decl_buffer((tokens * top_k, ld_y1), matmul.x_element, data=Y1)
         y = T.decl_buffer((tokens * top_k, H), "float32", data=Y2)
         order = T.decl_buffer((tokens * top_k,), "int32", data=ORDER)
         active = T.decl_buffer((E,), "int32", data=ACTIVE)
@@ -226,13 +227,8 @@ def expert_down(E: int, H: int, I: int, top_k: int, dtype: str, isa: Isa) -> Pri
     return expert_down_kernel
 
 
-def _weight_shape(E: int, matmul: Matmul) -> tuple[Expr, ...]:
-    # int64: all experts of a layer together may pass 2^31 elements.
-    return (T.int64(E * matmul.blocks), T.int64(matmul.lines), T.int64(BLOCK))
-
-
 def _experts(
-    matmul: Matmul,
+    matmul: Product,
     data: tuple[Expr, Expr, Expr],
     groups: tuple[Expr, Expr, Expr, Expr],
     pairs_per_row: int,
@@ -265,7 +261,7 @@ def _experts(
         base = T.Bind(_wide(active[a]) * blocks)
         with T.serial(last - first) as item:
             block = T.Bind(first + item)
-            sweep(matmul, Operands(w, x, y, y, base + block, block, x_row, pair), begin, end)
+            matmul.sweep(Operands(w, x, y, y, base + block, block, x_row, pair), begin, end)
 
 
 def _blocks_before(boundary: Expr, before: Expr, cost: Expr, blocks: int) -> Expr:

@@ -1,0 +1,54 @@
+"""Products of bytes: the instruction that multiplies four u8 by four s8 in every int32 lane and adds them up."""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+
+from q35c.codegen.isa.x86 import Isa
+from q35c.codegen.kernels.common import Expr, splat_int
+
+_MULTIPLY_ADD = {  # lanes -> (u8 x s8 pairs to saturated s16, s16 pairs to s32)
+    8: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
+    16: ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"),
+}
+
+
+def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr, largest: int) -> Expr:
+    """Return total + the four products of each int32 lane; the unsigned bytes are at most `largest`.
+
+    Without VNNI two products are added in 16 bits, which 2 * 15 * 127 fits but 2 * 255 * 127 does not: larger bytes
+    are multiplied in halves of 4 bits.
+    """
+    lanes = isa.lanes
+    if isa.has_vnni:
+        intrinsic = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
+        operands = (total, as_bytes(unsigned, lanes), as_bytes(signed, lanes))
+        return T.call_llvm_pure_intrin(intrinsic, *operands, dtype=f"int32x{lanes}")
+    if largest <= 15:
+        return total + _pairs(lanes, unsigned, signed, 1)
+    low, high = low_halves(unsigned, lanes), high_halves(unsigned, lanes)
+    return total + _pairs(lanes, low, signed, 1) + _pairs(lanes, high, signed, 16)
+
+
+def low_halves(words: Expr, lanes: int) -> Expr:
+    """Return the low 4 bits of every byte."""
+    return words & splat_int(0x0F0F0F0F, lanes)
+
+
+def high_halves(words: Expr, lanes: int) -> Expr:
+    """Return the high 4 bits of every byte."""
+    return (words >> splat_int(4, lanes)) & splat_int(0x0F0F0F0F, lanes)
+
+
+def as_bytes(words: Expr, lanes: int) -> Expr:
+    """Reinterpret int32 lanes as four times as many int8 lanes."""
+    return T.reinterpret(words, dtype=f"int8x{4 * lanes}")
+
+
+def _pairs(lanes: int, unsigned: Expr, signed: Expr, factor: int) -> Expr:
+    to_words, to_sums = (T.llvm_lookup_intrinsic_id(name) for name in _MULTIPLY_ADD[lanes])
+    words = T.call_llvm_pure_intrin(
+        to_words, as_bytes(unsigned, lanes), as_bytes(signed, lanes), dtype=f"int16x{2 * lanes}"
+    )
+    factors = T.broadcast(T.int16(factor), 2 * lanes)
+    return T.call_llvm_pure_intrin(to_sums, words, factors, dtype=f"int32x{lanes}")

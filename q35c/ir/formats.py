@@ -1,0 +1,122 @@
+"""Storage formats of weights, and what storing does to their values.
+
+A format is the dtype of a weight in the quantized stage: "f32", "bf16", or "i4gN" and "i8gN": integers of 4 or 8 bits
+with one bf16 scale for each N consecutive inputs of an output row. Activations that meet such weights are "q8gN":
+int8 with one f32 scale for each N values of a row, so that a row's rounding depends on no other row.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+_INTEGER = re.compile(r"(?:i(4|8)|q(8))g(32|64|128)")
+SCALE_BITS = 16  # a bf16 scale: its range needs no care, and codes are rounded with the stored scale
+
+# What the value of largest magnitude becomes in 4 bits, tried in turn: -8 and 7 use the whole range, values
+# beyond them clip it in favour of the many small ones, values inside round it more finely.
+_TOP_CODES = (-8.0, -7.4, -8.6, 7.0, 7.6)
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerFormat:
+    """Integers of `bits` with one scale for `group` values; codes are symmetric around 0."""
+
+    bits: int
+    group: int
+
+    @property
+    def zero_point(self) -> int:
+        """Return what is added to a code to store it without a sign."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Return the stored bits of one value, its share of the scale included."""
+        return self.bits + SCALE_BITS / self.group
+
+    def groups(self, inputs: int) -> int:
+        """Return how many groups a row of `inputs` values has; the last may be short."""
+        return -(-inputs // self.group)
+
+
+def integer_format(dtype: str) -> IntegerFormat | None:
+    """Return the format that an integer dtype names, None for a floating one."""
+    match = _INTEGER.fullmatch(dtype)
+    if match is None:
+        return None
+    return IntegerFormat(int(match[1] or match[2]), int(match[3]))
+
+
+def round_bf16(x: Array) -> Array:
+    """Round float32 to bf16, nearest even, kept as float32; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) & np.uint32(
+        0xFFFF0000
+    )
+    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
+
+
+def split_groups(rows: Array, group: int) -> Array:
+    """Return [.., K] as [.., groups, group], zero behind the last value."""
+    short = -rows.shape[-1] % group
+    if short:
+        rows = np.concatenate([rows, np.zeros((*rows.shape[:-1], short), rows.dtype)], -1)
+    return rows.reshape(*rows.shape[:-1], -1, group)
+
+
+def quantize_weight(rows: Array, form: IntegerFormat) -> tuple[Array, Array]:
+    """Return the codes int8 [.., groups, group] and bf16 scales f32 [.., groups] of float32 [.., K].
+
+    8 bits: the largest magnitude becomes 127. 4 bits: of a few scales the one with the least squared error.
+    """
+    groups = split_groups(np.asarray(rows, np.float32), form.group)
+    place = np.abs(groups).argmax(-1)[..., None]
+    top = np.take_along_axis(groups, place, -1)[..., 0]
+    if form.bits == 8:
+        scale = round_bf16(np.abs(top) * np.float32(1 / 127))
+        return encode(groups, scale, form), scale
+    best = np.full(top.shape, np.inf, np.float32)
+    codes = np.zeros(groups.shape, np.int8)
+    scales = np.zeros(top.shape, np.float32)
+    for code in _TOP_CODES:
+        scale = round_bf16(top * np.float32(1 / code))
+        tried = encode(groups, scale, form)
+        error = np.square(groups - tried * scale[..., None]).sum(-1)
+        better = error < best
+        best = np.where(better, error, best)
+        scales = np.where(better, scale, scales)
+        codes = np.where(better[..., None], tried, codes)
+    return codes, scales
+
+
+def encode(groups: Array, scale: Array, form: IntegerFormat) -> Array:
+    """Return the nearest codes of values [.., group] for given scales [..]; NaN becomes 0."""
+    inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+    low, high = (-127, 127) if form.bits == 8 else (-8, 7)
+    return np.nan_to_num(np.clip(np.rint(groups * inverse[..., None]), low, high)).astype(np.int8)
+
+
+def stored(weight: Array, dtype: str) -> Array:
+    """Return the values that a weight [.., N, K] has after it was stored in a format, in its own dtype."""
+    if dtype == "bf16":
+        return round_bf16(weight.astype(np.float32)).astype(weight.dtype)
+    form = integer_format(dtype)
+    if form is None:
+        return weight
+    codes, scales = quantize_weight(weight, form)
+    values = codes.astype(np.float32) * scales[..., None]
+    return values.reshape(*weight.shape[:-1], -1)[..., : weight.shape[-1]].astype(weight.dtype)
+
+
+def round_rows(x: Array, group: int) -> Array:
+    """Return x [.., K] rounded to int8 with one scale for each group: what `quantize_rows` keeps."""
+    groups = split_groups(x, group)
+    scale = np.abs(groups).max(-1, keepdims=True) / 127
+    inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+    rounded = np.rint(groups * inverse) * scale
+    return rounded.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]].astype(x.dtype)

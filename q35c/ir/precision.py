@@ -1,0 +1,60 @@
+"""Precision policies as data: which storage format each role of a weight gets.
+
+The sensitive ones are the gates (b, a, router: a small error changes what is routed or how fast memory decays), then
+the delta net's output and the attention projections; the feed-forward weights, most of a model, take 4 bits well.
+Norms, conv, A_log and dt_bias are always f32, and so is the recurrent state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from q35c.errors import OptionError
+
+# What a weight is for; `quantize` finds it from the structure of the graph.
+ROLES = (
+    "embedding", "head", "delta_in", "delta_gates", "delta_out", "attention_in", "attention_out",
+    "mlp_in", "mlp_out", "experts_in", "experts_out", "router",
+)  # fmt: skip
+GATES = ("delta_gates", "router")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Storage formats by role. A tied embedding has the format of the head."""
+
+    name: str
+    cache: str  # keys and values
+    formats: Mapping[str, str]
+    summary: str
+
+
+def uniform(dtype: str, gates: str | None = None, **others: str) -> Mapping[str, str]:
+    """Return one format for every role, another for the gates, and exceptions."""
+    formats = dict.fromkeys(ROLES, dtype) | dict.fromkeys(GATES, gates or dtype)
+    return MappingProxyType(formats | others)
+
+
+_SENSITIVE = ("attention_in", "attention_out", "delta_out")
+_LIST = (
+    Policy("f32", "f32", uniform("f32"), "everything in 32 bits: the reference"),
+    Policy("bf16", "bf16", uniform("bf16"), "weights and cache in bf16"),
+    Policy("w8", "bf16", uniform("i8g64", "bf16"), "8-bit weights, gates in bf16"),
+    Policy(
+        "w4", "bf16", uniform("i4g64", "bf16", **dict.fromkeys(_SENSITIVE, "i8g64")),
+        "4-bit weights, sensitive ones in 8 bits, gates in bf16",
+    ),
+    Policy("w4-small", "bf16", uniform("i4g128", "bf16"), "4-bit weights, gates in bf16"),
+)  # fmt: skip
+POLICIES = {policy.name: policy for policy in _LIST}
+
+
+def find_policy(name: str) -> Policy:
+    """Return a policy by name, or raise OptionError listing the known ones."""
+    if name not in POLICIES:
+        raise OptionError(
+            "unknown precision", where="--precision", expected=", ".join(POLICIES), got=name
+        )
+    return POLICIES[name]
