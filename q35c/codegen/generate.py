@@ -65,7 +65,9 @@ def generate(
         for graph, entry in zip(module, entries, strict=True)
     ]
     stored = tuple(
-        WeightEntry(w.name, w.stored_dtype, w.shape, f"{LAYOUT_NOTES[w.layout]}, {w.dtype}", w.sources)
+        WeightEntry(
+            w.name, w.stored_dtype, w.shape, f"{LAYOUT_NOTES[w.layout]}, {w.dtype}", w.sources
+        )
         for w in shared.weights.values()
     )
     places = Places(

@@ -54,7 +54,9 @@ class Shared:
         leaves = [source.name.removesuffix(".weight") for source in sources]
         name = "-".join([leaves[0], *(leaf.rpartition(".")[2] for leaf in leaves[1:])])
         shapes = tuple(tuple(int(d) for d in source.type.shape) for source in sources)  # type: ignore[arg-type]
-        packed = PackedWeight(name, layout, sources[0].type.dtype, tuple(s.name for s in sources), shapes)
+        packed = PackedWeight(
+            name, layout, sources[0].type.dtype, tuple(s.name for s in sources), shapes
+        )
         known = self.weights.setdefault(name, packed)
         if known != packed:
             raise LoweringError(
@@ -140,7 +142,6 @@ class Lowering:
         reads = tuple(a for a in args if isinstance(a, View) and a not in writes)
         name = self.shared.kernel(family, **parameters)
         self.schedule.steps.append(Step(name, args, reads, writes, tuple(s.name for s in state)))
-
 
     def quantize(self, x: View, q: View, width: int, group: int, pairs: int = 1) -> None:
         """Append the rounding of rows; a token has `pairs` of them side by side."""
@@ -337,7 +338,14 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
         # One row for each pair of token and choice: the kernel sees top_k times as many tokens.
         activated = low.rounded(activated, inner, form.group, pairs=top_k)
     outputs = low.temporary("outputs", top_k * hidden, rows)
-    args = [shared.weight("experts", down), activated, *groups, outputs, rows, Int(activated.stride // top_k)]
+    args = [
+        shared.weight("experts", down),
+        activated,
+        *groups,
+        outputs,
+        rows,
+        Int(activated.stride // top_k),
+    ]
     low.call(("expert_down", {**shape, "dtype": down.type.dtype}), args, [outputs])
 
     y = low.output(op.result)

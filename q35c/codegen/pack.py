@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from q35c.ir.formats import IntegerFormat, integer_format, quantize_weight
+from q35c.ir.formats import IntegerFormat, integer_format, quantize_weight, to_bf16
 
 BLOCK = 32  # output rows per block
 SLICE_BYTES = 1 << 20  # f32 bytes converted at a time: they stay in the cache
@@ -180,7 +180,9 @@ def pack_integers(rows: np.ndarray, form: IntegerFormat) -> np.ndarray:
     count, groups = len(rows) // BLOCK, codes.shape[1]
     halves = to_bf16(scales).reshape(count, 2, BLOCK // 2, groups).transpose(0, 3, 2, 1)
     packed = np.empty((count, groups, group_bytes(form)), np.uint8)
-    packed[..., : 2 * BLOCK] = np.ascontiguousarray(halves).view(np.uint8).reshape(count, groups, -1)
+    packed[..., : 2 * BLOCK] = (
+        np.ascontiguousarray(halves).view(np.uint8).reshape(count, groups, -1)
+    )
     unsigned = (codes.view(np.uint8) + np.uint8(form.zero_point)).reshape(count, BLOCK, groups, -1)
     if form.bits == 4:  # low halves: inputs 0..3 of a line, high halves: inputs 4..7
         pairs = unsigned.reshape(count, BLOCK, groups, -1, 2, 4)
@@ -188,17 +190,3 @@ def pack_integers(rows: np.ndarray, form: IntegerFormat) -> np.ndarray:
     lines = unsigned.reshape(count, BLOCK, groups, -1, 4).transpose(0, 2, 3, 1, 4)
     packed[..., 2 * BLOCK :] = lines.reshape(count, groups, -1)
     return packed
-
-
-def to_bf16(x: np.ndarray) -> np.ndarray:
-    """Round float32 to bf16 bits, nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded >>= np.uint32(16)
-    half = rounded.astype(np.uint16)
-    if np.isnan(x).any():  # rounding may carry a NaN's mantissa into its exponent
-        half[np.isnan(x)] = 0x7FC0
-    return half

@@ -15,7 +15,9 @@ import numpy as np
 Array = np.ndarray
 
 _INTEGER = re.compile(r"(?:i(4|8)|q(8))g(32|64|128)")
-SCALE_BITS = 16  # a bf16 scale: its range needs no care, and codes are rounded with the stored scale
+SCALE_BITS = (
+    16  # a bf16 scale: its range needs no care, and codes are rounded with the stored scale
+)
 
 # What the value of largest magnitude becomes in 4 bits, tried in turn: -8 and 7 use the whole range, values
 # beyond them clip it in favour of the many small ones, values inside round it more finely.
@@ -52,13 +54,23 @@ def integer_format(dtype: str) -> IntegerFormat | None:
     return IntegerFormat(int(match[1] or match[2]), int(match[3]))
 
 
+def to_bf16(x: Array) -> Array:
+    """Round float32 to bf16 bits, nearest even; NaN stays NaN."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    half = rounded.astype(np.uint16)
+    if np.isnan(x).any():  # rounding may carry a NaN's mantissa into its exponent
+        half[np.isnan(x)] = 0x7FC0
+    return half
+
+
 def round_bf16(x: Array) -> Array:
     """Round float32 to bf16, nearest even, kept as float32; NaN stays NaN."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) & np.uint32(
-        0xFFFF0000
-    )
-    return np.where(np.isnan(x), np.float32(np.nan), rounded.view(np.float32))
+    return (to_bf16(x).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def split_groups(rows: Array, group: int) -> Array:

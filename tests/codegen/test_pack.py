@@ -8,6 +8,8 @@ import torch
 
 from q35c.codegen import pack
 from q35c.codegen.pack import PackedWeight, to_bf16
+from q35c.ir import formats
+from q35c.ir.formats import integer_format
 
 MATRICES = {  # layout, rows of each source
     "even": ("linear", (64,)),
@@ -106,6 +108,37 @@ def test_experts(name: str, inputs: int, dtype: str) -> None:
         check_matrix(got[expert], layout, dtype, [whole] if layout == "experts" else halves)
 
 
+def unpack_integers(block: np.ndarray, dtype: str, lane: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes [groups, group] and scales [groups] of one lane of a block u8 [groups, bytes]."""
+    form = integer_format(dtype)
+    assert form is not None
+    scales = block[:, :64].copy().view(np.uint16).reshape(-1, 16, 2)[:, lane % 16, lane // 16]
+    words = block[:, 64:].reshape(len(block), -1, 32, 4)[:, :, lane]
+    if form.bits == 8:
+        codes = words.astype(int) - 128
+    else:
+        codes = np.concatenate([words & 15, words >> 4], -1).astype(int) - 8
+    return codes.reshape(len(block), -1), (scales.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i8g64"])
+@pytest.mark.parametrize("inputs", [1, 31, 64, 200])
+@pytest.mark.parametrize("name", MATRICES)
+def test_integers(name: str, inputs: int, dtype: str) -> None:
+    layout, rows = MATRICES[name]
+    weight, arrays = random_weight(layout, dtype, tuple((n, inputs) for n in rows))
+    got = packed(weight, arrays)
+    assert got.dtype == np.uint8 and weight.stored_dtype == "u8"
+    for block in range(len(got)):
+        for lane in range(32):
+            codes, scales = unpack_integers(got[block], dtype, lane)
+            values = (codes * scales[:, None]).reshape(-1)
+            row = row_of(layout, arrays, block, lane)
+            want = np.zeros(inputs) if row is None else formats.stored(row, dtype)
+            np.testing.assert_array_equal(values[:inputs], want.astype(np.float32))
+            assert (values[inputs:] == 0).all()
+
+
 def test_vector_is_stored_as_it_is() -> None:
     weight, arrays = random_weight("vector", "f32", ((37,),))
     np.testing.assert_array_equal(packed(weight, arrays), arrays[0])
@@ -126,7 +159,7 @@ ALL_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "i4g32"])
 @pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize("name", ALL_LAYOUTS)
 def test_chunks_equal_the_whole(

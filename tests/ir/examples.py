@@ -37,6 +37,7 @@ def case(operands: str, stage: str = "traced", **attrs: Any) -> Case:
 _QKV = "f32[T,32] f32[T,16] f32[T,4] f32[T,4] @f32[32,1,3] @f32[4] @f32[4] @f32[4]"  # Hk 2, Hv 4
 _HEADS = "f32[T,32] f32[T,4] f32[T,4] @f32[4] @f32[4] f32[T,2]"  # Hq 4, Hkv 1, D 4, R 2
 _MOE = "f32[T,6] f32[T,4] f32[T,6] f32[T,1] @f32[4,10,6] @f32[4,6,5]"
+_QUANTIZED_MOE = "q8g32[T,6] f32[T,4] f32[T,6] f32[T,1] @i4g32[4,10,6] @i4g32[4,6,5]"
 _DELTA = {"key_heads": 2, "value_heads": 4, "eps": 1e-6}
 _ATTENTION = {"heads": 4, "kv_heads": 1, "eps": 1e-6, "scale": 0.5}
 _FREQUENCIES = (1.0, 0.1, 0.01, 0.001)
@@ -94,11 +95,21 @@ FITS: dict[str, Case] = {
         rows="sequence",
     ),
     "last_token": case("f32[T,8]", "stateful"),
+    "quantize_rows": case("f32[T,40]", "quantized", group=32),
+    "quantized_moe_residual": case(f"{_QUANTIZED_MOE} f32[T,6]", "quantized", top_k=2, group=32),
 }
 
 REFUSED: dict[str, list[Case]] = {
     "embedding": [case("f32[T] @f32[11,8]"), case("i32[T] @f32[11]")],
-    "linear": [case("f32[T,8] @f32[3,7]"), case("f32[T,8] @f32[3,8] @f32[3,7]"), case("f32[T,8]")],
+    "linear": [
+        case("f32[T,8] @f32[3,7]"),
+        case("f32[T,8] @f32[3,8] @f32[3,7]"),
+        case("f32[T,8]"),
+        case("f32[T,8] @i4g32[3,8]", "quantized"),
+        case("q8g32[T,8] @i4g64[3,8]", "quantized"),
+        case("q8g32[T,8] @bf16[3,8]", "quantized"),
+        case("q8g32[T,8] @i4g32[3,8] @i8g32[3,8]", "quantized"),
+    ],
     "add": [case("f32[T,8] f32[T,7]"), case("f32[T] i32[T]"), case("f32[T] f32[U]")],
     "mul": [case("f32[T,8] f32[T]")],
     "div": [case("f32[T,8] f32[2]"), case("i32[T] i32[T]")],
@@ -217,6 +228,17 @@ REFUSED: dict[str, list[Case]] = {
         ),
     ],
     "last_token": [case("f32[]", "stateful"), case("f32[T,8]", "fused")],
+    "quantize_rows": [
+        case("f32[T,40]", "stateful", group=32),
+        case("f32[T,40]", "quantized", group=48),
+        case("i32[T,40]", "quantized", group=32),
+    ],
+    "quantized_moe_residual": [
+        case(f"{_QUANTIZED_MOE} f32[T,6]", "quantized", top_k=2, group=64),
+        case(f"{_QUANTIZED_MOE} f32[T,6]", "stateful", top_k=2, group=32),
+        case(f"{_QUANTIZED_MOE.replace('i4g32', 'f32')} f32[T,6]", "quantized", top_k=2, group=32),
+        case(f"{_QUANTIZED_MOE} f32[T,5]", "quantized", top_k=2, group=32),
+    ],
 }
 
 
@@ -258,7 +280,7 @@ def draw(value: Value, rng: np.random.Generator) -> np.ndarray:
     Positive, so that rsqrt is defined; integers run 0, 1, 0, 1.. so that they index every table.
     """
     shape = sized(value.type)
-    if value.type.dtype != "f32":
+    if value.type.dtype in ("i32", "i64"):
         dtype = {"i32": np.int32, "i64": np.int64}[value.type.dtype]
         return (np.arange(int(np.prod(shape))) % 2).astype(dtype).reshape(shape)
     if value.kind == "state":

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from q35c.frontend.checkpoint import open_checkpoint
+from q35c.frontend.importer import import_program
+from q35c.frontend.trace import trace_model
+from q35c.ir import interpret
+from q35c.ir.precision import POLICIES
+from q35c.passes.pipeline import run_pipeline
 from q35c.verify import row_kl
-from tests.compiled import model, oracle_logits, random_ids
+from tests.compiled import checkpoint, model, oracle_logits, random_ids
 
 KINDS = ("dense", "moe")
 # Legal but odd: each names what it stretches.
@@ -44,6 +51,23 @@ def assert_parity(got: np.ndarray, want: np.ndarray) -> None:
     top = np.sort(want, axis=-1)
     clear = top[..., -1] - top[..., -2] > 2e-3 * spread
     assert (got.argmax(-1) == want.argmax(-1))[clear].all()
+
+
+def interpreted(kind: str, precision: str, ids: np.ndarray) -> np.ndarray:
+    """Run the quantized graph of a whole prompt by the numpy interpreter."""
+    opened = open_checkpoint(checkpoint(kind, precision))
+    module = run_pipeline(import_program(trace_model(opened.config)), POLICIES[precision])
+    (score,) = (graph for graph in module if graph.name == "score")
+    sizes = {"B": 1, "CTX": len(ids)}
+    state = {v.name: interpret.zeros(v.type, sizes) for v in score.leaves("state")}
+    inputs = {
+        "tokens": ids.astype(np.int32),
+        "positions": np.broadcast_to(np.arange(len(ids), dtype=np.int32), (3, len(ids))),
+        "slots": np.zeros(1, np.int64),
+        "starts": np.zeros(1, np.int32),
+    }
+    weights = lambda name: opened.read(name, 0, opened.shape(name)[0])  # noqa: E731
+    return interpret.run(score, inputs, weights, state)[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,6 +106,25 @@ def test_odd_shapes_equal_eager(name: str) -> None:
 def test_bf16_weights_stay_close(kind: str) -> None:
     ids = random_ids(256, seed=9)
     got, want = model(kind, "bf16").score(ids), oracle_logits(ids, kind, "bf16")
+    assert row_kl(got, want).mean() <= 1e-3
+
+
+@pytest.mark.parametrize("precision", ["w8", "w4", "w4-small"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_integer_weights_equal_the_interpreter(
+    kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is lost is lost by the formats alone: numpy with the same rounding gives the same logits.
+
+    The cache is f32 here, as the interpreter's. A value on the border between two int8 codes may fall either
+    way, so a few rows may differ by a code's step; most agree to rounding.
+    """
+    name = f"{precision}-f32-cache"
+    monkeypatch.setitem(POLICIES, name, replace(POLICIES[precision], name=name, cache="f32"))
+    ids = random_ids(80, seed=4)
+    got, want = model(kind, name).score(ids), interpreted(kind, name, ids)
+    error = np.abs(got - want).max(-1) / np.ptp(want)
+    assert np.median(error) <= 1e-4
     assert row_kl(got, want).mean() <= 1e-3
 
 

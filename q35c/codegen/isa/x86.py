@@ -29,7 +29,7 @@ class Isa:
 
 
 _V3_FEATURES = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
-_V4_FEATURES = _V3_FEATURES + ("avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
+_V4_FEATURES = (*_V3_FEATURES, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
 _VNNI_FEATURES = (*_V4_FEATURES, "avx512_vnni")
 _BF16_FEATURES = (*_VNNI_FEATURES, "avx512_bf16")
 _V4 = "x86-64-v4"

@@ -55,10 +55,15 @@ def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
             block: T.let[T.int64] = T.shift_right(token, T.int64(5))
             lane: T.let[T.int64] = T.bitwise_and(token, T.int64(BLOCK - 1))
             end: T.let[T.int64] = T.min(begin + _CHUNK, T.int64(H))
-            copy_columns(table, lambda at: w[block, at], lane, y, row, begin, end)
+            copy_columns(table, words_of(w, block), lane, y, row, begin, end)
         return T.int32(0)
 
     return embedding_kernel
+
+
+def words_of(w: Expr, block: Expr) -> Word:
+    """Return the function from an element's place in a block to the element."""
+    return lambda at: w[block, at]
 
 
 def copy_columns(

@@ -29,7 +29,9 @@ from q35c.codegen.kernels.common import (
 )
 
 _LINE_WORDS = 16  # rows begin at multiples of 64 bytes
-_ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
+_ROUND = (
+    12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
+)
 _ROUND_BITS = 0x4B400000
 SUM_FACTOR = -8  # the zero point of 4-bit weights; that of 8-bit ones is a power of two more
 
@@ -128,7 +130,9 @@ def quantize_group(
             _round_group(layout, isa, lambda at: padded[at], row, out, number)
 
 
-def _round_group(layout: RowLayout, isa: Isa, load, row: Expr, out: RowBuffers, number: Expr) -> None:
+def _round_group(
+    layout: RowLayout, isa: Isa, load, row: Expr, out: RowBuffers, number: Expr
+) -> None:
     """Emit largest magnitude, scale, codes and their sum."""
     L = isa.lanes
     vectors = [ramp(v, L) for v in range(0, layout.group, L)]

@@ -103,7 +103,9 @@ class IntegerProduct(Product):
             position = T.Bind(position + count * rows)
 
 
-def _tiles(product: IntegerProduct, operands: Operands, begin: Expr, count: Expr, rows: int) -> None:
+def _tiles(
+    product: IntegerProduct, operands: Operands, begin: Expr, count: Expr, rows: int
+) -> None:
     with T.serial(count) as tile:
         first = T.Bind(begin + tile * rows)
         x_rows = [T.Bind(operands.x_row(first + i)) for i in range(rows)]
@@ -176,7 +178,9 @@ def _add_line(
                 T.buffer_store(inner, value, at)
 
 
-def _scales(product: IntegerProduct, operands: Operands, base: Expr, vectors: Vectors) -> list[Expr]:
+def _scales(
+    product: IntegerProduct, operands: Operands, base: Expr, vectors: Vectors
+) -> list[Expr]:
     """Return the columns' scales of a group: output j in the low half of word j, j + 16 in its high half."""
     size = product.isa.lanes
     half = _SCALE_WORDS // size  # vectors of words

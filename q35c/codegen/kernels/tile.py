@@ -118,8 +118,9 @@ def _line(matmul: FloatProduct, operands: Operands, line: Expr, vectors: Vectors
 # Short tiles: every vector of the block at once, straight from the packed weights
 
 
-def _short_tiles(matmul: FloatProduct, operands: Operands, begin: Expr, count: Expr, rows: int) -> None:
-    lanes = matmul.isa.lanes
+def _short_tiles(
+    matmul: FloatProduct, operands: Operands, begin: Expr, count: Expr, rows: int
+) -> None:
     with T.serial(count) as tile:
         first = T.Bind(begin + tile * rows)
         x_rows = [T.Bind(operands.x_row(first + i)) for i in range(rows)]
@@ -136,7 +137,9 @@ def _short_tiles(matmul: FloatProduct, operands: Operands, begin: Expr, count: E
         finish(matmul, operands, sums, first, T.int64(rows))
 
 
-def _short_bf16(matmul: FloatProduct, operands: Operands, acc: Expr, x_rows: Sequence[Expr]) -> None:
+def _short_bf16(
+    matmul: FloatProduct, operands: Operands, acc: Expr, x_rows: Sequence[Expr]
+) -> None:
     size, x = matmul.isa.lanes, operands.x
     with T.serial(matmul.K // 2) as pair:
         words = [T.Bind(word) for word in _line(matmul, operands, pair, matmul.vectors)]

@@ -1,0 +1,59 @@
+"""What storing does to weights: error bounds, zeros, NaN, and that storing twice changes nothing more."""
+
+import numpy as np
+import pytest
+
+from q35c.ir import formats
+from q35c.ir.formats import integer_format
+
+INTEGERS = [f"i{bits}g{group}" for bits in (4, 8) for group in (32, 64, 128)]
+
+
+def test_integer_formats_are_read_from_their_names():
+    form = integer_format("i4g64")
+    assert form is not None and (form.bits, form.group, form.zero_point) == (4, 64, 8)
+    assert form.bits_per_weight == 4.25
+    for other in ("f32", "bf16", "i32", "i4", "i4g48", "i3g64", "i4g64x"):
+        assert integer_format(other) is None
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_error_is_small(dtype: str):
+    form = integer_format(dtype)
+    assert form is not None
+    w = np.random.default_rng(0).standard_normal((64, 384)).astype(np.float32)
+    error = np.sqrt(np.square(formats.stored(w, dtype) - w).mean())
+    # Gaussian groups: about 0.08 to 0.1 of a deviation in 4 bits, a sixteenth of it in 8.
+    assert error < (0.105 if form.bits == 4 else 0.008)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_searched_scale_is_not_worse_than_the_plain_one(dtype: str):
+    form = integer_format(dtype)
+    assert form is not None
+    w = np.random.default_rng(1).standard_t(4, (200, 2 * form.group)).astype(np.float32)
+    groups = formats.split_groups(w, form.group)
+    top = 127 if form.bits == 8 else 7
+    scale = formats.round_bf16(np.abs(groups).max(-1) / top)
+    plain = formats.encode(groups, scale, form) * scale[..., None]
+    searched = formats.split_groups(formats.stored(w, dtype), form.group)
+    errors = [np.square(groups - values).sum(-1) for values in (searched, plain)]
+    assert (errors[0] <= errors[1] * 1.000001).all()
+
+
+@pytest.mark.parametrize("dtype", [*INTEGERS, "bf16", "f32"])
+def test_zeros_stay_and_one_value_is_kept(dtype: str):
+    w = np.zeros((2, 70), np.float32)
+    w[1, 3] = -0.75
+    got = formats.stored(w, dtype)
+    assert got.shape == w.shape and got.dtype == w.dtype
+    np.testing.assert_allclose(got, w, rtol=5e-3)
+    assert (got[0] == 0).all()
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_rounded_rows_depend_on_no_other_row(group: int):
+    x = np.random.default_rng(2).standard_normal((5, 100))
+    whole = formats.round_rows(x, group)
+    np.testing.assert_array_equal(whole[2:3], formats.round_rows(x[2:3], group))
+    assert np.abs(whole - x).max() <= np.abs(x).max() / 254 * 1.001

@@ -1,0 +1,225 @@
+"""Rounded rows and products with integer weights against float64, on every instruction set that runs here."""
+
+import numpy as np
+import pytest
+from harness import ISA, assert_close, build_kernels, guard, nmse
+
+from q35c.codegen.isa.x86 import ISAS, read_cpu_flags
+from q35c.codegen.kernels.embedding import embedding
+from q35c.codegen.kernels.linear import linear
+from q35c.codegen.kernels.moe import expert_down, expert_gate_up, group_by_expert
+from q35c.codegen.kernels.quantize import RowLayout, quantize_rows
+from q35c.codegen.pack import PackedWeight
+from q35c.ir import formats
+
+EVERY_ISA = [  # each has its own byte product
+    pytest.param(
+        isa,
+        id=name,
+        marks=pytest.mark.skipif(
+            not read_cpu_flags().issuperset(isa.cpu_features), reason=f"needs {name}"
+        ),
+    )
+    for name, isa in ISAS.items()
+]
+# Outputs, inputs, format, epilogue.
+LINEARS = (
+    (1, 1, "i4g32", "none"), (31, 3, "i8g32", "residual"), (33, 64, "i4g64", "none"),
+    (47, 65, "i8g64", "none"), (98, 77, "i4g32", "residual"), (64, 128, "i4g128", "swiglu"),
+    (100, 200, "i8g128", "swiglu"), (256, 320, "i4g64", "residual"), (256, 320, "i8g64", "none"),
+    (130, 1024, "i4g128", "none"), (40, 1000, "i8g32", "none"), (17, 96, "i4g32", "swiglu"),
+)  # fmt: skip
+TOKENS = (1, 2, 3, 5, 8, 9, 15, 16, 23, 50)
+
+
+def name_of(case):
+    return "_".join(map(str, case))
+
+
+def rows_of(outputs, epilogue):
+    return outputs * 2 if epilogue == "swiglu" else outputs
+
+
+@pytest.fixture(scope="module", params=EVERY_ISA)
+def kernels(request):
+    isa = request.param
+    functions = {
+        f"linear_{name_of(c)}": linear(rows_of(c[0], c[3]), c[1], c[2], c[3], isa) for c in LINEARS
+    }
+    rounds = {(k, formats.integer_format(dtype).group) for _, k, dtype, _ in LINEARS}
+    functions |= {f"round_{k}_{g}": quantize_rows(k, g, isa) for k, g in rounds}
+    return build_kernels(functions, isa)
+
+
+def pack(weight, dtype, layout="linear"):
+    """Pack [N, K], or gate over up, or experts."""
+    parts = np.split(weight, 2) if layout == "swiglu" else [weight]
+    names = tuple(f"s{i}" for i in range(len(parts)))
+    packed = PackedWeight("w", layout, dtype, names, tuple(p.shape for p in parts))
+    chunks = packed.chunks(lambda name, start, stop: parts[int(name[1:])][start:stop])
+    return guard(np.concatenate([chunk.reshape(-1) for chunk in chunks]))
+
+
+def round_rows(kernels, x, width, group, threads=1, extra_words=0):
+    """Run `quantize_rows`; return the words, rows [T, words] of int32."""
+    layout = RowLayout(width, group)
+    words = guard(np.zeros((len(x), layout.words + extra_words), np.int32), poison=True)
+    strides = (len(x), x.shape[1], words.shape[1])
+    kernels.call(f"round_{width}_{group}", x, words, words, words, *strides, threads=threads)
+    return words
+
+
+def row_values(words, width, group):
+    """Return the float64 values that rounded rows stand for, and check their sums."""
+    words = np.array(words)
+    layout = RowLayout(width, group)
+    codes = words[:, : layout.scales].view(np.int8).astype(np.float64)
+    scales = words[:, layout.scales : layout.sums].copy().view(np.float32).astype(np.float64)
+    sums = words[:, layout.sums : layout.sums + layout.groups]
+    assert (codes[:, width:] == 0).all()
+    grouped = codes.reshape(len(words), layout.groups, group)
+    np.testing.assert_array_equal(sums, -8 * grouped.sum(-1))
+    return (grouped * scales[..., None]).reshape(len(words), -1)[:, :width]
+
+
+@pytest.mark.parametrize("case", LINEARS, ids=name_of)
+def test_rows_are_rounded_to_the_nearest_code(kernels, case):
+    _, width, dtype, _ = case
+    group = formats.integer_format(dtype).group
+    rng = np.random.default_rng(width)
+    for tokens in (1, 4, 9):
+        x = rng.normal(size=(tokens, width + 3)).astype(np.float32) * np.float32(10.0) ** rng.integers(-8, 8, (tokens, 1))  # fmt: skip
+        x[0, : width // 2] = 0  # a group of zeros must not divide by zero
+        x = guard(x.astype(np.float32))
+        first = round_rows(kernels, x, width, group)
+        got = row_values(first, width, group)
+        want = formats.round_rows(x[:, :width].astype(np.float64), group)
+        step = np.abs(formats.split_groups(x[:, :width], group)).max(-1) / 127
+        wide = np.repeat(step, group, -1)[:, :width]
+        assert (np.abs(got - x[:, :width]) <= 0.5001 * wide).all()
+        assert nmse(got, want) <= 1e-5  # a tie may fall either way
+        second = round_rows(kernels, x, width, group, threads=2)
+        used = RowLayout(width, group).sums + RowLayout(width, group).groups
+        assert np.array_equal(first[:, :used], second[:, :used])
+
+
+class Case:
+    """Random operands of one linear and its float64 result on the values that are stored."""
+
+    def __init__(self, kernels, case, tokens):
+        self.outputs, self.width, self.dtype, self.epilogue = case
+        self.name = f"linear_{name_of(case)}"
+        rng = np.random.default_rng(self.outputs * 1000 + tokens)
+        group = formats.integer_format(self.dtype).group
+        x = guard(rng.normal(size=(tokens, self.width)).astype(np.float32))
+        self.x = round_rows(kernels, x, self.width, group, extra_words=tokens % 3 * 16)
+        values = row_values(self.x, self.width, group)
+        weight = rng.normal(size=(rows_of(self.outputs, self.epilogue), self.width))
+        weight = weight.astype(np.float32)
+        self.w = pack(weight, self.dtype, "swiglu" if self.epilogue == "swiglu" else "linear")
+        self.r = guard(rng.normal(size=(tokens, self.outputs + 5)).astype(np.float32))
+        self.expected = self._reference(values, formats.stored(weight, self.dtype))
+
+    def _reference(self, x, weight):
+        product = x @ weight.astype(np.float64).T
+        if self.epilogue == "residual":
+            return product + self.r[:, : self.outputs]
+        if self.epilogue == "swiglu":
+            gate, up = product[:, : self.outputs], product[:, self.outputs :]
+            return gate / (1 + np.exp(-gate)) * up
+        return product
+
+    def run(self, kernels, threads=1, rows=slice(None)):
+        x, ld_y = guard(self.x[rows]), self.outputs + 3
+        y = guard(np.zeros((len(x), ld_y), np.float32), poison=True)
+        residual = [guard(self.r[rows])] if self.epilogue == "residual" else []
+        strides = (len(x), x.shape[1], ld_y, *(r.shape[1] for r in residual))
+        kernels.call(self.name, self.w, x, y, *residual, *strides, threads=threads)
+        beyond = np.ascontiguousarray(y[:, self.outputs :]).view(np.uint32)
+        assert (beyond == 0xFFFFFFFF).all(), "columns past the row changed"
+        return np.array(y[:, : self.outputs])
+
+
+@pytest.mark.parametrize("case", LINEARS, ids=name_of)
+def test_linear(kernels, case):
+    for tokens in TOKENS:
+        made = Case(kernels, case, tokens)
+        results = [made.run(kernels, threads) for threads in (1, 2, 3)]
+        assert_close(results[0], made.expected, note=f"{tokens} tokens")
+        assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+@pytest.mark.parametrize("case", LINEARS[7:9], ids=name_of)
+def test_a_row_does_not_depend_on_its_neighbours(kernels, case):
+    made = Case(kernels, case, 60)
+    together = made.run(kernels)
+    for rows in (slice(0, 1), slice(3, 5), slice(7, 10), slice(20, 33), slice(59, 60)):
+        assert made.run(kernels, rows=rows).tobytes() == together[rows].tobytes(), rows
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_so_in_its_row(kernels, value):
+    outputs, width, dtype, _ = case = LINEARS[8]
+    made = Case(kernels, case, 9)
+    x = np.random.default_rng(0).normal(size=(9, width)).astype(np.float32)
+    x[4, 100] = value
+    made.x = round_rows(kernels, guard(x), width, formats.integer_format(dtype).group)
+    y = made.run(kernels)
+    assert not np.isfinite(y[4]).any()
+    assert np.isfinite(np.delete(y, 4, axis=0)).all()
+    assert y.shape == (9, outputs)
+
+
+EXPERTS = ((3, 17, 33, 2, "i4g32"), (8, 64, 128, 3, "i8g64"), (6, 40, 96, 2, "i4g64"))
+
+
+@pytest.mark.parametrize("shape", EXPERTS, ids=str)
+def test_experts(shape):
+    experts, inner, hidden, top_k, dtype = shape
+    group = formats.integer_format(dtype).group
+    kernels = build_kernels(
+        {
+            "group": group_by_expert(experts, top_k),
+            "up": expert_gate_up(experts, inner, hidden, top_k, dtype, ISA),
+            "down": expert_down(experts, hidden, inner, top_k, dtype, ISA),
+            f"round_{hidden}_{group}": quantize_rows(hidden, group, ISA),
+            f"round_{inner}_{group}": quantize_rows(inner, group, ISA, pairs=top_k),
+        }
+    )
+    rng = np.random.default_rng(experts)
+    weights = rng.normal(size=(experts, 2 * inner, hidden)).astype(np.float32)
+    down = rng.normal(size=(experts, hidden, inner)).astype(np.float32)
+    w_up, w_down = pack(weights, dtype, "experts_swiglu"), pack(down, dtype, "experts")
+    for tokens in (1, 3, 20):
+        ids = np.argsort(rng.random((tokens, experts)))[:, :top_k].astype(np.int32)
+        groups = [guard(np.zeros(n, np.int32)) for n in (tokens * top_k, experts, experts + 1, 1)]
+        kernels.call("group", guard(ids), *groups, tokens)
+        x = guard(rng.normal(size=(tokens, hidden)).astype(np.float32))
+        x = round_rows(kernels, x, hidden, group)
+        values = row_values(x, hidden, group)
+        y1 = guard(np.zeros((tokens * top_k, inner), np.float32), poison=True)
+        kernels.call("up", w_up, x, *groups, y1, tokens, x.shape[1], threads=2)
+        product = np.einsum("tk,tsnk->tsn", values, formats.stored(weights, dtype)[ids].astype(np.float64))  # fmt: skip
+        gate, up = product[..., :inner], product[..., inner:]
+        assert_close(y1, (gate / (1 + np.exp(-gate)) * up).reshape(-1, inner))
+        words = guard(np.zeros((tokens * top_k, RowLayout(inner, group).words), np.int32))
+        strides = (tokens, inner, words.shape[1])
+        kernels.call(f"round_{inner}_{group}", y1, words, words, words, *strides, threads=2)
+        y2 = guard(np.zeros((tokens * top_k, hidden), np.float32), poison=True)
+        kernels.call("down", w_down, words, *groups, y2, tokens, words.shape[1], threads=2)
+        rounded = row_values(words, inner, group).reshape(tokens, top_k, inner)
+        want = np.einsum("tsk,tsnk->tsn", rounded, formats.stored(down, dtype)[ids].astype(np.float64))  # fmt: skip
+        assert_close(y2, want.reshape(-1, hidden))
+
+
+@pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i8g64"])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 65), (100, 128), (97, 257), (64, 1024)], ids=str)
+def test_embedding(shape, dtype):
+    rows, width = shape
+    kernels = build_kernels({"embedding": embedding(rows, width, dtype, ISA)})
+    table = np.random.default_rng(rows).normal(size=shape).astype(np.float32)
+    ids = guard(np.array([rows - 1, 0, rows // 2], np.int32))
+    for threads in (1, 2):
+        y = guard(np.zeros((3, width), np.float32), poison=True)
+        kernels.call("embedding", pack(table, dtype), ids, y, 3, width, threads=threads)
+        np.testing.assert_array_equal(y, formats.stored(table, dtype)[ids])
