@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from q35c.artifact.writer import ArtifactWriter
 from q35c.bench import peak_memory
@@ -19,6 +22,7 @@ from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
 from q35c.ir.precision import find_policy
 from q35c.passes.pipeline import run_pipeline
+from q35c.runtime.cpu import default_threads
 
 Progress = Callable[[str, float], None]  # stage, fraction done
 CONTEXT_STEP = 64
@@ -87,12 +91,35 @@ def write_artifact(
         progress("weights", done / total)
 
     with ArtifactWriter(path, fields, segments, generated.entries, report) as writer:
-        for weight in generated.weights:
-            for chunk in weight.chunks(checkpoint.read):
-                writer.write(weight.name, chunk)
+        jobs = (
+            (weight.name, job)
+            for weight in generated.weights
+            for job in weight.jobs(checkpoint.read)
+        )
+        for name, chunk in run_ahead(jobs, default_threads()):
+            writer.write(name, chunk)
         progress("verify", 0.0)
         writer.commit()
     progress("done", 1.0)
+
+
+def run_ahead(
+    jobs: Iterable[tuple[str, Callable[[], Any]]], threads: int
+) -> Iterator[tuple[str, Any]]:
+    """Yield the results of jobs in order while threads work at the next few."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[tuple[str, Future[Any]]] = deque()
+        try:
+            for name, job in jobs:
+                waiting.append((name, pool.submit(job)))
+                if len(waiting) > threads:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for first, future in waiting:
+                yield first, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
 
 
 def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits:

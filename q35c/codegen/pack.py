@@ -2,8 +2,9 @@
 
 Matrices are stored in blocks of 32 output rows so that one vector load serves 8, 16 or 32 outputs of
 one input element: f32 as [blocks, K, 32], bf16 in pairs of inputs as [blocks, K/2, 32, 2]. Integers are
-stored group by group of inputs, [blocks, groups, bytes]: the 32 scales, then lines of 4 bytes for each
-of the 32 outputs (4 inputs of 8 bits, 8 of 4 bits). Everything is read, converted and written in slices
+stored group by group of inputs, [blocks, groups, bytes]: the 32 scales, then lines of a 4-byte word for
+each of the 32 outputs. 16 inputs take as many lines as 4 inputs have bytes: 4 lines of 8 bits; 2 lines
+of 4 bits; 2 lines with the low 4 bits and one with the high 2 bits of 6. Everything is read, converted and written in slices
 of about a megabyte.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from q35c.ir.formats import IntegerFormat, integer_format, quantize_weight, to_b
 BLOCK = 32  # output rows per block
 SLICE_BYTES = 1 << 20  # f32 bytes converted at a time: they stay in the cache
 
+Job = Callable[[], np.ndarray]
 Read = Callable[[str, int, int], np.ndarray]  # name, first row, end row -> float32
 
 
@@ -79,33 +82,45 @@ class PackedWeight:
 
     def chunks(self, read: Read) -> Iterator[np.ndarray]:
         """Yield the stored bytes in order, a slice at a time."""
-        if self.layout == "vector":
-            yield read(self.sources[0], 0, self.source_shapes[0][0])
-        elif self.layout == "conv":
-            weight = read(self.sources[0], 0, self.source_shapes[0][0])
-            yield np.ascontiguousarray(weight[:, 0, :].T)
-        else:
-            inputs = self.source_shapes[0][-1]
-            step = max(1, SLICE_BYTES // (4 * BLOCK * inputs))
-            for rows in self._matrices(read):
-                for first in range(0, self.blocks, step):
-                    count = min(step, self.blocks - first)
-                    yield pack_blocks(rows(first, count), self.dtype)
+        return (job() for job in self.jobs(read))
 
-    def _matrices(self, read: Read) -> Iterator[Callable[[int, int], np.ndarray]]:
-        """Yield for each matrix a function (first block, count) -> f32 [count * 32, K]."""
-        if not self.layout.startswith("experts"):
-            yield lambda first, count: self._rows(read, first, count)
-            return
-        for expert in range(self.source_shapes[0][0]):
-            whole = read(self.sources[0], expert, expert + 1)[0]
-            half = whole.shape[0] // 2
+    def jobs(self, read: Read) -> Iterator[Job]:
+        """Yield functions that make the slices; they share nothing, so threads may run several at once."""
+        if self.layout == "vector":
+            yield lambda: read(self.sources[0], 0, self.source_shapes[0][0])
+        elif self.layout == "conv":
+            yield lambda: np.ascontiguousarray(
+                read(self.sources[0], 0, self.source_shapes[0][0])[:, 0, :].T
+            )
+        elif self.layout.startswith("experts"):
+            for expert in range(self.source_shapes[0][0]):
+                yield partial(self._pack_expert, read, expert)
+        else:
+            for first in range(0, self.blocks, self._slice_blocks):
+                count = min(self._slice_blocks, self.blocks - first)
+                yield partial(self._pack_rows, read, first, count)
+
+    @property
+    def _slice_blocks(self) -> int:
+        """Blocks that are converted at a time."""
+        return max(1, SLICE_BYTES // (4 * BLOCK * self.source_shapes[0][-1]))
+
+    def _pack_rows(self, read: Read, first: int, count: int) -> np.ndarray:
+        return pack_blocks(self._rows(read, first, count), self.dtype)
+
+    def _pack_expert(self, read: Read, expert: int) -> np.ndarray:
+        """Pack one expert: it is read whole, because a checkpoint may store it in one piece."""
+        whole = read(self.sources[0], expert, expert + 1)[0]
+        half = whole.shape[0] // 2
+        parts = []
+        for first in range(0, self.blocks, self._slice_blocks):
+            count = min(self._slice_blocks, self.blocks - first)
             if self.layout == "experts":
-                yield lambda first, count, w=whole: stack([w], first * BLOCK, count * BLOCK)
+                rows = stack([whole], first * BLOCK, count * BLOCK)
             else:
-                yield lambda first, count, g=whole[:half], u=whole[half:]: interleave(
-                    g, u, first, count
-                )
+                rows = interleave(whole[:half], whole[half:], first, count)
+            parts.append(pack_blocks(rows, self.dtype))
+        return np.concatenate(parts)
 
     def _rows(self, read: Read, first: int, count: int) -> np.ndarray:
         if self.layout == "swiglu":
@@ -184,9 +199,22 @@ def pack_integers(rows: np.ndarray, form: IntegerFormat) -> np.ndarray:
         np.ascontiguousarray(halves).view(np.uint8).reshape(count, groups, -1)
     )
     unsigned = (codes.view(np.uint8) + np.uint8(form.zero_point)).reshape(count, BLOCK, groups, -1)
-    if form.bits == 4:  # low halves: inputs 0..3 of a line, high halves: inputs 4..7
-        pairs = unsigned.reshape(count, BLOCK, groups, -1, 2, 4)
-        unsigned = pairs[..., 0, :] | pairs[..., 1, :] << np.uint8(4)
-    lines = unsigned.reshape(count, BLOCK, groups, -1, 4).transpose(0, 2, 3, 1, 4)
+    words = pack_words(unsigned.reshape(count, BLOCK, groups, -1, 4, 4), form.bits)
+    lines = words.transpose(0, 2, 3, 4, 1, 5)  # [n, groups, sets, lines of a set, 32, 4]
     packed[..., 2 * BLOCK :] = lines.reshape(count, groups, -1)
     return packed
+
+
+def pack_words(sets: np.ndarray, bits: int) -> np.ndarray:
+    """Turn u8 [.., 4, 4], 16 inputs in words of 4, into the words [.., lines, 4] that store them."""
+    if bits == 8:
+        return sets
+    low = sets & np.uint8(15)
+    halves = low[..., 0::2, :] | low[..., 1::2, :] << np.uint8(4)  # words 0 | 1, then 2 | 3
+    if bits == 4:
+        return halves
+    high = sets >> np.uint8(4)
+    quarters = high[..., 0, :]
+    for word in (1, 2, 3):
+        quarters = quarters | high[..., word, :] << np.uint8(2 * word)
+    return np.concatenate([halves, quarters[..., None, :]], -2)

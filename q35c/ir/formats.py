@@ -1,7 +1,7 @@
 """Storage formats of weights, and what storing does to their values.
 
-A format is the dtype of a weight in the quantized stage: "f32", "bf16", or "i4gN" and "i8gN": integers of 4 or 8 bits
-with one bf16 scale for each N consecutive inputs of an output row. Activations that meet such weights are "q8gN":
+A format is the dtype of a weight in the quantized stage: "f32", "bf16", or "i4gN", "i6gN", "i8gN": integers of so many
+bits with one bf16 scale for each N consecutive inputs of an output row. Activations that meet such weights are "q8gN":
 int8 with one f32 scale for each N values of a row, so that a row's rounding depends on no other row.
 """
 
@@ -14,14 +14,18 @@ import numpy as np
 
 Array = np.ndarray
 
-_INTEGER = re.compile(r"(?:i(4|8)|q(8))g(32|64|128)")
+_INTEGER = re.compile(r"(?:i(4|6|8)|q(8))g(32|64|128)")
 SCALE_BITS = (
     16  # a bf16 scale: its range needs no care, and codes are rounded with the stored scale
 )
 
-# What the value of largest magnitude becomes in 4 bits, tried in turn: -8 and 7 use the whole range, values
-# beyond them clip it in favour of the many small ones, values inside round it more finely.
-_TOP_CODES = (-8.0, -7.4, -8.6, 7.0, 7.6)
+# What the value of largest magnitude becomes, tried in turn, as shares of half the range: -1 uses all codes, the
+# positive top code one less; more clips it in favour of the many small values, less rounds it more finely.
+_TOP_SHARES: dict[int, tuple[float, ...]] = {
+    4: (-1.0, -0.925, -1.075, 0.875, 0.95),
+    6: (-1.0, -0.96),
+    8: (-127 / 128,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +88,16 @@ def split_groups(rows: Array, group: int) -> Array:
 def quantize_weight(rows: Array, form: IntegerFormat) -> tuple[Array, Array]:
     """Return the codes int8 [.., groups, group] and bf16 scales f32 [.., groups] of float32 [.., K].
 
-    8 bits: the largest magnitude becomes 127. 4 bits: of a few scales the one with the least squared error.
+    Of a few scales each group takes the one with the least squared error.
     """
     groups = split_groups(np.asarray(rows, np.float32), form.group)
     place = np.abs(groups).argmax(-1)[..., None]
     top = np.take_along_axis(groups, place, -1)[..., 0]
-    if form.bits == 8:
-        scale = round_bf16(np.abs(top) * np.float32(1 / 127))
-        return encode(groups, scale, form), scale
     best = np.full(top.shape, np.inf, np.float32)
     codes = np.zeros(groups.shape, np.int8)
     scales = np.zeros(top.shape, np.float32)
-    for code in _TOP_CODES:
-        scale = round_bf16(top * np.float32(1 / code))
+    for share in _TOP_SHARES[form.bits]:
+        scale = round_bf16(top * np.float32(1 / (share * form.zero_point)))
         tried = encode(groups, scale, form)
         error = np.square(groups - tried * scale[..., None]).sum(-1)
         better = error < best
@@ -109,7 +110,7 @@ def quantize_weight(rows: Array, form: IntegerFormat) -> tuple[Array, Array]:
 def encode(groups: Array, scale: Array, form: IntegerFormat) -> Array:
     """Return the nearest codes of values [.., group] for given scales [..]; NaN becomes 0."""
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
-    low, high = (-127, 127) if form.bits == 8 else (-8, 7)
+    low, high = -form.zero_point, form.zero_point - 1
     return np.nan_to_num(np.clip(np.rint(groups * inverse[..., None]), low, high)).astype(np.int8)
 
 

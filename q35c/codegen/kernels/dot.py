@@ -16,7 +16,7 @@ _MULTIPLY_ADD = {  # lanes -> (u8 x s8 pairs to saturated s16, s16 pairs to s32)
 def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr, largest: int) -> Expr:
     """Return total + the four products of each int32 lane; the unsigned bytes are at most `largest`.
 
-    Without VNNI two products are added in 16 bits, which 2 * 15 * 127 fits but 2 * 255 * 127 does not: larger bytes
+    Without VNNI two products are added in 16 bits, which 2 * 63 * 127 fits but 2 * 255 * 127 does not: 8-bit bytes
     are multiplied in halves of 4 bits.
     """
     lanes = isa.lanes
@@ -24,7 +24,7 @@ def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr, largest: int)
         intrinsic = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
         operands = (total, as_bytes(unsigned, lanes), as_bytes(signed, lanes))
         return T.call_llvm_pure_intrin(intrinsic, *operands, dtype=f"int32x{lanes}")
-    if largest <= 15:
+    if largest <= 63:
         return total + _pairs(lanes, unsigned, signed, 1)
     low, high = low_halves(unsigned, lanes), high_halves(unsigned, lanes)
     return total + _pairs(lanes, low, signed, 1) + _pairs(lanes, high, signed, 16)

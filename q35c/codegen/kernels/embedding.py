@@ -92,20 +92,29 @@ def _copy_integers(
     table: IntegerProduct, word: Word, lane: Expr, y: Expr, row: Expr, begin: Expr, end: Expr
 ) -> None:
     """Emit the columns one by one: (stored - zero point) * scale, the latter in half a word."""
-    form = table.form
-    inputs = 4 * table.words_of_x  # of one word
+    form, half = table.form, BLOCK // 2
     with T.serial(end - begin) as c:
         column = T.Bind(begin + c)
         group = T.Bind(T.truncdiv(column, T.int64(form.group)))
         base = T.Bind(group * table.group_words)
-        within = T.Bind(column - group * form.group)
-        line = T.Bind(T.truncdiv(within, T.int64(inputs)))
-        place = T.Bind(T.cast(within - line * inputs, "int32"))  # among the inputs of a word
-        half = BLOCK // 2
+        within = T.Bind(T.cast(column - group * form.group, "int32"))
+        lines = T.Bind(base + half + T.shift_right(within, 4) * (table.set_lines * BLOCK) + lane)
         scales = T.Bind(word(base + T.bitwise_and(lane, T.int64(half - 1))))
         scale = T.Bind(T.Select(lane < half, widen_low(scales, 1), widen_high(scales, 1)))
-        # Input i of a word lies in byte i % 4; of two in a byte, the first 4 are the low halves.
-        shift = T.bitwise_and(place, 3) * 8 + T.shift_right(place, 2) * 4
-        code = T.shift_right(word(base + half + line * BLOCK + lane), shift)
-        value = T.cast(T.bitwise_and(code, 2**form.bits - 1) - form.zero_point, "float32")
-        T.buffer_store(y, value * scale, [row, column])
+        # Of the 16 inputs of a set, `part` counts words of 4 and `byte` the bytes in a word.
+        part = T.Bind(T.bitwise_and(T.shift_right(within, 2), 3))
+        byte = T.Bind(T.bitwise_and(within, 3) * 8)
+        code = _code_of(form.bits, word, lines, part, byte)
+        T.buffer_store(y, T.cast(code - form.zero_point, "float32") * scale, [row, column])
+
+
+def _code_of(bits: int, word: Word, lines: Expr, part: Expr, byte: Expr) -> Expr:
+    """Return one stored code; `pack_words` says where its bits lie."""
+    if bits == 8:
+        return T.bitwise_and(T.shift_right(word(lines + part * BLOCK), byte), 255)
+    shift = byte + T.bitwise_and(part, 1) * 4
+    low = T.bitwise_and(T.shift_right(word(lines + T.shift_right(part, 1) * BLOCK), shift), 15)
+    if bits == 4:
+        return low
+    high = T.bitwise_and(T.shift_right(word(lines + 2 * BLOCK), byte + part * 2), 3)
+    return low + high * 16

@@ -8,14 +8,13 @@ exact int32; the outer sum runs over the groups in order, so a row's result depe
 computed with it nor on the number of threads.
 
 A block of 32 output columns lies group by group: 16 words with its bf16 scales, then lines of 32 words, a word for
-each column with 4 inputs (8 bits) or 8 (4 bits: low halves first). One row reads it as one stream: the limit is
-memory bandwidth. Many rows: the limit is one byte-product instruction a cycle; a tall tile unpacks each weight once
+each column. A set of 16 inputs takes 4 lines of 8 bits, or 2 of 4 bits (low halves first), or these and one with
+the high 2 bits of 6 (codegen/pack.py). One row reads it as one stream: the limit is memory bandwidth. Many rows: the limit is one byte-product instruction a cycle; a tall tile unpacks each weight once
 for 8 rows (AVX2: 4).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,7 +44,8 @@ from q35c.codegen.kernels.quantize import RowLayout
 from q35c.ir.formats import IntegerFormat, integer_format
 
 _SCALE_WORDS = BLOCK // 2
-_LINES_AT_ONCE = 4  # lines of one turn of the inner loop
+_SET = 16  # inputs that share some lines
+_WORDS = _SET // 4  # words of a row that they meet
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,18 @@ class IntegerProduct(Product):
         return RowLayout(self.K, self.form.group)
 
     @property
-    def lines(self) -> int:
-        """Number of lines of one group."""
-        return self.form.group * self.form.bits // 32
+    def set_lines(self) -> int:
+        """Number of lines of a set of 16 inputs."""
+        return self.form.bits // 2
 
     @property
-    def words_of_x(self) -> int:
-        """Number of words of a row that one line meets."""
-        return 8 // self.form.bits
+    def sets(self) -> int:
+        """Number of sets of one group."""
+        return self.form.group // _SET
 
     @property
     def group_words(self) -> int:
-        return _SCALE_WORDS + self.lines * BLOCK
+        return _SCALE_WORDS + self.sets * self.set_lines * BLOCK
 
     @property
     def block_elements(self) -> int:
@@ -134,14 +134,12 @@ def _add_group(
     inner = accumulators(product, len(x_rows), vectors, "int32")
     for i, row in enumerate(x_rows):
         start = splat_int(x[row, layout.sums + group], size)
-        if product.form.bits == 8:  # rows bring -8 times their sum; here the zero point is 128
-            start = start << splat_int(4, size)
+        if product.form.bits > 4:  # rows bring -8 times their sum, as 4 bits need it
+            start = start << splat_int(product.form.bits - 4, size)
         for j in range(len(vectors)):
             T.buffer_store(inner, start, [i, j, lanes])
-    step = math.gcd(_LINES_AT_ONCE, product.lines)
-    with T.serial(product.lines // step) as turn:
-        for line in range(step):
-            _add_line(product, operands, inner, x_rows, vectors, group, turn * step + line)
+    with T.serial(product.sets) as number:
+        _add_set(product, operands, inner, x_rows, vectors, group, number)
     scales = _scales(product, operands, base, vectors)
     for i, row in enumerate(x_rows):
         scale = T.Bind(splat(T.reinterpret(x[row, layout.scales + group], dtype="float32"), size))
@@ -150,32 +148,53 @@ def _add_group(
             T.buffer_store(acc, acc[i, j, lanes] + value * column_scale, [i, j, lanes])
 
 
-def _add_line(
+def _add_set(
     product: IntegerProduct,
     operands: Operands,
     inner: Expr,
     x_rows: Sequence[Expr],
     vectors: Vectors,
     group: Expr,
-    line: Expr,
+    number: Expr,
 ) -> None:
-    """Emit inner += the products of one line of weights with the words of each row that it meets."""
-    size, words = product.isa.lanes, product.words_of_x
-    base = group * product.group_words + _SCALE_WORDS + line * BLOCK
-    column = group * (product.form.group // 4) + line * words
+    """Emit inner += the products of a set's weights with the words of each row that they meet."""
+    size, bits = product.isa.lanes, product.form.bits
+    base = group * product.group_words + _SCALE_WORDS + number * (product.set_lines * BLOCK)
+    column = group * (product.form.group // 4) + number * _WORDS
     parts: list[list[Expr]] = []
     for v in vectors:
-        word = T.Bind(operands.w[operands.block, ramp(base + v * size, size)])
-        halves = [low_halves(word, size), high_halves(word, size)] if words == 2 else [word]
-        parts.append([T.Bind(half) for half in halves])
-    for i, row in enumerate(x_rows):
-        for part in range(words):
+        lines = [
+            T.Bind(operands.w[operands.block, ramp(base + line * BLOCK + v * size, size)])
+            for line in range(product.set_lines)
+        ]
+        parts.append([T.Bind(part) for part in unpack_set(lines, bits, size)])
+    for part in range(_WORDS):
+        for i, row in enumerate(x_rows):
             signed = T.Bind(splat_int(operands.x[row, column + part], size))
             for j in range(len(vectors)):
                 at = [i, j, ramp(0, size)]
-                largest = (1 << product.form.bits) - 1
+                largest = (1 << bits) - 1
                 value = dot_bytes(product.isa, inner[*at], parts[j][part], signed, largest)
                 T.buffer_store(inner, value, at)
+
+
+def unpack_set(lines: Sequence[Expr], bits: int, lanes: int) -> list[Expr]:
+    """Return the bytes of 4 times 4 inputs from the lines that store them; see `pack_words`."""
+    if bits == 8:
+        return list(lines)
+    parts = [half(line, lanes) for line in lines[:2] for half in (low_halves, high_halves)]
+    if bits == 4:
+        return parts
+    shifts = (4, 2, 0, -2)  # of two bits at 0, 2, 4 and 6 to where they belong, at 4
+    return [
+        part | _two_bits(lines[2], shift, lanes) for part, shift in zip(parts, shifts, strict=True)
+    ]
+
+
+def _two_bits(word: Expr, shift: int, lanes: int) -> Expr:
+    distance = splat_int(abs(shift), lanes)
+    moved = word << distance if shift > 0 else word >> distance
+    return moved & splat_int(0x30303030, lanes)
 
 
 def _scales(
