@@ -15,7 +15,7 @@ import q35c
 from q35c.compile import compile_model
 from tests.models import eager_model, eager_model_logits, write_checkpoint
 
-CONTEXT, BATCH = 1088, 3
+CONTEXT, BATCH = 4096, 3
 _ROOT = tempfile.TemporaryDirectory(prefix="q35c-tests-")
 atexit.register(_ROOT.cleanup)
 
