@@ -26,7 +26,8 @@ def peak():
 
 path, part = sys.argv[1], int(sys.argv[2])
 with q35c.runtime.model.read_artifact(path) as artifact:
-    need = artifact.manifest.memory.peak
+    manifest = artifact.manifest
+    need = memory.needed_bytes(manifest, manifest.context, manifest.batch)
 if part:
     have = memory.Available((need - 1) // part, "test")
     model.available_memory = lambda: have
