@@ -272,3 +272,13 @@ def test_keeping_memory_consistent_does_not_help(tmp_path: Path, whole: bytes) -
     path.write_bytes(forge(whole, text))
     with pytest.raises(ArtifactError, match="another manifest"), read_artifact(path) as artifact:
         artifact.verify_segments()
+
+
+def test_a_state_with_room_to_spare_is_refused(whole: bytes) -> None:
+    """Every sum that depends on the state's size is put right: only its own tensors tell."""
+    tree = manifest_of(whole)
+    tree["state"]["bytes"] += 64
+    tree["memory"]["state_per_sequence"] += 64
+    tree["memory"]["peak"] += 64 * tree["batch"]
+    with pytest.raises(ArtifactError, match=r"state\.bytes"):
+        Manifest.from_dict(tree)
