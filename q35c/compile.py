@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from q35c.artifact.writer import ArtifactWriter
+from q35c.artifact.writer import ArtifactWriter, check_output
 from q35c.bench import peak_memory
 from q35c.codegen.generate import Generated, Limits, generate
 from q35c.codegen.target import find_target
@@ -59,6 +59,7 @@ def compile_model(
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
     clock = Clock(progress)
+    check_places(Path(output), dump_ir)
     machine, policy = find_target(target), find_policy(precision)
     checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
     limits = check_limits(checkpoint.config, context, batch)
@@ -120,6 +121,18 @@ def run_ahead(
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def check_places(output: Path, dump_ir: Path | None) -> None:
+    """Refuse what cannot be written to before minutes of work. Raises OptionError."""
+    check_output(output)
+    if dump_ir is not None:
+        try:
+            dump_ir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(
+                f"cannot make the directory: {error.strerror}", where=str(dump_ir)
+            ) from None
 
 
 def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,13 @@ import q35c
 from q35c.compile import compile_model
 from tests.models import eager_model, eager_model_logits, write_checkpoint
 
-CONTEXT, BATCH = 1088, 3
-_ROOT = tempfile.TemporaryDirectory(prefix="q35c-tests-")
-atexit.register(_ROOT.cleanup)
+CONTEXT, BATCH = 4096, 3
+_ROOT = Path(tempfile.mkdtemp(prefix="q35c-tests-"))
+
+
+def clean_up() -> None:
+    """Remove every checkpoint and artifact; `conftest.py` calls it when a run ends."""
+    shutil.rmtree(_ROOT, ignore_errors=True)
 
 
 @functools.cache
@@ -26,7 +30,7 @@ def checkpoint(kind: str, precision: str = "f32", seed: int = 0, **overrides: An
     name = "-".join(
         [kind, precision, str(seed), *(f"{k}={v}" for k, v in sorted(overrides.items()))]
     )
-    path = Path(_ROOT.name) / name.replace("/", "_").replace(" ", "")[:180]
+    path = _ROOT / name.replace("/", "_").replace(" ", "")[:180]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # Three layers, linear - full - linear: both kinds, and a last layer that is not full attention.
     shape = {"num_hidden_layers": 3, "full_attention_interval": 2, **overrides}

@@ -185,18 +185,18 @@ def write_fake(
         return writer.commit()
 
 
-def small_fields() -> tuple[dict[str, Any], list[WeightEntry]]:
+def small_fields(**changes: Any) -> tuple[dict[str, Any], list[WeightEntry]]:
     """Return fields and weights of the smallest valid artifact, for tests of the format alone."""
     entries = [
         WeightEntry("a.weight", "f32", (2, 32), "rows"),
         WeightEntry("b", "bf16", (3,), "x", ("s",)),
     ]
-    return manifest_fields(), entries
+    return manifest_fields(**changes), entries
 
 
-def write_small(path: Path) -> Manifest:
+def write_small(path: Path, **changes: Any) -> Manifest:
     """Write the smallest artifact: no real code, 320 bytes of weights."""
-    fields, entries = small_fields()
+    fields, entries = small_fields(**changes)
     segments = {"code": b"\x7fELF no", "tokenizer": b"{}"}
     with ArtifactWriter(path, fields, segments, entries) as writer:
         writer.write("a.weight", np.arange(64, dtype=np.float32))

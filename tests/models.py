@@ -186,13 +186,10 @@ def eager_logits(path: Path, ids: list[int] | np.ndarray) -> np.ndarray:
 
 
 def eager_model(path: Path) -> torch.nn.Module:
-    """Load transformers' model in float32 with every plug point at its eager implementation."""
-    from transformers import AutoModelForCausalLM
+    """Load the oracle that `q35c verify` uses: transformers' own eager model in float32."""
+    from q35c.verify import load_oracle
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    return model.eval()
+    return load_oracle(path)
 
 
 def eager_model_logits(

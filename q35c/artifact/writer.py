@@ -143,7 +143,7 @@ class ArtifactWriter:
         self._header = self._build_header()
         _, end = layout.segment_offsets(self.manifest.segments)
         self.file_bytes = len(self._header) + end
-        _check_target(self.path)
+        check_output(self.path)
         sweep_stale(self.path.parent)
         _check_disk(self.path.parent, self.file_bytes)
         self._file, self._temporary = _create_temporary(self.path.parent)
@@ -301,11 +301,14 @@ def _is_at(file: int, place: Path) -> bool:
         return False
 
 
-def _check_target(path: Path) -> None:
+def check_output(path: Path) -> None:
+    """Refuse a path that no artifact can be published at. Raises OptionError."""
     if not path.parent.is_dir():
         raise OptionError("no such directory", where=str(path.parent), hint="create it first")
     if path.is_dir():
         raise OptionError("a directory has this name", where=str(path), hint="name a file")
+    if not os.access(path.parent, os.W_OK):
+        raise OptionError("cannot write here", where=str(path.parent), hint="write elsewhere")
 
 
 def _check_disk(directory: Path, need: int) -> None:

@@ -84,8 +84,7 @@ def export_command(source: str, kind: str, output: Path | None) -> None:
 
     output = default_output(source, f".{kind}") if output is None else output
     with Progress() as progress:
-        progress("export", 0.0)
-        export_checkpoint(source, output)
+        export_checkpoint(source, output, progress=progress)
     click.echo(f"{output}: {size_text(output.stat().st_size)}")
 
 

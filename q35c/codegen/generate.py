@@ -80,10 +80,9 @@ def generate(
         for schedule, plan in zip(schedules, plans, strict=True)
     }
     progress("kernels", 0.0)
-    functions = shared.functions()
-    progress("kernels", 0.5)
+    functions = shared.functions(lambda done: progress("kernels", done))
+    progress("machine code", 0.0)  # one call of the compiler
     code = build_shared(functions, programs, target.isa)
-    progress("kernels", 1.0)
     fields = {
         "target": {
             "name": target.name,

@@ -44,10 +44,13 @@ class Shared:
         """Return where a state tensor starts in every sequence's region."""
         return StateRef(self.state_offsets[tensor.name])
 
-    def functions(self) -> dict[str, Any]:
-        """Generate every requested kernel."""
-        isa = self.target.isa
-        return {name: make_kernel(*key, isa) for key, name in self.kernels.items()}
+    def functions(self, progress: Callable[[float], None]) -> dict[str, Any]:
+        """Generate every requested kernel; `progress` hears which part of them is done."""
+        made: dict[str, Any] = {}
+        for key, name in self.kernels.items():
+            made[name] = make_kernel(*key, self.target.isa)
+            progress(len(made) / len(self.kernels))
+        return made
 
     def weight(self, layout: str, *sources: Value) -> WeightRef:
         """Request a packed weight; equal requests share one."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +18,7 @@ from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 from q35c.errors import DiskRefused, InternalError, LoweringError, OptionError
 from q35c.export.lowerings import LOWERINGS
 from q35c.export.nodes import Nodes, element_type
+from q35c.export.staging import staging_folder
 from q35c.frontend.checkpoint import LoadFormat, open_checkpoint
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import size_bytes
@@ -90,8 +90,8 @@ def export_onnx(
         )
     model = lower_graph(graph)
     try:
-        with tempfile.TemporaryDirectory(prefix=".q35c-", dir=path.parent) as folder:
-            place = Path(folder) / path.name
+        with staging_folder(path.parent) as folder:
+            place = folder / path.name
             data = place.with_name(path.name + ".data")
             tensors = read_tensors(graph, read_weight, total, progress)
             if is_external:

@@ -112,7 +112,7 @@ def linear_role(
     outputs: Iterable[Value],
 ) -> str:
     """Return what a linear is for: from who reads it, else from what it reads."""
-    if op.result in outputs:
+    if op.kind == "linear" and op.result in outputs:
         return "head"
     if op.kind == "linear_swiglu":
         return "mlp_in"

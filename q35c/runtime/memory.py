@@ -22,6 +22,7 @@ from q35c.errors import MemoryRefused
 
 _SYSTEM = Path("/")
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.12 on
+_RUNTIME_BYTES = 1 << 20  # of a loaded model beside its plan: manifest, threads, Python objects
 _NO_LIMIT = 2**60  # cgroup v1 says "no limit" with a huge number
 
 
@@ -128,9 +129,13 @@ def used_cells(shape: tuple[int, ...], context: int, tokens: int) -> int:
 
 
 def needed_bytes(manifest: Manifest, context: int, batch: int) -> int:
-    """Return the bytes of the model with `batch` sequences of `context` tokens."""
+    """Return the bytes of the loaded model with `batch` sequences of `context` tokens.
+
+    At the compiled context and batch that is the manifest's peak, the code, and what this runtime adds.
+    """
     fixed = manifest.weights_bytes + manifest.arena_bytes + manifest.io.bytes
-    return fixed + batch * state_bytes(manifest, context)
+    own = manifest.segments["code"].bytes + _RUNTIME_BYTES
+    return fixed + own + batch * state_bytes(manifest, context)
 
 
 def check_memory(manifest: Manifest, context: int, batch: int, have: Available) -> None:

@@ -52,6 +52,29 @@ def test_refused_options(
 
 
 @pytest.mark.parametrize(
+    ("output", "dump", "said"),
+    [
+        ("absent/x.q35c", "ir", "no such directory"),
+        (".", "ir", "a directory has this name"),
+        ("x.q35c", "file", "cannot make the directory"),
+        ("x.q35c", "file/ir", "cannot make the directory"),
+    ],
+)
+def test_places_are_checked_before_the_work(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, dump: str, said: str
+) -> None:
+    def forbidden(_config: object) -> None:
+        raise AssertionError("the model was traced")
+
+    monkeypatch.setattr("q35c.compile.trace_model", forbidden)
+    (tmp_path / "file").write_text("")
+    result = run(
+        "compile", checkpoint("dense"), "-o", tmp_path / output, "--dump-ir", tmp_path / dump
+    )
+    assert (result.exit_code, said in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
     ("source", "said"),
     [
         ("./absent", "absent"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +78,41 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from q35c.compile import compile_model
 
     path = tmp_path_factory.mktemp("shipped") / "demo.q35c"
-    compile_model(CHECKPOINT, path, precision="bf16", context=256, batch=1)
+    compile_model(CHECKPOINT, path, precision="bf16", context=2048, batch=4)
     return path
 
 
 def test_trained_weights_keep_the_promise(shipped: Path) -> None:
     assert verify_artifact(shipped, CHECKPOINT, text=VERSE).failures == ()
+
+
+FILL_THE_PLAN = """
+import sys
+import q35c
+from q35c.runtime.memory import needed_bytes
+import q35c.runtime.model, q35c.runtime.session
+
+def resident(which):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) << 10 for line in file if line.startswith(which))
+
+before = resident("VmRSS")
+model = q35c.load(sys.argv[1])
+sessions = [model.session() for _ in range(model.batch)]
+for session in sessions:
+    # All kinds of tokens: otherwise rows of the embedding, and experts, are never touched.
+    session.prefill([i * 7919 % model.vocab_size for i in range(model.context - 1)])
+type(session).decode_together(sessions, [1] * model.batch)
+print(needed_bytes(model.manifest, model.context, model.batch), resident("VmHWM") - before)
+"""
+
+
+def test_the_planned_peak_is_the_measured_one(shipped: Path) -> None:
+    """R17: never less than what a whole batch at the full context takes, and at most a tenth more."""
+    command = [sys.executable, "-c", FILL_THE_PLAN, str(shipped)]
+    child = subprocess.run(command, capture_output=True, text=True, check=True)
+    planned, measured = map(int, child.stdout.split())
+    assert measured <= planned <= 1.1 * measured
 
 
 def test_the_shipped_model_knows_its_language(shipped: Path) -> None:

@@ -1,0 +1,184 @@
+"""Norm, rotation and the cache write before attention, against float64.
+
+Ten heads' shapes times six token counts, both forms; whatever of the cache is not written must stay as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from q35c.codegen.kernels.attention_prepare import attention_prepare
+from q35c.ir import reference
+from tests.kernels.harness import (
+    EACH_ISA,
+    Kernels,
+    assert_close,
+    build_kernels,
+    from_bf16,
+    guard,
+    to_bf16,
+)
+
+CONTEXT, EPS, KEYS_OFFSET = 128, 1e-6, 128  # the offset is in bytes
+TOKENS = (1, 2, 3, 5, 8, 33)
+START = 30  # the longest run crosses two blocks of 32 keys
+SLOTS = np.array([5, 0, 3, 1, 4, 2, 7, 6])
+STARTS = np.array([0, 1, 31, 32, 33, 64, 100, CONTEXT - 1])
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, key heads, head dim, rotated dims and cache type."""
+
+    Hq: int
+    Hkv: int
+    D: int
+    R: int
+    dtype: str = "f32"
+
+    @property
+    def element(self) -> type:
+        return np.float32 if self.dtype == "f32" else np.uint16
+
+    @property
+    def cache_words(self) -> int:
+        """Elements of the keys, and of the values, of one sequence."""
+        return self.Hkv * CONTEXT * self.D
+
+    @property
+    def region_words(self) -> int:
+        """Elements of one sequence's region: what comes before, keys, values, 64 bytes more."""
+        size = np.dtype(self.element).itemsize
+        return (KEYS_OFFSET + 64) // size + 2 * self.cache_words
+
+    @property
+    def values_offset(self) -> int:
+        return KEYS_OFFSET + self.cache_words * np.dtype(self.element).itemsize
+
+
+CASES = (
+    Heads(1, 1, 32, 2),
+    Heads(2, 1, 32, 30),
+    Heads(3, 1, 48, 16),
+    Heads(4, 2, 80, 20, "bf16"),
+    Heads(6, 2, 64, 16),
+    Heads(5, 5, 112, 28, "bf16"),
+    Heads(8, 4, 128, 32),
+    Heads(7, 7, 144, 36),
+    Heads(8, 1, 256, 64, "bf16"),
+    Heads(16, 2, 256, 64),
+)
+
+
+def scale_of(heads: Heads) -> float:
+    return float(np.float32(heads.D**-0.5))
+
+
+@pytest.fixture(scope="module", params=EACH_ISA)
+def kernels(request: Any) -> Kernels:
+    functions = {
+        f"{rows}_{index}": attention_prepare(
+            heads.Hq, heads.Hkv, heads.D, heads.R, EPS, scale_of(heads), heads.dtype, CONTEXT,
+            KEYS_OFFSET, heads.values_offset, rows, request.param,
+        )
+        for index, heads in enumerate(CASES)
+        for rows in ("sequence", "batch")
+    }  # fmt: skip
+    return build_kernels(functions, request.param)
+
+
+class Problem:
+    """Random rows of queries, keys and values, and the poisoned regions of eight sequences."""
+
+    def __init__(self, index: int, tokens: int) -> None:
+        self.heads = heads = CASES[index]
+        self.index, self.tokens = index, tokens
+        rng = np.random.default_rng(index * 100 + tokens)
+        widths = (heads.Hq * 2 * heads.D, heads.Hkv * heads.D, heads.Hkv * heads.D)
+        self.strides = [width + 16 * (tokens % 3) for width in widths]
+        rows = [rng.normal(0, 2, (tokens, stride)).astype(np.float32) for stride in self.strides]
+        self.rows = [guard(row) for row in rows]
+        exact = [row[:, :width] for row, width in zip(rows, widths, strict=True)]
+        norms = [rng.normal(0, 0.3, heads.D).astype(np.float32) for _ in range(2)]
+        self.norms = [guard(norm) for norm in norms]
+        angles = rng.uniform(-3, 3, (tokens, heads.R // 2))
+        table = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+        self.table = guard(table)
+        q, self.k, self.v, _ = reference.project_heads(
+            *(part.astype(np.float64) for part in (*exact, *norms, table)),
+            heads=heads.Hq, kv_heads=heads.Hkv, eps=EPS,
+        )  # fmt: skip
+        self.q = q.transpose(1, 0, 2).reshape(tokens, -1) * scale_of(heads)
+
+    def run(
+        self, kernels: Kernels, rows: str, slots: np.ndarray, starts: np.ndarray, threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the queries and all regions after one call."""
+        heads = self.heads
+        q = guard(np.zeros((self.tokens, heads.Hq * heads.D), np.float32), poison=True)
+        state = guard(np.zeros((len(SLOTS), heads.region_words), heads.element), poison=True)
+        units = heads.region_words * np.dtype(heads.element).itemsize // 64
+        kernels.call(
+            f"{rows}_{self.index}", *self.rows, *self.norms, self.table, q, state,
+            guard(slots.astype(np.int64) * units), guard(starts.astype(np.int32)),
+            self.tokens, *self.strides, threads=threads,
+        )  # fmt: skip
+        return q, state
+
+    def check_cache(self, state: np.ndarray, cells: list[tuple[int, int]]) -> None:
+        """Compare what each row left at its (sequence, cell); nothing else may have changed."""
+        heads = self.heads
+        words = np.array(state).view(f"u{state.itemsize}")
+        poison, first = (
+            words.dtype.type(-1 % 2 ** (8 * state.itemsize)),
+            KEYS_OFFSET // state.itemsize,
+        )
+        parts = [words[:, first + i * heads.cache_words :][:, : heads.cache_words] for i in (0, 1)]
+        keys = parts[0].reshape(-1, heads.Hkv, CONTEXT // 32, heads.D, 32)
+        values = parts[1].reshape(-1, heads.Hkv, CONTEXT, heads.D)
+        for row, (sequence, cell) in enumerate(cells):
+            key = keys[sequence, :, cell // 32, :, cell % 32]
+            value = values[sequence, :, cell]
+            self.check_key(key, self.k[:, row])
+            exact = self.v[:, row].astype(np.float32)
+            kept = exact.view(np.uint32) if heads.dtype == "f32" else to_bf16(exact)
+            np.testing.assert_array_equal(value, kept)
+            key[...] = value[...] = poison
+        assert (words == poison).all(), "something else was written"
+
+    def check_key(self, key: np.ndarray, want: np.ndarray) -> None:
+        if self.heads.dtype == "f32":
+            assert_close(key.copy().view(np.float32), want)
+        else:  # rounded from f32: at most half a step of bf16, and the f32 error
+            error = np.abs(from_bf16(key) - want)
+            assert (error <= 2.0**-8 * 1.001 * np.abs(want) + 1e-7).all()
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
+def test_a_run_is_appended(kernels: Kernels, index: int, tokens: int) -> None:
+    problem = Problem(index, tokens)
+    outputs = []
+    for threads in (1, 2, 3):
+        q, state = problem.run(kernels, "sequence", np.array([2]), np.array([START]), threads)
+        outputs.append(q.tobytes() + state.tobytes())
+    assert_close(q, problem.q)
+    problem.check_cache(state, [(2, START + row) for row in range(tokens)])
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize("tokens", [count for count in TOKENS if count <= len(SLOTS)])
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
+def test_rows_of_a_batch_are_sequences(kernels: Kernels, index: int, tokens: int) -> None:
+    problem = Problem(index, tokens)
+    outputs = []
+    for threads in (1, 2, 3):
+        q, state = problem.run(kernels, "batch", SLOTS[:tokens], STARTS[:tokens], threads)
+        outputs.append(q.tobytes() + state.tobytes())
+    assert_close(q, problem.q)
+    problem.check_cache(state, list(zip(SLOTS[:tokens], STARTS[:tokens], strict=True)))
+    assert outputs[0] == outputs[1] == outputs[2]
