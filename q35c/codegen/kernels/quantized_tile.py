@@ -52,8 +52,13 @@ _WORDS = _SET // 4  # words of a row that they meet
 class IntegerProduct(Product):
     """A product of rows rounded to int8 with integer weights; X counts in int32 words."""
 
-    element = "int32"
-    x_element = "int32"
+    @property
+    def element(self) -> str:
+        return "int32"
+
+    @property
+    def x_element(self) -> str:
+        return "int32"
 
     @property
     def form(self) -> IntegerFormat:

@@ -51,7 +51,9 @@ _GROUP = 8  # tall tiles that one chunk serves; their partial sums take 6 KiB
 class FloatProduct(Product):
     """A product of f32 rows with f32 or bf16 weights."""
 
-    x_element = "float32"
+    @property
+    def x_element(self) -> str:
+        return "float32"
 
     @property
     def lines(self) -> int:
