@@ -23,6 +23,7 @@ BLOCK = 32  # output rows per block
 SLICE_BYTES = 1 << 20  # f32 bytes converted at a time: they stay in the cache
 
 Job = Callable[[], np.ndarray]
+Pack = Callable[[np.ndarray, str], np.ndarray]  # f32 [n * 32, K], format -> packed blocks
 Read = Callable[[str, int, int], np.ndarray]  # name, first row, end row -> float32
 
 
@@ -57,7 +58,7 @@ class PackedWeight:
             channels, _, taps = self.source_shapes[0]
             return taps, channels
         experts = self.source_shapes[0][:1] if self.layout.startswith("experts") else ()
-        return (*experts, self.blocks, *self._block_shape(self.source_shapes[0][-1]))
+        return (*experts, self.blocks, *self._block_shape(self.inputs))
 
     def _block_shape(self, inputs: int) -> tuple[int, ...]:
         if form := integer_format(self.dtype):
@@ -84,8 +85,12 @@ class PackedWeight:
         """Yield the stored bytes in order, a slice at a time."""
         return (job() for job in self.jobs(read))
 
-    def jobs(self, read: Read) -> Iterator[Job]:
-        """Yield functions that make the slices; they share nothing, so threads may run several at once."""
+    def jobs(self, read: Read, pack: Pack | None = None) -> Iterator[Job]:
+        """Yield functions that make the slices; they share nothing, so threads may run several at once.
+
+        `pack` does what `pack_blocks` does.
+        """
+        pack = pack_blocks if pack is None else pack
         if self.layout == "vector":
             yield lambda: read(self.sources[0], 0, self.source_shapes[0][0])
         elif self.layout == "conv":
@@ -94,21 +99,26 @@ class PackedWeight:
             )
         elif self.layout.startswith("experts"):
             for expert in range(self.source_shapes[0][0]):
-                yield partial(self._pack_expert, read, expert)
+                yield partial(self._pack_expert, read, pack, expert)
         else:
             for first in range(0, self.blocks, self._slice_blocks):
                 count = min(self._slice_blocks, self.blocks - first)
-                yield partial(self._pack_rows, read, first, count)
+                yield partial(self._pack_rows, read, pack, first, count)
 
     @property
     def _slice_blocks(self) -> int:
         """Blocks that are converted at a time."""
-        return max(1, SLICE_BYTES // (4 * BLOCK * self.source_shapes[0][-1]))
+        return max(1, SLICE_BYTES // (4 * BLOCK * self.inputs))
 
-    def _pack_rows(self, read: Read, first: int, count: int) -> np.ndarray:
-        return pack_blocks(self._rows(read, first, count), self.dtype)
+    @property
+    def inputs(self) -> int:
+        """Values of a row of the checkpoint's tensors."""
+        return self.source_shapes[0][-1]
 
-    def _pack_expert(self, read: Read, expert: int) -> np.ndarray:
+    def _pack_rows(self, read: Read, pack: Pack, first: int, count: int) -> np.ndarray:
+        return pack(self._rows(read, first, count), self.dtype)
+
+    def _pack_expert(self, read: Read, pack: Pack, expert: int) -> np.ndarray:
         """Pack one expert: it is read whole, because a checkpoint may store it in one piece."""
         whole = read(self.sources[0], expert, expert + 1)[0]
         half = whole.shape[0] // 2
@@ -119,7 +129,7 @@ class PackedWeight:
                 rows = stack([whole], first * BLOCK, count * BLOCK)
             else:
                 rows = interleave(whole[:half], whole[half:], first, count)
-            parts.append(pack_blocks(rows, self.dtype))
+            parts.append(pack(rows, self.dtype))
         return np.concatenate(parts)
 
     def _rows(self, read: Read, first: int, count: int) -> np.ndarray:

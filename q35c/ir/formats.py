@@ -21,7 +21,7 @@ SCALE_BITS = (
 
 # What the value of largest magnitude becomes, tried in turn, as shares of half the range: -1 uses all codes, the
 # positive top code one less; more clips it in favour of the many small values, less rounds it more finely.
-_TOP_SHARES: dict[int, tuple[float, ...]] = {
+TOP_SHARES: dict[int, tuple[float, ...]] = {
     4: (-1.0, -0.925, -1.075, 0.875, 0.95),
     6: (-1.0, -0.96),
     8: (-127 / 128,),
@@ -91,12 +91,12 @@ def quantize_weight(rows: Array, form: IntegerFormat) -> tuple[Array, Array]:
     Of a few scales each group takes the one with the least squared error.
     """
     groups = split_groups(np.asarray(rows, np.float32), form.group)
-    place = np.abs(groups).argmax(-1)[..., None]
-    top = np.take_along_axis(groups, place, -1)[..., 0]
+    high, low = groups.max(-1), groups.min(-1)
+    top = np.where(high >= -low, high, low)
     best = np.full(top.shape, np.inf, np.float32)
     codes = np.zeros(groups.shape, np.int8)
     scales = np.zeros(top.shape, np.float32)
-    for share in _TOP_SHARES[form.bits]:
+    for share in TOP_SHARES[form.bits]:
         scale = round_bf16(top * np.float32(1 / (share * form.zero_point)))
         tried = encode(groups, scale, form)
         error = np.square(groups - tried * scale[..., None]).sum(-1)

@@ -1,0 +1,46 @@
+"""The compiled packer does what `pack_blocks` defines, on row lengths around every edge."""
+
+import numpy as np
+import pytest
+
+from q35c.codegen.pack import PackedWeight, group_bytes, pack_blocks
+from q35c.compile import load_packer
+from q35c.ir.formats import integer_format
+
+LENGTHS = (1, 31, 32, 64, 100, 129, 320)
+FORMATS = ("i4g32", "i4g128", "i6g64", "i8g64")
+
+
+def weight_of(inputs: int, dtype: str) -> PackedWeight:
+    return PackedWeight("w", "linear", dtype, ("source",), ((96, inputs),))
+
+
+@pytest.fixture(scope="module")
+def pack():
+    return load_packer([weight_of(inputs, dtype) for inputs in LENGTHS for dtype in FORMATS])
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("inputs", LENGTHS)
+def test_packer(pack, inputs: int, dtype: str) -> None:
+    rng = np.random.default_rng(inputs)
+    rows = rng.standard_normal((96, inputs)).astype(np.float32) * np.float32(0.02)
+    rows[3] = 0
+    rows[4] *= np.float32(1e-12)
+    rows[5, :] = np.abs(rows[5])
+    got, want = pack(rows, dtype), pack_blocks(rows, dtype)
+    assert got.shape == want.shape == (3, *group_shape(inputs, dtype))
+    # Two scales with the same error but for rounding may be taken for one another: a group in thousands.
+    assert (got != want).any(-1).mean() <= 0.01
+
+
+def group_shape(inputs: int, dtype: str) -> tuple[int, int]:
+    form = integer_format(dtype)
+    assert form is not None
+    return form.groups(inputs), group_bytes(form)
+
+
+def test_floating_rows_need_no_compiled_packer() -> None:
+    rows = np.ones((32, 7), np.float32)
+    pack = load_packer([weight_of(7, "bf16")])
+    np.testing.assert_array_equal(pack(rows, "bf16"), pack_blocks(rows, "bf16"))
