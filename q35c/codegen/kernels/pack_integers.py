@@ -7,7 +7,6 @@ vector instructions for 16 values and scale. It runs while compiling, not in an 
 
 from __future__ import annotations
 
-
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
