@@ -27,7 +27,11 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
     "x86-64-v4-vnni or x86-64-v4-bf16.",
 )
 @click.option(
-    "--precision", default="bf16", show_default=True, help="How weights are stored: f32 or bf16."
+    "--precision",
+    default="bf16",
+    show_default=True,
+    help="How weights are stored: f32, bf16, w8 (8 bits), w4 (4 bits, sensitive ones 6) or w4-small "
+    "(4 bits wherever possible).",
 )
 @click.option(
     "--context", type=int, help="Most tokens of a sequence [4096, or the model's own limit]."
@@ -54,7 +58,7 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
 
     \b
     Examples:
-      q35c compile ./Qwen3.5-0.8B -o model.q35c
+      q35c compile ./Qwen3.5-0.8B -o model.q35c --precision w4
       q35c compile ./Qwen3.5-0.8B --target cpu:x86-64-v4 --context 32768
       q35c compile qwen3.5-0.8b --load-format dummy -o speed.q35c
     """

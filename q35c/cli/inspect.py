@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def describe_manifest(manifest: Any) -> str:
         f"{config.vocab_size}, {experts}",
         "layers": f"{config.num_hidden_layers}: {kinds}",
         "target": f"{manifest.target.name} ({' '.join(manifest.target.cpu_features)})",
-        "precision": manifest.precision,
+        "precision": f"{manifest.precision}: {describe_formats(manifest)}",
         "limits": f"{manifest.context} tokens a sequence, {manifest.batch} sequences, "
         f"{manifest.max_threads} threads",
         "entries": "; ".join(entries),
@@ -108,6 +109,18 @@ def describe_manifest(manifest: Any) -> str:
         ),
     }
     return "\n".join(f"  {name:<10} {fact}" for name, fact in facts.items())
+
+
+def describe_formats(manifest: Any) -> str:
+    """Return the bits per weight, scales included, and how much is stored in each format."""
+    from q35c.frontend.tensors import expected_tensors
+
+    sizes: Counter[str] = Counter()
+    for weight in manifest.weights:
+        sizes[weight.layout.rpartition(" ")[2]] += weight.bytes
+    count = sum(math.prod(shape) for shape in expected_tensors(manifest.model).values())
+    formats = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.most_common())
+    return f"{8 * sum(sizes.values()) / count:.2f} bits a weight ({formats})"
 
 
 def describe_kernels(manifest: Any) -> str:

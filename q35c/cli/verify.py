@@ -41,8 +41,9 @@ def verify_command(
     """Compare ARTIFACT with eager PyTorch in float32 running SOURCE, what it was compiled from.
 
     Exits with 1 where the promise of the artifact's precision is not kept: f32 within 1e-3 of the
-    logits' range and the same likeliest tokens outside ties, bf16 a mean KL of at most 1e-3; and
-    prefill and decode must agree with scoring the whole sequence at once.
+    logits' range and the same likeliest tokens outside ties, bf16 and w8 a mean KL of at most 1e-3 nats,
+    w4 0.02 and w4-small 0.06 on text of the kind that the model knows; and prefill and decode must agree
+    with scoring the whole sequence at once.
 
     \b
     Examples:
