@@ -310,7 +310,7 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     low.call(("attention", parameters), args, [y, scratch], [keys, values])
     if is_batch:
         args = [scratch, view[q_gate], y, y.rows, stride(view[q_gate]), stride(y)]
-        low.call(("attention_combine", {**heads, "splits": splits}), args, [y])
+        low.call(("attention_combine", {**heads, "kv_dtype": shared.policy.cache, "splits": splits}), args, [y])
 
 
 def lower_sparse_moe(low: Lowering, op: Op) -> None:

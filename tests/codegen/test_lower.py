@@ -35,7 +35,7 @@ def test_every_size_lowers(name: str) -> None:
             module = run_pipeline(traced, policy)
             target = find_target(f"cpu:{level}")
             entries = describe_entries(module, target, limits)
-            state = layout.state_layout(describe_state(module, policy, CONTEXT))
+            state = layout.state_layout(describe_state(module, policy, CONTEXT, target.isa))
             offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
             tokens = max(entry["max_tokens"] for entry in entries)
             shared = Shared(target, policy.cache, CONTEXT, tokens, offsets)

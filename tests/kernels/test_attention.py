@@ -67,7 +67,7 @@ CASES = (
 
 def functions(heads: Heads, isa) -> dict:
     """Generate all kernels of one case."""
-    made = {"combine": attention_combine(heads.Hq, heads.Hkv, heads.D, SPLITS, isa)}
+    made = {"combine": attention_combine(heads.Hq, heads.Hkv, heads.D, heads.dtype, SPLITS, isa)}
     for rows, splits in (("sequence", 1), ("batch", SPLITS)):
         shape = {"Hq": heads.Hq, "Hkv": heads.Hkv, "D": heads.D, "rows": rows, **heads.cache}
         scale = heads.D**-0.5
