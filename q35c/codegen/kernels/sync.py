@@ -138,8 +138,8 @@ define linkonce_odr hidden float @q35c_max_f32x16(<16 x float> %x) alwaysinline 
   ret float %r
 }
 
-define linkonce_odr hidden i32 @q35c_prefetch(ptr %address) alwaysinline {
-  call void @llvm.prefetch.p0(ptr %address, i32 0, i32 3, i32 1)
+define linkonce_odr hidden i32 @q35c_prefetch_l2(ptr %address) alwaysinline {
+  call void @llvm.prefetch.p0(ptr %address, i32 0, i32 2, i32 1)
   ret i32 0
 }
 """
