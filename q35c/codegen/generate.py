@@ -136,7 +136,7 @@ def stored_state(value: Value, policy: Policy, context: int, isa: Isa) -> dict[s
     dims = value.type.shape[1:]
     if kind not in ("keys", "values"):
         return {"name": value.name, "dtype": "f32", "shape": list(dims), "growth": "fixed"}
-    _, heads, head_dim = dims
+    heads, head_dim = (int(d) for d in dims[1:])  # type: ignore[arg-type]
     return {
         "name": value.name,
         "dtype": policy.cache,

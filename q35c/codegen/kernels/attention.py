@@ -270,7 +270,9 @@ def merge_split(shape, w, part, best, merged):
     factor: T.let[T.float32] = weight_of(shape, w[part + shape.D] - best[0])
     best[1] = best[1] + w[part + shape.D + 1] * factor
     for v in T.serial(shape.D // L):
-        merged[ramp(v * L, L)] = merged[ramp(v * L, L)] + w[ramp(part + v * L, L)] * splat(factor, L)
+        merged[ramp(v * L, L)] = merged[ramp(v * L, L)] + w[ramp(part + v * L, L)] * splat(
+            factor, L
+        )
 
 
 def attention(
@@ -317,9 +319,7 @@ def attention(
     return attention_kernel
 
 
-def attention_combine(
-    Hq: int, Hkv: int, D: int, kv_dtype: str, splits: int, isa: Isa
-) -> PrimFunc:
+def attention_combine(Hq: int, Hkv: int, D: int, kv_dtype: str, splits: int, isa: Isa) -> PrimFunc:
     """Make the kernel (SCRATCH, QG, Y, T, ld_qg, ld_y, tid, nt) that merges the splits of each (row, head)."""
     shape = attention_shape(Hq, Hkv, D, kv_dtype, CELLS, 0, 0, "batch", splits, isa)
     L = isa.lanes

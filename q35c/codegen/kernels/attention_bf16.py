@@ -22,12 +22,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from tvm.script import tirx as T
 
 from q35c.codegen.kernels.attention_shape import CELLS, AttentionShape
-from q35c.codegen.kernels.common import STACK, Expr, ceil_div, from_bits, horner, hsum, let, ramp, splat
+from q35c.codegen.kernels.common import (
+    STACK,
+    Expr,
+    ceil_div,
+    from_bits,
+    horner,
+    hsum,
+    let,
+    ramp,
+    splat,
+)
 
 LOWEST = -1e30  # below any score; a real -inf would make NaN of inf - inf
 _L = 16  # lanes; a vector of the cache has as many pairs
@@ -61,9 +70,7 @@ def power_of_two(x: Expr, shift: Expr) -> Expr:
     """Return 2^(x - shift) for a whole shift: the mantissa does not depend on it."""
 
     def split(x: Expr, whole: Expr) -> Expr:
-        mantissa = let(
-            x - whole, lambda f: horner(f, _POWER_TAIL, _L) * f + splat(1.0, _L)
-        )
+        mantissa = let(x - whole, lambda f: horner(f, _POWER_TAIL, _L) * f + splat(1.0, _L))
         return scale_by_power(mantissa, whole - shift)
 
     return let(x, lambda x: let(T.nearbyint(x), lambda whole: split(x, whole)))
@@ -145,9 +152,8 @@ def attend_paired(
                 value = shape.cache.value(base, kv_head, cell)
                 _add_values(work, state, value, blocks, end_cell - cell)
             _finish(work)
-        with T.Else():
-            with T.serial(work.live_rows) as row:
-                T.buffer_store(sums, T.float32(LOWEST), [work.row(row) + shape.D])
+        with T.Else(), T.serial(work.live_rows) as row:
+            T.buffer_store(sums, T.float32(LOWEST), [work.row(row) + shape.D])
 
 
 def _pack_queries(work: Work, q: Expr, first: Expr, kv_head: Expr, tokens: Expr) -> None:
@@ -254,29 +260,28 @@ def _soften(work: Work, row: Expr) -> None:
 
 def _add_values(work: Work, state: Expr, values: Expr, blocks: Expr, cells: Expr) -> None:
     """Emit sums = sums * factor + weights V, over all dims; pairs without a cell are not read."""
-    shape, width = work.shape, work.shape.cache.value_width
-    with T.serial(T.int64(shape.D // width)) as group:
-        with T.serial(work.live_tiles) as tile:
-            acc = _tile(work, width // _L)
-            rows = [T.Bind(tile * shape.tile_rows + r) for r in range(shape.tile_rows)]
-            places = [T.Bind(work.row(row) + group * width) for row in rows]
-            for r, row in enumerate(rows):
-                factor = T.Bind(work.factor[row, ramp(0, _L)])
-                for j in range(width // _L):
-                    value = work.sums[ramp(places[r] + j * _L, _L)] * factor
-                    T.buffer_store(acc, value, [r, j, ramp(0, _L)])
-            with T.serial(blocks) as block:
-                panel = T.Bind(values + block * (shape.D * _PAIRS) + group * (_PAIRS * width))
-                left = T.truncdiv(cells - block * CELLS + 1, 2)
-                with T.serial(T.min(left, T.int64(_PAIRS))) as pair:
-                    at = T.Bind(panel + pair * width)
-                    _fetch(work, state, at, width // _L)
-                    words = [state[ramp(at + j * _L, _L)] for j in range(width // _L)]
-                    column = block * _PAIRS + pair
-                    _multiply(acc, words, [work.weights[row, column] for row in rows])
-            for r, place in enumerate(places):
-                for j in range(width // _L):
-                    T.buffer_store(work.sums, acc[r, j, ramp(0, _L)], [ramp(place + j * _L, _L)])
+    shape, width = work.shape, work.shape.value_width
+    with T.serial(T.int64(shape.D // width)) as group, T.serial(work.live_tiles) as tile:
+        acc = _tile(work, width // _L)
+        rows = [T.Bind(tile * shape.tile_rows + r) for r in range(shape.tile_rows)]
+        places = [T.Bind(work.row(row) + group * width) for row in rows]
+        for r, row in enumerate(rows):
+            factor = T.Bind(work.factor[row, ramp(0, _L)])
+            for j in range(width // _L):
+                value = work.sums[ramp(places[r] + j * _L, _L)] * factor
+                T.buffer_store(acc, value, [r, j, ramp(0, _L)])
+        with T.serial(blocks) as block:
+            panel = T.Bind(values + block * (shape.D * _PAIRS) + group * (_PAIRS * width))
+            left = T.truncdiv(cells - block * CELLS + 1, 2)
+            with T.serial(T.min(left, T.int64(_PAIRS))) as pair:
+                at = T.Bind(panel + pair * width)
+                _fetch(work, state, at, width // _L)
+                words = [state[ramp(at + j * _L, _L)] for j in range(width // _L)]
+                column = block * _PAIRS + pair
+                _multiply(acc, words, [work.weights[row, column] for row in rows])
+        for r, place in enumerate(places):
+            for j in range(width // _L):
+                T.buffer_store(work.sums, acc[r, j, ramp(0, _L)], [ramp(place + j * _L, _L)])
 
 
 def _finish(work: Work) -> None:

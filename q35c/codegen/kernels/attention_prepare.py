@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.attention_shape import CELLS, Cache, PairedCache, make_cache
+from q35c.codegen.kernels.attention_shape import CELLS, Cache, PairedCache, make_cache, value_width
 from q35c.codegen.kernels.common import STACK, hsum, narrow, ramp, share, splat, vrsqrt
 
 
@@ -77,9 +77,13 @@ def store_paired_cell(cache, state, base, kv_head, cell, is_last, head, v, row, 
     """
     block: T.let[T.int64] = T.shift_right(cell, T.int64(5))
     lane: T.let[T.int64] = T.bitwise_and(cell, T.int64(CELLS - 1))
-    W, L = T.meta_var(cache.value_width), T.meta_var(16)
+    W, L = T.meta_var(value_width(cache.D)), T.meta_var(16)
     keys: T.let[T.int64] = (cache.key(base, kv_head, block) + lane) * 2
-    values: T.let[T.int64] = cache.value(base, kv_head, cell) * 2 + T.shift_right(lane, T.int64(1)) * (2 * W) + T.bitwise_and(lane, T.int64(1))
+    values: T.let[T.int64] = (
+        cache.value(base, kv_head, cell) * 2
+        + T.shift_right(lane, T.int64(1)) * (2 * W)
+        + T.bitwise_and(lane, T.int64(1))
+    )
     halves = T.alloc_buffer((cache.D,), "uint16", annotations=STACK)
     for i in T.serial(cache.D // L):
         halves[ramp(i * L, L)] = narrow(head[ramp(i * L, L)], L)

@@ -80,11 +80,6 @@ class PairedCache(Cache):
     def element_bytes(self) -> int:
         return 4
 
-    @property
-    def value_width(self) -> int:
-        """Dims of one column of a values block."""
-        return 32 if self.D % 32 == 0 else 16
-
     def key(self, base: Expr, head: Expr, block: Expr) -> Expr:
         """Return the first word of a block of 32 keys: [D / 2, 32]."""
         return base + self.k_offset_bytes // 4 + self._block(head, block)
@@ -96,6 +91,11 @@ class PairedCache(Cache):
 
     def _block(self, head: Expr, block: Expr) -> Expr:
         return (head * (self.context // CELLS) + block) * (self.D * CELLS // 2)
+
+
+def value_width(D: int) -> int:
+    """Return the dims of one column of a paired values block."""
+    return 32 if D % 32 == 0 else 16
 
 
 def is_paired(kv_dtype: str, isa: Isa) -> bool:
@@ -160,6 +160,11 @@ class AttentionShape:
     def rows(self) -> int:
         """Query rows of a task: tokens by heads of the group."""
         return self.query_tokens * self.group
+
+    @property
+    def value_width(self) -> int:
+        """Dims of one column of a paired values block."""
+        return value_width(self.D)
 
     @property
     def tile_rows(self) -> int:
