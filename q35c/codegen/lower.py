@@ -309,7 +309,7 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     if is_batch:
         args = [scratch, view[q_gate], y, y.rows, stride(view[q_gate]), stride(y)]
         low.call(
-            ("attention_combine", {**heads, "kv_dtype": shared.policy.cache, "splits": splits}),
+            ("attention_combine", {**heads, "kv_dtype": shared.cache, "splits": splits}),
             args,
             [y],
         )
