@@ -7,6 +7,9 @@ of 32 keys while it is in L1, in register tiles of 4 rows. Only a [4, 32] piece 
 cells are further split into `splits` parts that `attention_combine` merges, so that threads share one sequence.
 Cells that were never written are selected away, never multiplied: they may hold anything.
 
+This file has the tasks, the combine, and the form that computes in f32. For a cache of bf16 pairs (`is_paired`) a task
+is done by attention_bf16.py instead, in steps of 64 cells and with its maxima in powers of two.
+
 Limit: FMA rate in prefill (4 T S D per head); bandwidth of the cache, 2 S D elements per key head, in decode.
 """
 
