@@ -259,11 +259,14 @@ def check_consistent(manifest: Manifest) -> None:
             raise refuse(path, "size is not a multiple of 64", got=size)
 
 
-def expected_state(config: ModelConfig, context: int) -> Counter[tuple[str, tuple[int, ...]]]:
+def expected_state(
+    config: ModelConfig, context: int, has_paired_cache: bool = False
+) -> Counter[tuple[str, tuple[int, ...]]]:
     """Return how many state tensors of each growth and shape a model has.
 
     Per linear-attention layer the conv inputs f32[K-1, C] and the delta state f32[Hv, Dk, Dv]; per
-    full-attention layer the keys [Hkv, context/32, D, 32] and the values [Hkv, context, D].
+    full-attention layer the keys [Hkv, context/32, D, 32] and the values [Hkv, context, D], or in a
+    cache of bf16 pairs as the keys.
     """
     key_dim = config.linear_num_key_heads * config.linear_key_head_dim
     value_dim = config.linear_num_value_heads * config.linear_value_head_dim
@@ -275,7 +278,7 @@ def expected_state(config: ModelConfig, context: int) -> Counter[tuple[str, tupl
     )
     heads, dim = config.num_key_value_heads, config.head_dim
     keys = (heads, context // layout.CELL, dim, layout.CELL)
-    values = (heads, context, dim)
+    values = keys if has_paired_cache else (heads, context, dim)
     shapes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for kind in config.layer_types:
         if kind == LINEAR:
@@ -316,7 +319,12 @@ def _check_state(manifest: Manifest) -> None:
     _check_equal("$.state.bytes", manifest.state.bytes, total)
     _check_unique("$.state.tensors", [tensor.name for tensor in tensors])
     found = Counter((tensor.growth, tensor.shape) for tensor in tensors)
-    _check_equal("$.state.tensors", found, expected_state(manifest.model, manifest.context))
+    # Kernels for instructions on bf16 pairs keep a bf16 cache in pairs.
+    has_pairs = "avx512_bf16" in manifest.target.cpu_features and any(
+        tensor.growth == "context" and tensor.dtype == "bf16" for tensor in tensors
+    )
+    expected = expected_state(manifest.model, manifest.context, has_pairs)
+    _check_equal("$.state.tensors", found, expected)
     for index, tensor in enumerate(tensors):
         if tensor.growth == "fixed" and tensor.dtype != "f32":
             raise refuse(f"$.state.tensors[{index}].dtype", "recurrent state must be f32")

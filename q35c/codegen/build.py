@@ -18,7 +18,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, compilation_pipeline
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.sync import SUPPORT_IR, barrier
+from q35c.codegen.kernels.sync import BF16_IR, SUPPORT_IR, barrier
 from q35c.codegen.program import BARRIER_FUNCTION, kernel_symbol
 from q35c.errors import ToolchainError
 
@@ -62,15 +62,16 @@ def compile_module(
     members = {kernel_symbol(name): functions[name] for name in sorted(functions)}
     members[BARRIER_FUNCTION] = barrier()
     for name in sorted(entries):
-        members[tvm.ir.GlobalVar(name)] = _with_support(entries[name])
+        members[tvm.ir.GlobalVar(name)] = _with_support(entries[name], isa)
     target = tvm.target.Target(
         {"kind": "llvm", "mcpu": isa.llvm_cpu, "mattr": list(isa.llvm_features)}
     )
     return tirx.build(tvm.IRModule(members), target=target, pipeline=_PIPELINE)
 
 
-def _with_support(entry: Any) -> PrimFunc:
-    body = tirx.AttrStmt(T.int32(0), "pragma_import_llvm", tvm.ir.StringImm(SUPPORT_IR), entry.body)
+def _with_support(entry: Any, isa: Isa) -> PrimFunc:
+    support = SUPPORT_IR + (BF16_IR if isa.has_bf16 else "")
+    body = tirx.AttrStmt(T.int32(0), "pragma_import_llvm", tvm.ir.StringImm(support), entry.body)
     return entry.with_body(body)
 
 

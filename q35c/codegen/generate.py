@@ -9,6 +9,8 @@ from typing import Any
 from q35c.artifact import layout
 from q35c.artifact.writer import WeightEntry, place_weights
 from q35c.codegen.build import build_shared
+from q35c.codegen.isa.x86 import Isa
+from q35c.codegen.kernels.attention_shape import stored_shape
 from q35c.codegen.lower import Lowering, Shared
 from q35c.codegen.pack import BLOCK, PackedWeight
 from q35c.codegen.program import program_entry
@@ -56,7 +58,7 @@ def generate(
     """Lower every entry, plan its memory, build one shared object."""
     progress("lower", 0.0)
     entries = describe_entries(module, target, limits)
-    state = layout.state_layout(describe_state(module, policy, limits.context))
+    state = layout.state_layout(describe_state(module, policy, limits.context, target.isa))
     tokens = max(entry["max_tokens"] for entry in entries)
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
     shared = Shared(target, policy.cache, limits.context, tokens, offsets)
@@ -120,26 +122,25 @@ def describe_entries(module: Module, target: Target, limits: Limits) -> list[dic
     ]
 
 
-def describe_state(module: Module, policy: Policy, context: int) -> list[dict[str, Any]]:
-    """Return the stored shape of every state tensor: keys by blocks of 32 cells, values by cell.
+def describe_state(module: Module, policy: Policy, context: int, isa: Isa) -> list[dict[str, Any]]:
+    """Return the stored shape of every state tensor, in the layout that the kernels for `isa` use.
 
     What does not grow comes first, so that a short session keeps it together in huge pages.
     """
-    tensors = [stored_state(v, policy, context) for v in module.entries[0].leaves("state")]
+    tensors = [stored_state(v, policy, context, isa) for v in module.entries[0].leaves("state")]
     return sorted(tensors, key=lambda tensor: tensor["growth"] == "context")
 
 
-def stored_state(value: Value, policy: Policy, context: int) -> dict[str, Any]:
+def stored_state(value: Value, policy: Policy, context: int, isa: Isa) -> dict[str, Any]:
     kind = value.name.rpartition(".")[2]
     dims = value.type.shape[1:]
     if kind not in ("keys", "values"):
         return {"name": value.name, "dtype": "f32", "shape": list(dims), "growth": "fixed"}
-    _, heads, head_dim = dims
-    cells = [context // BLOCK, head_dim, BLOCK] if kind == "keys" else [context, head_dim]
+    heads, head_dim = (int(d) for d in dims[1:])  # type: ignore[arg-type]
     return {
         "name": value.name,
         "dtype": policy.cache,
-        "shape": [heads, *cells],
+        "shape": stored_shape(kind, heads, head_dim, context, policy.cache, isa),
         "growth": "context",
     }
 

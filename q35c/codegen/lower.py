@@ -20,8 +20,6 @@ from q35c.ir.formats import integer_format
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import SymDim, count
 
-DECODE_SPLITS = 4  # parts of the context that the threads share when a decode step attends to it
-
 
 @dataclass(slots=True)
 class Shared:
@@ -303,14 +301,18 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     low.call(("attention_prepare", parameters), args, [q], [keys, values])
 
     is_batch = op.attrs["rows"] == "batch"
-    splits = DECODE_SPLITS if is_batch else 1
+    splits = shared.target.decode_splits(op.attrs["kv_heads"], shared.context) if is_batch else 1
     parameters = {**heads, **cache, "splits": splits}
     y, scratch = low.output(op.result), low.scratch("attention", **parameters)
     args = [q, view[q_gate], *where, y, scratch, y.rows, stride(view[q_gate]), stride(y)]
     low.call(("attention", parameters), args, [y, scratch], [keys, values])
     if is_batch:
         args = [scratch, view[q_gate], y, y.rows, stride(view[q_gate]), stride(y)]
-        low.call(("attention_combine", {**heads, "splits": splits}), args, [y])
+        low.call(
+            ("attention_combine", {**heads, "kv_dtype": shared.cache, "splits": splits}),
+            args,
+            [y],
+        )
 
 
 def lower_sparse_moe(low: Lowering, op: Op) -> None:

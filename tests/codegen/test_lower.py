@@ -35,7 +35,7 @@ def test_every_size_lowers(name: str) -> None:
             module = run_pipeline(traced, policy)
             target = find_target(f"cpu:{level}")
             entries = describe_entries(module, target, limits)
-            state = layout.state_layout(describe_state(module, policy, CONTEXT))
+            state = layout.state_layout(describe_state(module, policy, CONTEXT, target.isa))
             offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
             tokens = max(entry["max_tokens"] for entry in entries)
             shared = Shared(target, policy.cache, CONTEXT, tokens, offsets)
@@ -47,3 +47,14 @@ def test_every_size_lowers(name: str) -> None:
             assert {family_name for family_name, _ in shared.kernels} <= set(FAMILIES)
             # All layers of a kind share their kernels, so more layers would not add any.
             assert len(shared.kernels) <= 40
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 32, 64])
+def test_decode_splits_suit_every_thread_count(kv_heads: int) -> None:
+    target = find_target("cpu:x86-64-v3")
+    tasks = target.decode_splits(kv_heads, 32768) * kv_heads
+    for threads in range(1, target.max_threads + 1):
+        busiest = -(-tasks // threads)
+        assert busiest * threads <= 1.5 * tasks
+    assert target.decode_splits(kv_heads, 64) == 1
+    assert 4096 // target.decode_splits(kv_heads, 4096) >= target.split_cells // 2

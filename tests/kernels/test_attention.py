@@ -1,6 +1,7 @@
 """The rotary table and the attention kernels against float64 references.
 
-Cache cells that were never written hold NaN in every case, so that any use of one shows.
+Cache cells that were never written hold NaN in every case, so that any use of one shows. Cases whose level is "best"
+run the form for bf16 pairs, where this processor has the instructions.
 """
 
 from __future__ import annotations
@@ -10,16 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from q35c.codegen.isa.x86 import V4
+from q35c.codegen.isa.x86 import V4, V4_BF16, Isa
 from q35c.codegen.kernels.attention import attention, attention_combine, attention_shape
 from q35c.codegen.kernels.attention_prepare import attention_prepare
 from q35c.codegen.kernels.rotary import rotary_table
 from q35c.ir import reference
 from tests.kernels.harness import (
+    BEST,
     ISA,
     Kernels,
     assert_close,
     build_kernels,
+    compile_only,
     from_bf16,
     guard,
     to_bf16,
@@ -27,6 +30,7 @@ from tests.kernels.harness import (
 
 CONTEXT, EPS, SPLITS = 384, 1e-6, 4
 LENGTHS = (1, 2, 7, 8, 9, 31, 32, 33, 65, 130)
+TOKEN_ARRAYS = ("q_gate", "k", "v", "table")
 STARTS = (0, 1, 31, 32, 63, 100)
 
 
@@ -39,6 +43,14 @@ class Heads:
     D: int
     R: int
     dtype: str = "f32"
+    isa: Isa = ISA
+
+    def __str__(self) -> str:
+        return f"{self.Hq}:{self.Hkv}x{self.D} {self.dtype} {self.isa.name}"
+
+    @property
+    def is_paired(self) -> bool:
+        return self.dtype == "bf16" and self.isa.has_bf16
 
     @property
     def value_offset(self) -> int:
@@ -63,11 +75,21 @@ CASES = (
     Heads(8, 1, 256, 64, "bf16"),
     Heads(8, 4, 128, 32),
 )
+# Groups of 1 to 9 and of 16 query heads, head dims with and without a whole column of 32.
+PAIRED = tuple(
+    Heads(*shape, "bf16", V4_BF16)
+    for shape in (
+        (1, 1, 32, 8), (4, 2, 48, 16), (3, 1, 80, 16), (8, 2, 256, 64), (5, 1, 64, 16), (12, 2, 128, 32),
+        (7, 1, 112, 16), (8, 1, 256, 64), (9, 1, 16, 8), (16, 1, 96, 32),
+    )
+)  # fmt: skip
+needs_pairs = pytest.mark.skipif(not BEST.has_bf16, reason="needs AVX512-BF16")
+ALL = [*CASES, *(pytest.param(heads, marks=needs_pairs) for heads in PAIRED)]
 
 
 def functions(heads: Heads, isa) -> dict:
     """Generate all kernels of one case."""
-    made = {"combine": attention_combine(heads.Hq, heads.Hkv, heads.D, SPLITS, isa)}
+    made = {"combine": attention_combine(heads.Hq, heads.Hkv, heads.D, heads.dtype, SPLITS, isa)}
     for rows, splits in (("sequence", 1), ("batch", SPLITS)):
         shape = {"Hq": heads.Hq, "Hkv": heads.Hkv, "D": heads.D, "rows": rows, **heads.cache}
         scale = heads.D**-0.5
@@ -90,22 +112,35 @@ class Problem:
 
     def run(self, start: int, stop: int, rows: str, threads: int = 1) -> np.ndarray:
         """Append tokens start..stop and return their outputs."""
-        h, count = self.heads, stop - start
-        part = {n: guard(self.arrays[n][start:stop]) for n in ("q_gate", "k", "v", "table")}
+        part = {name: self.arrays[name][start:stop] for name in TOKEN_ARRAYS}
+        slots, starts = guard(np.zeros(1, np.int64)), guard(np.full(1, start, np.int32))
+        return self.call(part, self.state, slots, starts, rows, threads)
+
+    def step(self, tokens: list[int], state: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        """Append one token to each of several sequences, the token that its length names."""
+        part = {name: self.arrays[name][tokens] for name in TOKEN_ARRAYS}
+        return self.call(part, state, slots, guard(np.array(tokens, np.int32)), "batch", 2)
+
+    def call(
+        self, arrays: dict[str, np.ndarray], state: np.ndarray, slots: np.ndarray, starts: np.ndarray,
+        rows: str, threads: int,
+    ) -> np.ndarray:  # fmt: skip
+        """Run all kernels of an entry."""
+        h, count = self.heads, len(arrays["k"])
+        part = {name: guard(array) for name, array in arrays.items()}
         norms = [guard(self.arrays[n]) for n in ("q_norm", "k_norm")]
         q, y = (guard(np.zeros((count, h.Hq * h.D), np.float32), poison=True) for _ in "qy")
-        slots, starts = guard(np.zeros(1, np.int64)), guard(np.full(1, start, np.int32))
         widths = (h.Hq * 2 * h.D, h.Hkv * h.D, h.Hkv * h.D)
         self.kernels.call(
             f"prepare_{rows}", part["q_gate"], part["k"], part["v"], *norms, part["table"], q,
-            self.state, slots, starts, count, *widths, threads=threads,
+            state, slots, starts, count, *widths, threads=threads,
         )  # fmt: skip
         splits = SPLITS if rows == "batch" else 1
-        shape = attention_shape(h.Hq, h.Hkv, h.D, rows=rows, splits=splits, isa=ISA, **h.cache)
-        tasks = h.Hkv * splits if rows == "batch" else threads
+        shape = attention_shape(h.Hq, h.Hkv, h.D, rows=rows, splits=splits, isa=h.isa, **h.cache)
+        tasks = count * h.Hkv * splits if rows == "batch" else threads
         scratch = guard(np.zeros(shape.task_words * tasks, np.float32), poison=True)
         self.kernels.call(
-            f"attend_{rows}", q, part["q_gate"], self.state, slots, starts, y, scratch,
+            f"attend_{rows}", q, part["q_gate"], state, slots, starts, y, scratch,
             count, widths[0], h.Hq * h.D, threads=threads,
         )  # fmt: skip
         if rows == "batch":
@@ -129,9 +164,8 @@ def make_problem(heads: Heads, tokens: int) -> Problem:
     arrays["k_norm"] *= 0.2
     arrays["table"] = reference.rotary_table(positions, heads.frequencies, sections, 1.0)
     state = guard(np.zeros(2 * heads.Hkv * CONTEXT * heads.D, np.float32 if heads.dtype == "f32" else np.uint16))  # fmt: skip
-    problem = Problem(
-        heads, build_kernels(functions(heads, ISA)), arrays, expected(heads, arrays), state
-    )
+    kernels = build_kernels(functions(heads, heads.isa), heads.isa)
+    problem = Problem(heads, kernels, arrays, expected(heads, arrays), state)
     problem.clear()
     return problem
 
@@ -144,19 +178,29 @@ def expected(heads: Heads, arrays: dict[str, np.ndarray]) -> np.ndarray:
         heads=heads.Hq, kv_heads=heads.Hkv, eps=EPS,
     )  # fmt: skip
     if heads.dtype == "bf16":
-        k, v = (from_bf16(to_bf16(x.astype(np.float32))).astype(np.float64) for x in (k, v))
+        k, v = (round_bf16(x) for x in (k, v))
+    if heads.is_paired:
+        to_bits = heads.D**-0.5 * np.log2(np.e)
+        q = round_bf16(q * to_bits) / to_bits
     out = reference.attention(q, k, v, heads.D**-0.5)
     return out.reshape(len(gate), -1) * reference.sigmoid(gate)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+def round_bf16(x: np.ndarray) -> np.ndarray:
+    return from_bf16(to_bf16(x.astype(np.float32))).astype(np.float64)
+
+
+@pytest.fixture(scope="module", params=ALL, ids=str)
 def problem(request) -> Problem:
     return make_problem(request.param, max(STARTS) + max(LENGTHS))
 
 
 def limit(problem: Problem) -> float:
-    # f32 keys may round to the other bf16 neighbour than the float64 reference's keys.
-    return 1e-7 if problem.heads.dtype == "f32" else 1e-5
+    if problem.heads.dtype == "f32":
+        return 1e-7
+    # f32 keys may round to the other bf16 neighbour than the float64 reference's keys. Paired kernels also round the
+    # weights to 8 bits: 6e-7 on the average, and 20 times that was seen in a single row of one head.
+    return 3e-5 if problem.heads.is_paired else 1e-5
 
 
 def test_prefill_continues_from_any_start(problem: Problem) -> None:
@@ -185,6 +229,60 @@ def test_results_do_not_depend_on_threads(problem: Problem) -> None:
         results[threads] = np.concatenate(parts)
     assert np.array_equal(results[1], results[2])
     assert np.array_equal(results[1], results[3])
+
+
+def test_a_prompt_may_be_cut_anywhere(problem: Problem) -> None:
+    problem.clear()
+    whole = problem.run(0, 200, "sequence")
+    for cut in (1, 2, 17, 63, 64, 65, 128, 199):
+        problem.clear()
+        parts = [problem.run(0, cut, "sequence"), problem.run(cut, 200, "sequence")]
+        assert np.array_equal(np.concatenate(parts), whole), cut
+    problem.clear()
+    problem.run(0, 120, "sequence")
+    steps = np.concatenate([problem.run(t, t + 1, "batch") for t in range(120, 200)])
+    # Decode differs in the order of its sums only.
+    assert_close(steps, whole[120:], 1e-11)
+
+
+def test_a_nan_stays_in_its_row(problem: Problem) -> None:
+    head_width = 2 * problem.heads.D
+    q_gate = problem.arrays["q_gate"]
+    good = q_gate[41, 3]
+    problem.clear()
+    want = problem.run(0, 70, "sequence")
+    q_gate[41, 3] = np.nan
+    problem.clear()
+    got = problem.run(0, 70, "sequence")
+    q_gate[41, 3] = good
+    spoiled = np.zeros_like(got, bool)
+    spoiled[41, : head_width // 2] = True
+    assert np.isnan(got[spoiled]).all()
+    assert np.array_equal(got[~spoiled], want[~spoiled])
+
+
+def test_rows_of_a_batch_lie_anywhere(problem: Problem) -> None:
+    """Rows of one call have regions of their own and different lengths; each equals a call by itself."""
+    depths = (5, 130, 64)
+    alone, regions = [], []
+    for depth in depths:
+        problem.clear()
+        problem.run(0, depth, "sequence")
+        regions.append(np.array(problem.state))
+        alone.append(problem.run(depth, depth + 1, "batch"))
+    state = guard(np.concatenate([regions[2], regions[0], regions[1]]))
+    stride = regions[0].nbytes // 64
+    slots = guard(np.array([stride, 2 * stride, 0], np.int64))
+    got = problem.step(list(depths), state, slots)
+    assert np.array_equal(got, np.concatenate(alone))
+
+
+def test_paired_code_has_no_f32_products() -> None:
+    """The products of a paired kernel are vdpbf16ps; this compiles on every machine."""
+    heads = PAIRED[3]
+    kernel = functions(heads, V4_BF16)["attend_sequence"]
+    assembly = compile_only(kernel, V4_BF16, "zmm")
+    assert assembly.count("vdpbf16ps") >= 32
 
 
 @pytest.mark.parametrize("first", [0, 4000, 262_000, 1_009_000])

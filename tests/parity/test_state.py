@@ -48,6 +48,17 @@ def test_every_split_point_of_every_length(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_every_split_point_in_bf16(kind: str) -> None:
+    ids = random_ids(70, seed=70)
+    compiled = model(kind, "bf16")
+    want = compiled.score(ids)[-1]
+    for split in range(1, len(ids)):
+        with compiled.session() as session:
+            session.prefill(ids[:split])
+            assert close(session.prefill(ids[split:]), want), f"split at {split}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_token_by_token(kind: str) -> None:
     ids = random_ids(70, seed=2)
     want = model(kind).score(ids)

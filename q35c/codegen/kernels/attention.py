@@ -7,6 +7,9 @@ of 32 keys while it is in L1, in register tiles of 4 rows. Only a [4, 32] piece 
 cells are further split into `splits` parts that `attention_combine` merges, so that threads share one sequence.
 Cells that were never written are selected away, never multiplied: they may hold anything.
 
+This file has the tasks, the combine, and the form that computes in f32. For a cache of bf16 pairs (`is_paired`) a task
+is done by attention_bf16.py instead, in steps of 64 cells and with its maxima in powers of two.
+
 Limit: FMA rate in prefill (4 T S D per head); bandwidth of the cache, 2 S D elements per key head, in decode.
 """
 
@@ -18,16 +21,16 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
+from q35c.codegen.kernels.attention_bf16 import LOWEST, attend_paired, whole_power
 from q35c.codegen.kernels.attention_shape import (
     CELLS,
-    QUERY_TOKENS,
     TILE_ROWS,
     AttentionShape,
-    Cache,
+    make_cache,
+    query_tokens,
 )
-from q35c.codegen.kernels.common import STACK, hmax, hsum, ramp, share, splat, vexp, vsigmoid
+from q35c.codegen.kernels.common import STACK, Expr, hmax, hsum, ramp, share, splat, vexp, vsigmoid
 
-_LOWEST = -1e30  # below any score; a real -inf would make NaN of inf - inf
 _VECTORS = 2  # vectors of a register tile, in keys or in dims
 
 
@@ -36,8 +39,9 @@ def attention_shape(
     rows: str, splits: int, isa: Isa,
 ) -> AttentionShape:  # fmt: skip
     """Return the shape of the kernel with these parameters."""
-    cache = Cache(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes)
-    return AttentionShape(Hq, cache, 1 if rows == "batch" else QUERY_TOKENS, splits, isa)
+    cache = make_cache(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes, isa)
+    tokens = 1 if rows == "batch" else query_tokens(Hq // Hkv, kv_dtype, isa)
+    return AttentionShape(Hq, cache, tokens, splits, isa)
 
 
 def attention_scratch_bytes(target: Any, max_tokens: int, parameters: dict[str, Any]) -> int:
@@ -56,7 +60,7 @@ def clear_rows(shape, w, at):
             w[ramp(at + r * shape.row_words + v * shape.lanes, shape.lanes)] = splat(
                 0.0, shape.lanes
             )
-        w[at + r * shape.row_words + shape.D] = T.float32(_LOWEST)
+        w[at + r * shape.row_words + shape.D] = T.float32(LOWEST)
         w[at + r * shape.row_words + shape.D + 1] = T.float32(0)
 
 
@@ -80,7 +84,7 @@ def score_tile(shape, q, q_row, q_column, limit, state, keys, block, half, score
                 T.ramp(T.cast(block * CELLS + (half * _VECTORS + j) * L, "int32"), 1, L)
                 <= T.broadcast(limit[r], L),
                 acc[r, j, ramp(0, L)],
-                splat(_LOWEST, L),
+                splat(LOWEST, L),
             )
 
 
@@ -179,6 +183,21 @@ def attend(
 
 
 @T.inline
+def attend_in_layout(
+    shape, q, state, base, kv_head, first, tokens, start, first_step, end_step, end_cell, w, at
+):
+    """Attend by the form that the cache's layout is for."""
+    if shape.is_paired:
+        attend_paired(
+            shape, q, state, base, kv_head, first, tokens, start, first_step, end_step, end_cell, w, at
+        )  # fmt: skip
+    else:
+        attend(
+            shape, q, state, base, kv_head, first, tokens, start, first_step, end_step, end_cell, w, at
+        )  # fmt: skip
+
+
+@T.inline
 def store_head(shape, w, at, total, qg, y, row, head):
     """y[row, head] = sums / total * sigmoid(gate)."""
     L = T.meta_var(shape.lanes)
@@ -209,8 +228,10 @@ def run_sequence(shape, q, qg, state, slots, starts, y, w, tokens, tid, nt):
         first: T.let[T.int64] = group * shape.query_tokens
         live: T.let[T.int64] = T.min(tokens - first, T.int64(shape.query_tokens))
         end: T.let[T.int64] = start + first + live
-        blocks: T.let[T.int64] = T.truncdiv(end + (CELLS - 1), T.int64(CELLS))
-        attend(shape, q, state, base, kv_head, first, tokens, start, T.int64(0), blocks, end, w, at)
+        steps: T.let[T.int64] = T.truncdiv(end + (shape.step - 1), T.int64(shape.step))
+        attend_in_layout(
+            shape, q, state, base, kv_head, first, tokens, start, T.int64(0), steps, end, w, at
+        )
         for row in T.serial(live * shape.group):
             token: T.let[T.int64] = T.truncdiv(row, T.int64(shape.group))
             head: T.let[T.int64] = kv_head * shape.group + row - token * shape.group
@@ -230,14 +251,31 @@ def run_batch(shape, q, state, slots, starts, w, tokens, tid, nt):
         row: T.let[T.int64] = T.truncdiv(head_task, T.int64(shape.Hkv))
         kv_head: T.let[T.int64] = head_task - row * shape.Hkv
         cell: T.let[T.int64] = T.cast(starts[row], "int64")
-        blocks: T.let[T.int64] = T.truncdiv(cell + CELLS, T.int64(CELLS))
-        begin: T.let[T.int64] = T.truncdiv(blocks * split, T.int64(shape.splits))
-        end: T.let[T.int64] = T.truncdiv(blocks * (split + 1), T.int64(shape.splits))
+        steps: T.let[T.int64] = T.truncdiv(cell + shape.step, T.int64(shape.step))
+        begin: T.let[T.int64] = T.truncdiv(steps * split, T.int64(shape.splits))
+        end: T.let[T.int64] = T.truncdiv(steps * (split + 1), T.int64(shape.splits))
         # start is chosen so that the row's limit, start + row, is its own cell.
-        attend(
+        attend_in_layout(
             shape, q, state, shape.cache.base(slots[row]), kv_head, row, tokens, cell - row,
             begin, end, cell + 1, w, task * shape.task_words,
         )  # fmt: skip
+
+
+def weight_of(shape: AttentionShape, difference: Expr) -> Expr:
+    """Return the factor for sums whose maximum is lower by this much; paired ones count in powers of two."""
+    return whole_power(difference) if shape.is_paired else vexp(difference, 1)
+
+
+@T.inline
+def merge_split(shape, w, part, best, merged):
+    """Add the sums of one split, which are relative to its own maximum."""
+    L = T.meta_var(shape.lanes)
+    factor: T.let[T.float32] = weight_of(shape, w[part + shape.D] - best[0])
+    best[1] = best[1] + w[part + shape.D + 1] * factor
+    for v in T.serial(shape.D // L):
+        merged[ramp(v * L, L)] = merged[ramp(v * L, L)] + w[ramp(part + v * L, L)] * splat(
+            factor, L
+        )
 
 
 def attention(
@@ -284,9 +322,9 @@ def attention(
     return attention_kernel
 
 
-def attention_combine(Hq: int, Hkv: int, D: int, splits: int, isa: Isa) -> PrimFunc:
+def attention_combine(Hq: int, Hkv: int, D: int, kv_dtype: str, splits: int, isa: Isa) -> PrimFunc:
     """Make the kernel (SCRATCH, QG, Y, T, ld_qg, ld_y, tid, nt) that merges the splits of each (row, head)."""
-    shape = attention_shape(Hq, Hkv, D, "f32", CELLS, 0, 0, "batch", splits, isa)
+    shape = attention_shape(Hq, Hkv, D, kv_dtype, CELLS, 0, 0, "batch", splits, isa)
     L = isa.lanes
 
     @T.prim_func(private=True, s_tir=True)
@@ -305,6 +343,7 @@ def attention_combine(Hq: int, Hkv: int, D: int, splits: int, isa: Isa) -> PrimF
         qg = T.decl_buffer((tokens, ld_qg), "float32", data=QG)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         first: T.let[T.int64] = share(tokens * Hq, tid, nt)
+        merged = T.alloc_buffer((D,), "float32", annotations=STACK)
         best = T.alloc_buffer((2,), "float32")
         for item in T.serial(share(tokens * Hq, tid + 1, nt) - first):
             row: T.let[T.int64] = T.truncdiv(first + item, T.int64(Hq))
@@ -314,22 +353,17 @@ def attention_combine(Hq: int, Hkv: int, D: int, splits: int, isa: Isa) -> PrimF
             at: T.let[T.int64] = (
                 task * shape.task_words + (head - kv_head * shape.group) * shape.row_words
             )
-            best[0] = T.float32(_LOWEST)
+            best[0] = T.float32(LOWEST)
             for s in T.serial(splits):
                 best[0] = T.max(best[0], w[at + s * shape.task_words + D])
             best[1] = T.float32(0)
+            for v in T.serial(D // L):
+                merged[ramp(v * L, L)] = splat(0.0, L)
             for s in T.serial(splits):
                 part: T.let[T.int64] = at + s * shape.task_words
-                factor: T.let[T.float32] = vexp(w[part + D] - best[0], 1)
-                best[1] = best[1] + w[part + D + 1] * factor
-                for v in T.serial(D // L):
-                    if s == 0:
-                        w[ramp(at + v * L, L)] = w[ramp(at + v * L, L)] * splat(factor, L)
-                    else:
-                        w[ramp(at + v * L, L)] = w[ramp(at + v * L, L)] + w[
-                            ramp(part + v * L, L)
-                        ] * splat(factor, L)
-            store_head(shape, w, at, best[1], qg, y, row, head)
+                if w[part + D] != T.float32(LOWEST):  # else the split has no cell, and no sums
+                    merge_split(shape, w, part, best, merged)
+            store_head(shape, merged, T.int64(0), best[1], qg, y, row, head)
         return T.int32(0)
 
     return attention_combine_kernel

@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.attention_shape import CELLS, Cache
+from q35c.codegen.kernels.attention_shape import CELLS, Cache, PairedCache, make_cache, value_width
 from q35c.codegen.kernels.common import STACK, hsum, narrow, ramp, share, splat, vrsqrt
 
 
@@ -62,6 +62,44 @@ def store_value(cache, state, base, kv_head, cell, v, row, column):
         state[at + d] = stored(cache, v[row, column + d])
 
 
+@T.inline
+def store_cell(cache, state, base, kv_head, cell, is_last, head, v, row, column):
+    store_key(cache, state, base, kv_head, cell, head)
+    store_value(cache, state, base, kv_head, cell, v, row, column)
+
+
+@T.inline
+def store_paired_cell(cache, state, base, kv_head, cell, is_last, head, v, row, column):
+    """Write one cell as halves of words; `base` and the cache count in words, `state` in halves.
+
+    An even cell shares its words with the next one. If that is not written in this call, it is made zero: attention
+    multiplies what is there, though by a weight of zero, and something older could be infinite.
+    """
+    block: T.let[T.int64] = T.shift_right(cell, T.int64(5))
+    lane: T.let[T.int64] = T.bitwise_and(cell, T.int64(CELLS - 1))
+    W, L = T.meta_var(value_width(cache.D)), T.meta_var(16)
+    keys: T.let[T.int64] = (cache.key(base, kv_head, block) + lane) * 2
+    values: T.let[T.int64] = (
+        cache.value(base, kv_head, cell) * 2
+        + T.shift_right(lane, T.int64(1)) * (2 * W)
+        + T.bitwise_and(lane, T.int64(1))
+    )
+    halves = T.alloc_buffer((cache.D,), "uint16", annotations=STACK)
+    for i in T.serial(cache.D // L):
+        halves[ramp(i * L, L)] = narrow(head[ramp(i * L, L)], L)
+    for pair in T.serial(cache.D // 2):
+        state[ramp(keys + pair * (2 * CELLS), 2)] = halves[ramp(pair * 2, 2)]
+    for i in T.serial(cache.D // L):
+        halves[ramp(i * L, L)] = narrow(v[row, ramp(column + i * L, L)], L)
+    for group in T.serial(cache.D // W):
+        for d in T.serial(W):
+            state[values + group * (CELLS * W) + d * 2] = halves[group * W + d]
+    if is_last and T.bitwise_and(lane, T.int64(1)) == 0:
+        for group in T.serial(cache.D // W):
+            for d in T.serial(W):
+                state[values + group * (CELLS * W) + d * 2 + 1] = T.uint16(0)
+
+
 def attention_prepare(
     Hq: int, Hkv: int, D: int, R: int, eps: float, scale: float, kv_dtype: str, context: int,
     k_offset_bytes: int, v_offset_bytes: int, rows: str, isa: Isa,
@@ -69,8 +107,10 @@ def attention_prepare(
     """Make the kernel (QG f32 [T, Hq * 2D], K, V f32 [T, Hkv * D], Q_NORM, K_NORM f32 [D], TABLE f32 [T, R],
     Q_OUT f32 [T, Hq * D], STATE, SLOTS i64 [B], STARTS i32 [B], T, ld_q, ld_k, ld_v, tid, nt).
     """
-    cache = Cache(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes)
+    cache = make_cache(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes, isa)
+    store = store_paired_cell if isinstance(cache, PairedCache) else store_cell
     L, heads, is_batch = isa.lanes, Hq + Hkv, rows == "batch"
+    element = "float32" if kv_dtype == "f32" else "uint16"
 
     @T.prim_func(private=True, s_tir=True)
     def attention_prepare_kernel(
@@ -81,7 +121,7 @@ def attention_prepare(
         K_NORM: T.handle("float32"),
         TABLE: T.handle("float32"),
         Q_OUT: T.handle("float32"),
-        STATE: T.handle(cache.element),
+        STATE: T.handle(element),
         SLOTS: T.handle("int64"),
         STARTS: T.handle("int32"),
         tokens: T.int64,
@@ -99,7 +139,7 @@ def attention_prepare(
         k_norm = T.decl_buffer((D,), "float32", data=K_NORM)
         table = T.decl_buffer((tokens, R), "float32", data=TABLE)
         q_out = T.decl_buffer((tokens, Hq * D), "float32", data=Q_OUT)
-        state = T.decl_buffer((T.int64(1) << 48,), cache.element, data=STATE)
+        state = T.decl_buffer((T.int64(1) << 48,), element, data=STATE)
         slots = T.decl_buffer((tokens,), "int64", data=SLOTS)
         starts = T.decl_buffer((tokens,), "int32", data=STARTS)
         first: T.let[T.int64] = share(tokens * heads, tid, nt)
@@ -120,8 +160,8 @@ def attention_prepare(
                 cell: T.let[T.int64] = T.cast(starts[sequence], "int64") + ahead
                 normalise(D, L, eps, k, row, (h - Hq) * D, k_norm, head)
                 rotate(R, head, table, row)
-                store_key(cache, state, base, h - Hq, cell, head)
-                store_value(cache, state, base, h - Hq, cell, v, row, (h - Hq) * D)
+                is_last: T.let[T.bool] = T.bool(True) if is_batch else row == tokens - 1
+                store(cache, state, base, h - Hq, cell, is_last, head, v, row, (h - Hq) * D)
         return T.int32(0)
 
     return attention_prepare_kernel

@@ -1,21 +1,31 @@
 """What the attention kernels share: shapes, the layout of the cache, where a sequence's cells lie.
 
 Keys are stored as [Hkv, context / 32, D, 32], so that one vector load serves as many keys; values as
-[Hkv, context, D]. Both are f32 or bf16.
+[Hkv, context, D]. Both are f32 or bf16. Where there are products of bf16 pairs, the bf16 cache is paired:
+
+    keys   [Hkv, context / 32, D / 2, 32 cells, 2 dims]
+    values [Hkv, context / 32, D / W, 16 pairs of cells, W dims, 2 cells]     W = 32, or 16 if D is odd times 16
+
+so a block of 32 cells has [D, 32] elements in both, and kernels read it from front to back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tvm.script import tirx as T
+
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import Expr, ramp, widen
+from q35c.codegen.kernels.common import Expr, ceil_div, ramp, widen
 
 CELLS = 32  # keys of one block
+STEP = 2 * CELLS  # cells of one step of the paired form's online softmax
 TILE_ROWS = 4  # query rows computed together
+PAIRED_TILE_ROWS = 8
 QUERY_TOKENS = (
     8  # tokens of a prefill task: all their heads read each key block from the cache once
 )
+PAIRED_QUERY_ROWS = 64  # rows of a paired prefill task: their sums and queries take 100 KiB of L2
 SLOT_BYTES = 64  # unit of the slots that the runtime passes
 
 
@@ -59,6 +69,58 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class PairedCache(Cache):
+    """Describe a cache of bf16 pairs; elements are int32 words of two."""
+
+    @property
+    def element(self) -> str:
+        return "int32"
+
+    @property
+    def element_bytes(self) -> int:
+        return 4
+
+    def key(self, base: Expr, head: Expr, block: Expr) -> Expr:
+        """Return the first word of a block of 32 keys: [D / 2, 32]."""
+        return base + self.k_offset_bytes // 4 + self._block(head, block)
+
+    def value(self, base: Expr, head: Expr, cell: Expr) -> Expr:
+        """Return the first word of the block of 32 values that begins at this cell: [D / W, 16, W]."""
+        block = T.shift_right(cell, T.int64(CELLS.bit_length() - 1))
+        return base + self.v_offset_bytes // 4 + self._block(head, block)
+
+    def _block(self, head: Expr, block: Expr) -> Expr:
+        return (head * (self.context // CELLS) + block) * (self.D * CELLS // 2)
+
+
+def value_width(D: int) -> int:
+    """Return the dims of one column of a paired values block."""
+    return 32 if D % 32 == 0 else 16
+
+
+def is_paired(kv_dtype: str, isa: Isa) -> bool:
+    """Tell whether a cache of this type is stored in pairs: the one place where the layout is chosen."""
+    return kv_dtype == "bf16" and isa.has_bf16
+
+
+def make_cache(
+    Hkv: int, D: int, kv_dtype: str, context: int, k_offset_bytes: int, v_offset_bytes: int, isa: Isa
+) -> Cache:  # fmt: skip
+    """Return the cache in the layout of this type and instruction set."""
+    layout = PairedCache if is_paired(kv_dtype, isa) else Cache
+    return layout(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes)
+
+
+def stored_shape(
+    kind: str, heads: int, head_dim: int, context: int, kv_dtype: str, isa: Isa
+) -> list[int]:
+    """Return the shape of a layer's "keys" or "values" in the state; axis 1 counts cells or blocks of 32."""
+    if kind == "keys" or is_paired(kv_dtype, isa):
+        return [heads, context // CELLS, head_dim, CELLS]
+    return [heads, context, head_dim]
+
+
+@dataclass(frozen=True)
 class AttentionShape:
     """Describe one attention kernel. A task computes `query_tokens` tokens of one key head's group."""
 
@@ -81,6 +143,15 @@ class AttentionShape:
         return self.isa.lanes
 
     @property
+    def is_paired(self) -> bool:
+        return isinstance(self.cache, PairedCache)
+
+    @property
+    def step(self) -> int:
+        """Cells of one step of the online softmax; steps begin at cell 0, whatever a call's first token."""
+        return STEP if self.is_paired else CELLS
+
+    @property
     def group(self) -> int:
         """Query heads that share a key head."""
         return self.Hq // self.Hkv
@@ -91,8 +162,17 @@ class AttentionShape:
         return self.query_tokens * self.group
 
     @property
+    def value_width(self) -> int:
+        """Dims of one column of a paired values block."""
+        return value_width(self.D)
+
+    @property
+    def tile_rows(self) -> int:
+        return min(self.rows, PAIRED_TILE_ROWS) if self.is_paired else TILE_ROWS
+
+    @property
     def tiles(self) -> int:
-        return -(-self.rows // TILE_ROWS)
+        return ceil_div(self.rows, self.tile_rows)
 
     @property
     def row_words(self) -> int:
@@ -101,4 +181,11 @@ class AttentionShape:
 
     @property
     def task_words(self) -> int:
-        return self.tiles * TILE_ROWS * self.row_words
+        return self.tiles * self.tile_rows * self.row_words
+
+
+def query_tokens(group: int, kv_dtype: str, isa: Isa) -> int:
+    """Return the tokens of a prefill task; their rows fill whole tiles where the group is no larger than one."""
+    if not is_paired(kv_dtype, isa):
+        return QUERY_TOKENS
+    return 1 << max(0, (PAIRED_QUERY_ROWS // group).bit_length() - 1)

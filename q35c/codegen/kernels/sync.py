@@ -2,6 +2,7 @@
 
 - the barrier between two kernels of a program, and flush-to-zero for the threads that run one;
 - the fixed-order sum of a vector's lanes;
+- products of bf16 pairs and what goes with them, where the instruction set has them;
 - an empty stand-in for the one function that TVM's argument checks import, so that the shared object
   has no undefined symbol: a failed check is seen by its return code.
 """
@@ -102,6 +103,45 @@ done:
 define weak hidden void @TVMFFIErrorSetRaisedFromCStrParts(ptr %kind, ptr %parts, i32 %count) {{
   ret void
 }}
+"""
+
+# Linked only where the instruction set has bf16 products: TIR knows neither bfloat vectors nor these instructions.
+# bf16 pairs travel as int32 words, the even element low. `nnan` lets the maximum be one instruction a step;
+# the scores that it compares keep their NaN.
+BF16_IR = """
+declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+declare <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float>, <16 x float>, <16 x float>, i16, i32)
+declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+
+define linkonce_odr hidden <16 x float> @q35c_dpbf16(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) alwaysinline {
+  %x = bitcast <16 x i32> %a to <32 x bfloat>
+  %y = bitcast <16 x i32> %b to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
+  ret <16 x float> %r
+}
+
+define linkonce_odr hidden <16 x i32> @q35c_pack_bf16(<16 x float> %low, <16 x float> %high) alwaysinline {
+  %r = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %high, <16 x float> %low)
+  %i = bitcast <32 x bfloat> %r to <16 x i32>
+  ret <16 x i32> %i
+}
+
+define linkonce_odr hidden <16 x float> @q35c_scale_f32x16(<16 x float> %x, <16 x float> %power) alwaysinline {
+  %r = call <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float> %x, <16 x float> %power, <16 x float> zeroinitializer, i16 -1, i32 4)
+  ret <16 x float> %r
+}
+
+define linkonce_odr hidden float @q35c_max_f32x16(<16 x float> %x) alwaysinline {
+  %r = call nnan float @llvm.vector.reduce.fmax.v16f32(<16 x float> %x)
+  ret float %r
+}
+
+define linkonce_odr hidden i32 @q35c_prefetch_l2(ptr %address) alwaysinline {
+  call void @llvm.prefetch.p0(ptr %address, i32 0, i32 2, i32 1)
+  ret i32 0
+}
 """
 
 
