@@ -13,8 +13,8 @@ weights; all of it stays in the cache directory. A peer that cannot be had is sk
 
 Every sample is a process of its own, and only one runs at a time; the systems take turns. Before and
 after each, a probe measures what this machine can do at that moment. A sample beside a probe under 85 %
-of the run's median, or during which other processes used the processor, is taken again, and if that does
-not help, marked with ~. Only ratios within one run are findings.
+of the run's median, or during which other processes used the processor, is taken again; a figure for which
+that does not help is marked with ~. Only ratios within one run are findings.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +93,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--long", action="store_true", help="also decode behind 32,768 tokens")
     add("--threads", type=int, default=default_threads(), help="[physical cores]")
     add("--retries", type=int, default=3, help="of disturbed samples [3]")
-    add("--patience", type=float, default=20, help="seconds to wait for a quiet machine [20]")
+    add("--patience", type=float, default=60, help="seconds to wait for a quiet moment [60]")
     add("--prepare", action="store_true", help="make what is missing and stop")
     add("-o", "--output", type=Path, default=Path("peers.md"), help="and .json [peers.md]")
     options = parser.parse_args(arguments)
@@ -151,6 +152,7 @@ def main() -> None:
     rounds = Rounds(
         Probe(cache.root, options.threads), options.threads, options.patience, options.retries
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     facts = {"model": options.model, "threads": options.threads, **machine_facts()}
     try:
         with Progress() as progress:

@@ -67,6 +67,7 @@ class Cache:
 
     def __init__(self, root: Path, say: Callable[[str], None]) -> None:
         self.root = root
+        self.llama_home = root / "llama.cpp"
         self._say = say
         for name in ("models", "logs"):
             (root / name).mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ class Cache:
 
     def llama(self) -> Path:
         """Return the directory of llama.cpp's programs, built for this machine."""
-        home = self.root / "llama.cpp"
+        home = self.llama_home
         programs = home / "build/bin"
         if all((programs / tool).exists() for tool in _LLAMA_TOOLS):
             return programs
@@ -99,7 +100,7 @@ class Cache:
     def versions(self) -> dict[str, str]:
         """Return the releases of the peers that are there."""
         found = {}
-        if sources := sorted((self.root / "llama.cpp").glob("llama_cpp_python-*/")):
+        if sources := sorted(self.llama_home.glob("llama_cpp_python-*/")):
             found["llama.cpp"] = sources[-1].name.replace("_", "-")
         for path in (self.root / "env").glob("lib/python*/site-packages/*.dist-info"):
             name, _, version = path.name.removesuffix(".dist-info").partition("-")
@@ -164,9 +165,12 @@ class Cache:
 
     def ask(self, module: str, *arguments: str) -> dict[str, object]:
         """Run one of our modules in the peers' environment and return the JSON that it prints."""
-        command = [self.python(), "-m", module, *arguments]
-        text = self._run(module, command)
+        text = self.call(module, *arguments)
         return json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
+
+    def call(self, module: str, *arguments: str) -> str:
+        """Run one of our modules in the peers' environment and return what it prints."""
+        return self._run(module, [self.python(), "-m", module, *arguments])
 
     def _llama_source(self, home: Path) -> Path:
         home.mkdir(exist_ok=True)
@@ -179,7 +183,8 @@ class Cache:
 
     def _run(self, title: str, command: Sequence[str]) -> str:
         """Run one step at a low priority; return what it printed. Raises Unavailable if it fails."""
-        self._say(title)
+        if not title.startswith("peer."):
+            self._say(title)
         log = self.root / "logs" / f"{title.partition(' (')[0].replace(' ', '-')}.log"
         try:
             done = subprocess.run(
@@ -219,4 +224,5 @@ def open_manifest(artifact: Path) -> Manifest:
 
 
 def _file_stem(model: str) -> str:
-    return Path(model).resolve().name if Path(model).exists() else model
+    path = Path(model).resolve()
+    return f"{path.parent.name}-{path.name}" if Path(model).exists() else model

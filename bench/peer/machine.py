@@ -14,11 +14,17 @@ from typing import IO
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _POLL_SECONDS = 0.02
+_LOOK_SECONDS = 0.7
+_SETTLE_SECONDS = 1.0  # the kernel counts in hundredths: too coarse before
 _PROBE_SOURCE = Path(__file__).with_name("probe.c")
 
 
 class ChildError(Exception):
     """A child process failed; the message is the end of what it wrote."""
+
+
+class Disturbed(Exception):
+    """A sample was given up, because others used the machine or because it took too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,47 +77,68 @@ def busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / _TICKS
 
 
-def wait_until_quiet(patience: float, share: float) -> float:
-    """Wait until others use at most `share` of this machine; return the share at the last look."""
+class Watch:
+    """How much of this machine others use, from now on: all that is used, less this family's part."""
+
+    def __init__(self) -> None:
+        self._begin, self._busy, self._own = time.perf_counter(), busy_seconds(), _own_seconds()
+
+    @property
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._begin
+
+    def others_share(self, child: int = 0) -> float:
+        """Return the share of all processors' time; `child` is a process of ours that still runs."""
+        own = _own_seconds() - self._own + (_process_seconds(child) if child else 0.0)
+        others = max(0.0, busy_seconds() - self._busy - own)
+        return others / (max(self.elapsed, 1e-3) * (os.cpu_count() or 1))
+
+
+def wait_until_quiet(patience: float, share: float) -> bool:
+    """Wait until others use at most `share` of this machine; return False where patience ends."""
     end = time.monotonic() + patience
     while True:
-        busy, begin = busy_seconds(), time.monotonic()
-        time.sleep(0.4)
-        elapsed = time.monotonic() - begin
-        used = (busy_seconds() - busy) / (elapsed * (os.cpu_count() or 1))
-        if used <= share or time.monotonic() > end:
-            return used
+        watch = Watch()
+        time.sleep(_LOOK_SECONDS)
+        if watch.others_share() <= share:
+            return True
+        if time.monotonic() > end:
+            return False
 
 
 def run_child(
-    command: Sequence[str], environment: Mapping[str, str], timeout: float = 3600
+    command: Sequence[str], environment: Mapping[str, str], timeout: float, most_others: float
 ) -> ChildResult:
     """Run a command that prints lines of JSON; return the last, with time and memory.
 
-    Raises ChildError if it fails, prints none, or takes longer than `timeout` seconds.
+    Raises Disturbed as soon as others have used more than the share `most_others` of the machine or
+    `timeout` seconds have passed, ChildError if the command fails or prints no result.
     """
-    busy, own = busy_seconds(), _own_seconds()
-    begin, first, peak = time.perf_counter(), 0.0, 0
+    watch, first, peak = Watch(), 0.0, 0
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             command, stdout=output, stderr=errors, env={**os.environ, **environment}
         )
-        while child.poll() is None:
-            peak = max(peak, _peak_memory(child.pid))
-            elapsed = time.perf_counter() - begin
-            if not first and os.fstat(output.fileno()).st_size:
-                first = elapsed
-            if elapsed > timeout:
-                child.kill()
-            time.sleep(_POLL_SECONDS)
-        elapsed = time.perf_counter() - begin
+        try:
+            while child.poll() is None:
+                peak = max(peak, _peak_memory(child.pid))
+                if not first and os.fstat(output.fileno()).st_size:
+                    first = watch.elapsed
+                is_settled = watch.elapsed > _SETTLE_SECONDS
+                if watch.elapsed > timeout:
+                    raise Disturbed(f"took longer than {timeout:.0f} s")
+                if is_settled and (share := watch.others_share(child.pid)) > most_others:
+                    raise Disturbed(f"others used {share:.0%} of the machine")
+                time.sleep(_POLL_SECONDS)
+        finally:
+            child.kill()
+            child.wait()
+        share = watch.others_share()
         lines = [line for line in _text(output).splitlines() if line.startswith("{")]
         if child.returncode or not lines:
             tail = " / ".join(_text(errors).strip().splitlines()[-4:])
             raise ChildError(f"exit code {child.returncode}: {tail[-600:]}")
-    others = busy_seconds() - busy - (_own_seconds() - own)
-    share = max(0.0, others) / (elapsed * (os.cpu_count() or 1))
-    return ChildResult(lines[-1], first or elapsed, peak, share)
+    return ChildResult(lines[-1], first or watch.elapsed, peak, share)
 
 
 def _text(file: IO[str]) -> str:
@@ -123,6 +150,15 @@ def _own_seconds() -> float:
     """Return the processor time of this process and its finished children."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _process_seconds(process: int) -> float:
+    """Return the processor time of one running process, 0 if it is gone."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 def _peak_memory(process: int) -> int:

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from peer.machine import ChildError, Limits, Probe, run_child, wait_until_quiet
+from peer.machine import ChildError, Disturbed, Limits, Probe, run_child, wait_until_quiet
 from peer.systems import System, Test
 
 _ENOUGH = 0.85  # of the run's median probe
 _OTHERS_SHARE = 0.06  # of the machine that others may use during a sample
+_GIVE_UP_SHARE = 0.15  # a sample that is disturbed more is not even finished
+_NOISY_SECONDS = 90.0  # for a sample on a machine that did not fall quiet: it will not count
 _TOKEN_WEIGHTS = (1.0, 6.0, 800.0)  # prefill token, decode token, start of a process: for progress
 
 
@@ -61,6 +63,7 @@ class Rounds:
     threads: int
     patience: float
     retries: int
+    timeout: float = 1800
     samples: list[Sample] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
 
@@ -74,21 +77,31 @@ class Rounds:
             for system, test in plan:
                 again = f" again ({attempt})" if attempt else ""
                 report(f"{system.name} {test.name}{again}", done / total)
-                self._take(system, test)
+                self._take(system, test, is_last=attempt == self.retries)
                 done += _weight(test)
             plan = self._disturbed(plan)
             if not plan:
                 return
 
-    def _take(self, system: System, test: Test) -> None:
+    def _take(self, system: System, test: Test, is_last: bool) -> None:
+        """Add a sample, if the machine falls quiet; the last attempt takes one in any case."""
         key = f"{system.name}: {test.name}"
         if key in self.failures:
             return
-        wait_until_quiet(self.patience, _OTHERS_SHARE)
+        is_quiet = wait_until_quiet(self.patience, _OTHERS_SHARE)
+        if not is_quiet and not is_last:
+            return
         before = self.probe.measure()
         try:
-            result = run_child(system.command(test, self.threads), system.environment)
+            result = run_child(
+                system.command(test, self.threads),
+                system.environment,
+                self.timeout if is_quiet else _NOISY_SECONDS,
+                _GIVE_UP_SHARE if is_quiet else 1.0,
+            )
             seconds, load = system.seconds(result.line)
+        except Disturbed:
+            return  # it is taken again in the next attempt
         except (ChildError, KeyError, ValueError) as error:
             self.failures[key] = str(error)
             return

@@ -57,3 +57,8 @@ def artifact_cache_bytes(manifest: Manifest) -> float:
     """Return the bytes of keys and values that one position holds in an artifact's state."""
     grown = sum(tensor.bytes for tensor in manifest.state.tensors if tensor.growth == "context")
     return grown / manifest.context
+
+
+def stored_bytes(manifest: Manifest) -> int:
+    """Return the bytes of all weights in an artifact."""
+    return sum(weight.bytes for weight in manifest.weights)
