@@ -161,6 +161,11 @@ def main() -> None:
         say("stopped: the report has what was measured so far")
     finally:
         rounds.probe.close()
+    if not rounds.samples:
+        sys.exit(
+            f"no sample: in {options.patience:.0f} s of waiting for each, other processes never left "
+            "this machine alone; stop them, or take disturbed samples with --patience 0 --retries 0"
+        )
     facts["versions"] = cache.versions()
     notes = {f"skipped {name}": why for name, why in skipped.items()} | rounds.failures
     config = systems.read_config(options.model)

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +57,44 @@ def list_tensors(checkpoint: Checkpoint) -> Iterator[Tensor]:
 
 def write_model(source: str, out: Path, dtype: str = "bf16") -> None:
     """Write the whole model, tensor by tensor; `source` is a model directory or a family name."""
-    is_directory = Path(source).exists()
-    checkpoint = open_checkpoint(source, "auto" if is_directory else "dummy")
-    config = checkpoint.config
+    checkpoint = open_source(source)
+    tensors = list(list_tensors(checkpoint))
+    kinds = [tensor_type(tensor, _TYPES[dtype]) for tensor in tensors]
+    writer = begin_file(out, checkpoint.config, tensors, kinds)
+    with Progress() as progress:
+        for index, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True)):
+            progress(f"writing {out.name}", index / len(tensors))
+            writer.write_tensor_data(gguf.quants.quantize(tensor.read(), kind))
+    writer.close()
+
+
+def open_source(source: str) -> Checkpoint:
+    """Open a model directory, or draw the weights of a family name."""
+    return open_checkpoint(source, "auto" if Path(source).exists() else "dummy")
+
+
+def begin_file(
+    out: Path,
+    config: ModelConfig,
+    tensors: Sequence[Tensor],
+    kinds: Sequence[gguf.GGMLQuantizationType],
+) -> gguf.GGUFWriter:
+    """Write everything before the tensors' data, which must follow in the same order."""
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[_architecture(config)])
     add_metadata(writer, config)
-    tensors = list(list_tensors(checkpoint))
-    for tensor in tensors:
-        kind = tensor_type(tensor, _TYPES[dtype])
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        size = int(np.prod(tensor.shape)) // block * block_bytes
+    for tensor, kind in zip(tensors, kinds, strict=True):
+        size = stored_size(tensor, kind)
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    with Progress() as progress:
-        for index, tensor in enumerate(tensors):
-            progress(f"writing {out.name}", index / len(tensors))
-            kind = tensor_type(tensor, _TYPES[dtype])
-            writer.write_tensor_data(gguf.quants.quantize(tensor.read(), kind))
-    writer.close()
+    return writer
+
+
+def stored_size(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> int:
+    """Return a tensor's bytes in a type."""
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return prod(tensor.shape) // block * block_bytes
 
 
 def tensor_type(tensor: Tensor, matrix: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
+from math import prod
 from pathlib import Path
 
 from q35c.artifact.manifest import Manifest
 from q35c.artifact.reader import read_artifact
+from q35c.frontend.checkpoint import open_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 TORCH = (
@@ -50,6 +52,8 @@ _LLAMA_OPTIONS = (
     "-DLLAMA_BUILD_SERVER=OFF",
     "-DLLAMA_BUILD_APP=OFF",
 )
+_LARGE_PARAMETERS = 8e9  # a bf16 file of more is not written first
+_DONOR = "qwen3.5-0.8b"
 _ORT_OPTIONS = (
     "int4_accuracy_level=4",
     "exclude_vision=true",
@@ -117,9 +121,7 @@ class Cache:
         if kind in ("bf16", "f32"):
             command = [self.python(), "-m", "peer.gguf_model", model, str(part), "--type", kind]
         else:
-            tool = str(self.llama() / "llama-quantize")
-            threads = str(os.cpu_count() or 1)
-            command = [tool, str(self.gguf(model, "bf16")), str(part), kind, threads]
+            command = self._quantize_command(model, part, kind)
         self._run(f"write {path.name}", command)
         part.rename(path)
         return path
@@ -171,6 +173,14 @@ class Cache:
     def call(self, module: str, *arguments: str) -> str:
         """Run one of our modules in the peers' environment and return what it prints."""
         return self._run(module, [self.python(), "-m", module, *arguments])
+
+    def _quantize_command(self, model: str, part: Path, kind: str) -> list[str]:
+        tool = str(self.llama() / "llama-quantize")
+        checkpoint = open_checkpoint(model, "auto" if Path(model).exists() else "dummy")
+        if sum(prod(checkpoint.shape(name)) for name in checkpoint.names) > _LARGE_PARAMETERS:
+            module = [self.python(), "-m", "peer.gguf_large", model, str(part), kind]
+            return [*module, "--quantize", tool, "--donor", str(self.gguf(_DONOR, kind))]
+        return [tool, str(self.gguf(model, "bf16")), str(part), kind, str(os.cpu_count() or 1)]
 
     def _llama_source(self, home: Path) -> Path:
         home.mkdir(exist_ok=True)

@@ -73,10 +73,10 @@ class Rounds:
         """Take every sample of the plan in its order, then repeat the disturbed ones, a few times."""
         for attempt in range(self.retries + 1):
             total = sum(_weight(test) for _, test in plan)
-            done = 0.0
+            begin, done = time.monotonic(), 0.0
             for system, test in plan:
-                again = f" again ({attempt})" if attempt else ""
-                report(f"{system.name} {test.name}{again}", done / total)
+                left = (time.monotonic() - begin) * (total - done) / done if done else None
+                report(_progress_text(attempt, system, test, left), done / total)
                 self._take(system, test, is_last=attempt == self.retries)
                 done += _weight(test)
             plan = self._disturbed(plan)
@@ -135,6 +135,12 @@ class Rounds:
             if is_possible and already < wanted - got:
                 lacking.append((system, test))
         return lacking
+
+
+def _progress_text(attempt: int, system: System, test: Test, left: float | None) -> str:
+    again = f", attempt {attempt + 1}" if attempt else ""
+    remaining = "" if left is None else f", {left / 60:.0f} min left in this pass"
+    return f"{system.name} {test.name}{again}{remaining}"
 
 
 def mark_clean(samples: Iterable[Sample]) -> None:
