@@ -100,7 +100,9 @@ class Rounds:
                 _GIVE_UP_SHARE if is_quiet else 1.0,
             )
             seconds, load = system.seconds(result.line)
-        except Disturbed:
+        except Disturbed as error:
+            if is_last:
+                self.failures[key] = f"no sample: {error}"
             return  # it is taken again in the next attempt
         except (ChildError, KeyError, ValueError) as error:
             self.failures[key] = str(error)
