@@ -23,7 +23,7 @@ from peer.gguf_model import begin_file, list_tensors, open_source, stored_size, 
 from q35c.progress import Progress
 
 Kind = gguf.GGMLQuantizationType
-_LINE = re.compile(r"\] +(\S+) +- \[.*\], type = +(\w+)(?:, converting to (\w+))?")
+_LINE = re.compile(r"\] +(\S+) +- \[.*\], type = +(\w+),.* MiB(?: \((\w+)\))?$")
 _FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 _DRAWN_VALUES = 1 << 22  # for types that the donor lacks
 
@@ -37,6 +37,8 @@ def planned_types(tool: Path, hollow: Path, kind: str) -> dict[str, Kind]:
         if match := _LINE.search(line):
             name, now, then = match.groups()
             found[name] = Kind[(then or now).upper()]
+    if not set(found.values()) - set(_FLOATS):
+        raise ValueError(f"llama-quantize --dry-run named no quantized tensor for {kind}")
     return found
 
 

@@ -98,8 +98,8 @@ def stored_size(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> int:
 
 
 def tensor_type(tensor: Tensor, matrix: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
-    """Return how a tensor is stored: llama.cpp wants vectors and the conv's taps in f32."""
-    is_small = len(tensor.shape) < 2 or "conv1d" in tensor.name
+    """Return how a tensor is stored: vectors, the conv's taps and the router are always in f32."""
+    is_small = len(tensor.shape) < 2 or "conv1d" in tensor.name or "gate_inp" in tensor.name
     return gguf.GGMLQuantizationType.F32 if is_small else matrix
 
 
