@@ -64,7 +64,7 @@ def run_benchmark(
     """
     tests = [("pp", size) for size in prompt_tokens if size]
     tests += [("tg", size) for size in new_tokens if size]
-    _check_sizes(model.context, [size for _, size in tests], depths, repetitions)
+    check_sizes(model.context, [size for _, size in tests], depths, repetitions)
     ids = np.random.default_rng(seed).integers(0, model.vocab_size, model.context).tolist()
     done, total = 0, len(tests) * len(depths) * (repetitions + 1)
     found: list[Measurement] = []
@@ -112,9 +112,10 @@ def _decode(session: Session, ids: Sequence[int]) -> None:
         session.decode(token)
 
 
-def _check_sizes(
+def check_sizes(
     context: int, sizes: Sequence[int], depths: Sequence[int], repetitions: int
 ) -> None:
+    """Raise OptionError if tests of these sizes make no sense or do not fit the context."""
     for name, values, low in (
         ("-p, -n", sizes, 1),
         ("-d", depths, 0),

@@ -88,7 +88,14 @@ def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) 
         "context": context,
         "batch": batch,
         "entries": [
-            {**dict(zip(names, entry, strict=True)), "symbol": entry[0]} for entry in entries
+            {
+                **dict(zip(names, entry, strict=True)),
+                "symbol": entry[0],
+                "steps": [0],
+                "step_weights": [0],
+                "single_row_steps": [0] if entry[-1] == "last" else [],
+            }
+            for entry in entries
         ],
         "arena_bytes": 4096,
         "max_threads": 8,
@@ -100,6 +107,7 @@ def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) 
                 "parameters": {"n": 4, "dtype": "f32", "taps": [1, 2]},
             }
         ],
+        "probes": [{"name": "f32", "symbol": "probe_f32", "work": 1024}],
         "generation": GENERATION,
         **changes,
     }
@@ -120,7 +128,7 @@ def code(context: int = CONTEXT, batch: int = BATCH) -> bytes:
     if compiler is None:
         pytest.skip("no C compiler")
     state = [tensor["offset"] for tensor in state_layout(context)["tensors"]]
-    io = layout.io_layout(MAX_TOKENS, batch, max(MAX_TOKENS // 2, batch), VOCAB)["fields"]
+    io = layout.io_layout(MAX_TOKENS, batch, max(MAX_TOKENS // 2, batch), VOCAB, 1)["fields"]
     numbers = dict(zip(("CONV", "DELTA", "KEYS", "VALUES"), state, strict=True))
     numbers |= {name.upper(): field["offset"] for name, field in io.items()}
     numbers |= {"VOCAB": VOCAB, "MAX_TOKENS": MAX_TOKENS, "NOISE": layout.align(4 * VOCAB * VOCAB)}

@@ -78,10 +78,11 @@ def max_tokens(entries: Iterable[HasMaxTokens]) -> int:
     return max(entry.max_tokens for entry in entries)
 
 
-def io_layout(tokens: int, batch: int, logits_rows: int, vocab: int) -> dict[str, Any]:
-    """Return the manifest's `io`: tokens, three position axes, slots, starts, logits.
+def io_layout(tokens: int, batch: int, logits_rows: int, vocab: int, steps: int) -> dict[str, Any]:
+    """Return the manifest's `io`: tokens, three position axes, slots, starts, logits, clock.
 
-    `positions` has a row stride of `tokens` elements, whatever a call's token count.
+    `positions` has a row stride of `tokens` elements, whatever a call's token count. `clock` is a switch, then the
+    cycle counter before each of at most `steps` kernels and after the last.
     """
     specs: dict[str, tuple[str, list[int]]] = {
         "tokens": ("i32", [tokens]),
@@ -89,6 +90,7 @@ def io_layout(tokens: int, batch: int, logits_rows: int, vocab: int) -> dict[str
         "slots": ("i64", [batch]),
         "starts": ("i32", [batch]),
         "logits": ("f32", [logits_rows, vocab]),
+        "clock": ("i64", [steps + 2]),
     }
     offsets, total = pack_tensors(specs.values())
     fields = {

@@ -17,7 +17,7 @@ from q35c.artifact.schema import Items, Pattern, Range, Reader, decode, encode, 
 from q35c.config import FULL, LINEAR, ModelConfig
 from q35c.errors import ArtifactVersionError
 
-FORMAT = 1
+FORMAT = 2
 PLAN_MARK = b"\nq35c-plan:"
 
 Flag = bool
@@ -28,6 +28,7 @@ Hash = Annotated[str, Pattern(r"[0-9a-f]{64}")]
 Bytes = Annotated[int, Range(1, 2**45)]
 Offset = Annotated[int, Range(0, 2**45)]
 Dim = Annotated[int, Range(1, 2**31 - 1)]
+Index = Annotated[int, Range(0, 2**16)]
 Shape = Annotated[tuple[Dim, ...], Items(1, 8)]
 TokenId = Annotated[int, Range(0, 2**24)]
 DType = Literal["f32", "bf16", "i64", "i32", "i8", "u8"]
@@ -47,13 +48,20 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A function of the code: its symbol, what its rows are and which rows it returns logits of."""
+    """A function of the code: its symbol, what its rows are and which rows it returns logits of.
+
+    Step i calls kernel `steps[i]` of the manifest with weight `step_weights[i]`, -1 for none; those in
+    `single_row_steps` compute one row, whatever T is.
+    """
 
     name: Symbol
     symbol: Symbol
     rows: Literal["sequence", "batch"]
     max_tokens: Annotated[int, Range(1, 65536)]
     logits: Literal["last", "all"]
+    steps: Annotated[tuple[Index, ...], Items(1, 2**16)]
+    step_weights: Annotated[tuple[Annotated[int, Range(-1, 2**16)], ...], Items(1, 2**16)]
+    single_row_steps: Annotated[tuple[Index, ...], Items(0, 2**16)]
 
     @property
     def logits_rows(self) -> int:
@@ -75,7 +83,7 @@ class Io:
     """The block through which tokens go in and logits come out."""
 
     bytes: Bytes
-    fields: Annotated[Mapping[str, IoField], Items(5, 5)]
+    fields: Annotated[Mapping[str, IoField], Items(6, 6)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,20 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A function that measures the machine: each thread does `work` bytes or operations for a unit of T."""
+
+    name: Literal["read", "cache", "int8", "bf16", "f32"]
+    symbol: Symbol
+    work: Annotated[int, Range(1, 2**30)]
+
+    def data_bytes(self, threads: int, amount: int) -> int:
+        """Return the bytes of memory that `threads` threads touch for `amount` units of work."""
+        units = {"read": amount, "cache": 1}.get(self.name)
+        return threads * (4096 if units is None else units * self.work)
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A hashed stretch of the file; `bytes` excludes the padding."""
 
@@ -160,7 +182,7 @@ class Memory:
 class Manifest:
     """Everything about an artifact but its data."""
 
-    format: Literal[1]
+    format: Literal[2]
     producer: Text
     model: Annotated[ModelConfig, Reader(ModelConfig.from_dict)]
     target: Target
@@ -176,6 +198,7 @@ class Manifest:
     weights: Annotated[tuple[Weight, ...], Items(1, 16384)]
     weights_bytes: Bytes
     kernels: Annotated[tuple[Kernel, ...], Items(0, 4096)]
+    probes: Annotated[tuple[Probe, ...], Items(0, 16)]
     segments: Annotated[Mapping[str, Segment], Items(2, 16, r"[a-z][a-z0-9_]{0,31}")]
     generation: Generation
     memory: Memory
@@ -235,6 +258,7 @@ def check_consistent(manifest: Manifest) -> None:
         manifest.batch,
         max(entry.logits_rows for entry in manifest.entries),
         manifest.model.vocab_size,
+        max(len(entry.steps) for entry in manifest.entries),
     )
     _check_equal("$.io", encode(manifest.io), expected_io)
     _check_state(manifest)
@@ -307,6 +331,18 @@ def _check_entries(manifest: Manifest) -> None:
     for name in required:
         if name not in names:
             raise refuse("$.entries", f"entry {name!r} is missing", got=names)
+    for index, entry in enumerate(manifest.entries):
+        _check_steps(f"$.entries[{index}]", entry, manifest)
+
+
+def _check_steps(path: str, entry: Entry, manifest: Manifest) -> None:
+    for name, numbers, things in (
+        ("steps", entry.steps, manifest.kernels),
+        ("step_weights", entry.step_weights, manifest.weights),
+    ):
+        _check_equal(f"{path}.{name} length", len(numbers), len(entry.steps))
+        if max(numbers) >= len(things):
+            raise refuse(f"{path}.{name}", "no such item", expected=len(things), got=max(numbers))
 
 
 def _check_state(manifest: Manifest) -> None:

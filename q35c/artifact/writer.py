@@ -72,7 +72,7 @@ def complete_manifest(
     Returns the manifest and the segments as they are to be written: the code with its trailer.
 
     `fields` holds model, target, precision, context, batch, entries, arena_bytes, max_threads, state,
-    kernels and generation, as JSON values or dataclasses; a derived field may be given and must then
+    kernels, probes and generation, as JSON values or dataclasses; a derived field may be given and must then
     be right. Raises InternalError, because a wrong manifest is the compiler's mistake.
     """
     try:
@@ -105,7 +105,8 @@ def _add_derived(document: dict[str, Any]) -> None:
     document.setdefault("producer", f"q35c {__version__}")
     document.setdefault("barrier_bytes", 128)
     vocab = document["model"]["vocab_size"]
-    document.setdefault("io", layout.io_layout(tokens, document["batch"], rows, vocab))
+    steps = max(len(entry["steps"]) for entry in entries)
+    document.setdefault("io", layout.io_layout(tokens, document["batch"], rows, vocab, steps))
     memory = layout.memory_plan(
         weights=document["weights_bytes"],
         state=document["state"]["bytes"],

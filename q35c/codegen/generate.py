@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ from q35c.artifact.writer import WeightEntry, place_weights
 from q35c.codegen.build import build_shared
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.attention_shape import stored_shape
+from q35c.codegen.kernels.probe import probes
 from q35c.codegen.lower import Lowering, Shared
 from q35c.codegen.pack import BLOCK, PackedWeight
-from q35c.codegen.program import program_entry
-from q35c.codegen.schedule import Places
+from q35c.codegen.program import Pointer, Tokens, program_entry
+from q35c.codegen.schedule import Places, Schedule, WeightRef
 from q35c.codegen.target import Target
 from q35c.ir.graph import Module, Value
 from q35c.ir.precision import Policy
@@ -66,6 +68,8 @@ def generate(
         Lowering(graph, shared, entry["max_tokens"]).run()
         for graph, entry in zip(module, entries, strict=True)
     ]
+    for entry, schedule in zip(entries, schedules, strict=True):
+        entry |= describe_steps(schedule, shared)
     stored = tuple(
         WeightEntry(
             w.name, w.stored_dtype, w.shape, f"{LAYOUT_NOTES[w.layout]}, {w.dtype}", w.sources
@@ -77,12 +81,16 @@ def generate(
         io_places(limits, tokens, entries),
     )
     plans = [schedule.plan() for schedule in schedules]
+    clock = Pointer("io", places.io["clock"][0])
     programs = {
-        schedule.name: program_entry(schedule.name, schedule.place(plan, places))
+        schedule.name: program_entry(schedule.name, schedule.place(plan, places), clock)
         for schedule, plan in zip(schedules, plans, strict=True)
     }
+    measuring = list(probes(target.isa))
+    programs |= {probe.symbol: probe.program() for probe in measuring}
     progress("kernels", 0.0)
     functions = shared.functions(lambda done: progress("kernels", done))
+    functions |= {probe.symbol: probe.kernel for probe in measuring}
     progress("machine code", 0.0)  # one call of the compiler
     code = build_shared(functions, programs, target.isa)
     fields = {
@@ -99,6 +107,7 @@ def generate(
         "max_threads": target.max_threads,
         "state": state,
         "kernels": describe_kernels(shared),
+        "probes": [probe.describe() for probe in measuring],
     }
     return Generated(code, tuple(shared.weights.values()), stored, fields)
 
@@ -150,10 +159,27 @@ def io_places(
 ) -> dict[str, tuple[int, int]]:
     """Return offset and bytes of each io field."""
     rows = max(1 if entry["logits"] == "last" else entry["max_tokens"] for entry in entries)
-    fields = layout.io_layout(tokens, limits.batch, rows, limits.vocabulary)["fields"]
+    steps = max(len(entry["steps"]) for entry in entries)
+    fields = layout.io_layout(tokens, limits.batch, rows, limits.vocabulary, steps)["fields"]
     return {
         name: (field["offset"], layout.tensor_bytes(field["dtype"], field["shape"]))
         for name, field in fields.items()
+    }
+
+
+def describe_steps(schedule: Schedule, shared: Shared) -> dict[str, list[int]]:
+    """Return each step's kernel and packed weight (its largest; -1 for none), and the steps of one row."""
+    kernels = {name: number for number, name in enumerate(shared.kernels.values())}
+    weights = {name: number for number, name in enumerate(shared.weights)}
+    sizes = [math.prod(weight.shape) for weight in shared.weights.values()]
+    largest = []
+    for step in schedule.steps:
+        used = [weights[a.name] for a in step.args if isinstance(a, WeightRef)]
+        largest.append(max(used, key=lambda number: sizes[number], default=-1))
+    return {
+        "steps": [kernels[step.kernel] for step in schedule.steps],
+        "step_weights": largest,
+        "single_row_steps": [n for n, s in enumerate(schedule.steps) if Tokens() not in s.args],
     }
 
 

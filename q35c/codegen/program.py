@@ -100,14 +100,20 @@ class Parameters:
         return [*self.blobs.values(), self.tokens, self.tid, self.nt]
 
 
-def program_entry(symbol: str, calls: Sequence[Call | Barrier]) -> tirx.PrimFunc:
+def program_entry(
+    symbol: str, calls: Sequence[Call | Barrier], clock: Pointer | None = None
+) -> tirx.PrimFunc:
     """Make the public function `symbol(weights, state, arena, io, barrier, T, tid, nt)`.
 
     All parameters are integers: five byte addresses and T int64, tid and nt int32. It returns 0. Denormals are
-    flushed to zero while it runs. LoweringError when a kernel argument is not aligned to an element.
+    flushed to zero while it runs. Where the word at `clock` is not 0, thread 0 stores the cycle counter before each
+    kernel and at the end in the words behind it. LoweringError when a kernel argument is not aligned to an element.
     """
     parameters = Parameters.make()
-    return entry_function(symbol, parameters, [_statement(call, parameters) for call in calls])
+    statements = [_statement(call, parameters) for call in calls]
+    if clock is not None:
+        statements = _with_stamps(calls, statements, clock, parameters)
+    return entry_function(symbol, parameters, statements)
 
 
 def entry_function(
@@ -130,6 +136,32 @@ def _statement(call: Call | Barrier, parameters: Parameters) -> tirx.Stmt:
         return tirx.IfThenElse(parameters.nt > 1, wait, None)
     arguments = [_expression(argument, parameters, call) for argument in call.args]
     return _evaluate(kernel_symbol(call.kernel), arguments)
+
+
+def _with_stamps(
+    calls: Sequence[Call | Barrier],
+    statements: Sequence[tirx.Stmt],
+    clock: Pointer,
+    parameters: Parameters,
+) -> list[tirx.Stmt]:
+    """Put a stamp before each call and at the end; a barrier's time belongs to the kernel before it."""
+    words = as_pointer(parameters.blobs[clock.blob] + tirx.const(clock.byte_offset, "int64"))
+    started = tirx.Var("clock", "int64")  # 0: not asked for, so that a step costs one comparison
+    stamped: list[Any] = [
+        tirx.Bind(started, T.call_extern("int64", "q35c_clock", words, parameters.tid))
+    ]
+    number = 0
+    for call, statement in zip(calls, statements, strict=True):
+        if isinstance(call, Call):
+            stamped.append(_stamp(started, number))
+            number += 1
+        stamped.append(statement)
+    return [*stamped, _stamp(started, number)]
+
+
+def _stamp(clock: Any, number: int) -> tirx.Stmt:
+    index = tirx.const(number, "int64")
+    return tirx.Evaluate(T.call_extern("int32", "q35c_stamp", clock, index))
 
 
 def _evaluate(function: tvm.ir.GlobalVar, arguments: list[Any]) -> tirx.Stmt:

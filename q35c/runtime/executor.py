@@ -5,7 +5,10 @@ pointers are checked once to be 64-byte aligned; generated code relies on it.
 """
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -13,11 +16,28 @@ from numpy.typing import NDArray
 
 from q35c.artifact import Manifest, layout
 from q35c.artifact.manifest import Entry as EntryPlan
+from q35c.artifact.manifest import Probe
 from q35c.errors import InternalError, OptionError
 from q35c.runtime.library import Arguments, Entry, Library, Workers
 from q35c.runtime.memory import Region, WeightBlock
 
 Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """One recorded run: the cycle counter before each step and after the last, on thread 0.
+
+    `begin` and `seconds` are the perf_counter's, from before the threads start until all have ended; `starts` are the
+    sequences' lengths before the run, `tokens` the rows in all.
+    """
+
+    entry: str
+    tokens: int
+    starts: tuple[int, ...]
+    begin: float
+    seconds: float
+    cycles: NDArray[np.int64]
 
 
 class SequenceState(Protocol):
@@ -42,6 +62,7 @@ class Executor:
         self._entries: dict[str, Entry] = {
             entry.name: library.entry(entry.symbol) for entry in manifest.entries
         }
+        self._library = library
         self._workers = Workers(threads)
         self._lock = threading.Lock()
         self._arena = Region(manifest.arena_bytes, huge_bytes=manifest.arena_bytes)
@@ -52,6 +73,7 @@ class Executor:
             for name, field in manifest.io.fields.items()
         }
         self._busy: Sequence[SequenceState] = ()
+        self._records: list[Recording] | None = None
         self._is_closed = False
         for block in (weights, self._arena, self._io, self._barrier):
             _check_aligned(block.address)
@@ -102,6 +124,31 @@ class Executor:
                 fields["starts"][row] = sequence.length
             return self._run(entry, sequences, count, count)
 
+    @contextmanager
+    def record(self) -> Generator[list[Recording]]:
+        """Record every run within the block, of all sessions; blocks do not nest."""
+        found: list[Recording] = []
+        with self._lock:
+            self._records = found
+            self._fields["clock"][0] = 1
+        try:
+            yield found
+        finally:
+            with self._lock:
+                self._records = None
+                self._fields["clock"][0] = 0
+
+    def run_probe(self, probe: Probe, address: int, amount: int) -> float:
+        """Return the seconds of a probe over memory that it may overwrite; it touches nothing else."""
+        _check_aligned(address)
+        arguments = Arguments(0, address, 0, 0, self._barrier.address, amount)
+        entry = self._library.entry(probe.symbol)
+        with self._lock:
+            self._check_open()
+            begin = time.perf_counter()
+            self._workers.run(entry, arguments)
+            return time.perf_counter() - begin
+
     def close(self) -> None:
         """End the worker threads and let go of the weights; later steps raise OptionError."""
         with self._lock:
@@ -111,8 +158,7 @@ class Executor:
     def _run(
         self, plan: EntryPlan, sequences: Sequence[SequenceState], tokens: int, rows: int
     ) -> Logits:
-        if self._is_closed:
-            raise OptionError("the model is closed", hint="load it again")
+        self._check_open()
         region = sequences[0].region
         _check_aligned(region.address)
         arguments = Arguments(
@@ -126,9 +172,19 @@ class Executor:
         # An interrupt may end this call while threads still run: their memory must outlive it. The
         # next run waits for them before it starts.
         self._busy = sequences
+        begin = time.perf_counter()
         self._workers.run(self._entries[plan.name], arguments)
+        seconds = time.perf_counter() - begin
         self._busy = ()
+        if self._records is not None:
+            starts = tuple(sequence.length for sequence in sequences)
+            cycles = self._fields["clock"][1 : len(plan.steps) + 2].copy()
+            self._records.append(Recording(plan.name, tokens, starts, begin, seconds, cycles))
         return self._fields["logits"][:rows].copy()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise OptionError("the model is closed", hint="load it again")
 
 
 def _check_aligned(address: int) -> None:

@@ -6,13 +6,15 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 from q35c import strictjson
 from q35c.artifact import Artifact, Manifest, read_artifact
+from q35c.artifact.manifest import Probe
 from q35c.errors import MemoryRefused, OptionError, TokenizerError
 from q35c.runtime.cpu import check_target, choose_threads
-from q35c.runtime.executor import Executor, Logits
+from q35c.runtime.executor import Executor, Logits, Recording
 from q35c.runtime.generate import (
     Row,
     Stream,
@@ -141,6 +143,17 @@ class Model:
         """
         context = _choose("context", context, self.context)
         return Session(self._executor, self._budget, self._artifact.digest, context)
+
+    def record(self) -> AbstractContextManager[list[Recording]]:
+        """Return a context in which the times of every kernel are added to the list that it yields."""
+        return self._executor.record()
+
+    def run_probe(self, probe: Probe, address: int, amount: int) -> float:
+        """Return the seconds that all threads take for `amount` units of a probe's work.
+
+        `address` is that of memory which the probe may overwrite, aligned to 64 bytes; see `Probe.data_bytes`.
+        """
+        return self._executor.run_probe(probe, address, amount)
 
     def score(self, ids: Iterable[int], progress: Progress | None = None) -> Logits:
         """Return the logits f32[S, V] after each token of a sequence. Raises as `Session.score`."""

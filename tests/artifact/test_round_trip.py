@@ -56,7 +56,7 @@ def test_safetensors_opens_it(small: Path) -> None:
         assert file.get_tensor("b").tobytes() == b"\x01\x02\x03\x04\x05\x06" + bytes(58)
         text = file.metadata()["q35c"]
         assert hashlib.sha256(text.encode()).hexdigest() == file.metadata()["q35c.sha256"]
-        assert json.loads(text)["format"] == 1
+        assert json.loads(text)["format"] == 2
 
 
 def test_everything_is_aligned_in_the_file(small: Path) -> None:
@@ -108,14 +108,14 @@ def test_derived_memory_figures(tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_named(small: Path) -> None:
-    def to_version_2(manifest: dict) -> str:
+    def to_version_3(manifest: dict) -> str:
         # A future manifest may look different altogether: the version is looked at first.
-        return json.dumps({"format": 2, "else": [1]})
+        return json.dumps({"format": 3, "else": [1]})
 
-    small.write_bytes(rebuild(small.read_bytes(), to_version_2))
+    small.write_bytes(rebuild(small.read_bytes(), to_version_3))
     with pytest.raises(ArtifactVersionError) as caught:
         read_artifact(small)
-    assert caught.value.got == 2 and str(small) in str(caught.value)
+    assert caught.value.got == 3 and str(small) in str(caught.value)
 
 
 def test_message_names_file_and_field(small: Path) -> None:

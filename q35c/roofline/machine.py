@@ -1,0 +1,161 @@
+"""This machine's limits: bandwidths and peaks, measured by an artifact's own probes and kept in a cache file.
+
+The best of many short samples counts: whatever else runs here only makes a sample slower. The file lies in the user's
+cache directory and holds the limits by processor, target and threads; a damaged or unwritable one is no error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from q35c.roofline.cost import Cost
+
+if TYPE_CHECKING:
+    from q35c.artifact.manifest import Probe
+    from q35c.runtime import Model
+
+Progress = Callable[[str, float], None]
+
+READ_BYTES = 512 << 20  # larger than any cache
+_SLICE_BYTES = 64 << 20  # read in one sample: about the time that a thread runs undisturbed
+_SAMPLE_SECONDS = 4e-3
+_PROBE_SECONDS = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bytes a second of memory and of the caches, operations a second by type; all threads together."""
+
+    read: float
+    cache: float
+    int8: float
+    bf16: float
+    f32: float
+
+    def seconds(self, cost: Cost) -> float:
+        """Return the least time that a kernel with this cost can take."""
+        return max(self.parts(cost).values())
+
+    def parts(self, cost: Cost) -> dict[str, float]:
+        """Return what each limit alone demands, in seconds: memory, cache, compute."""
+        return {
+            "memory": cost.memory_bytes / self.read,
+            "cache": (cost.memory_bytes + cost.cache_bytes) / self.cache,
+            "compute": cost.operations / getattr(self, cost.peak),
+        }
+
+
+def find_limits(model: Model, *, again: bool = False, progress: Progress | None = None) -> Limits:
+    """Return the limits for a model's target and threads, from the cache or measured (`again`: always)."""
+    key = limits_key(model.manifest.target.name, model.threads)
+    known = None if again else _read_cache().get(key)
+    if known is None:
+        known = measure_limits(model, progress)
+        _write_cache(_read_cache() | {key: known})
+    return known
+
+
+def cached_limits(target: str, threads: int) -> Limits | None:
+    """Return the limits that were measured here before, None if there are none."""
+    return _read_cache().get(limits_key(target, threads))
+
+
+def limits_key(target: str, threads: int) -> str:
+    return f"{processor_name()}, {target}, {threads} threads"
+
+
+def processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's name as the kernel knows it."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return "unknown processor"
+
+
+def cache_path() -> Path:
+    """Return the file of known limits: in $XDG_CACHE_HOME, or in ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "q35c" / "limits.json"
+
+
+def measure_limits(model: Model, progress: Progress | None = None) -> Limits:
+    """Run every probe of a model's code for a while. Raises MemoryRefused without 512 MiB free."""
+    from q35c.runtime.memory import Region, available_memory, check_allocation
+
+    check_allocation("measuring the memory bandwidth", READ_BYTES, available_memory())
+    region = Region(READ_BYTES, huge_bytes=READ_BYTES)
+    # Ordinary numbers as f32 and no runs of equal pages, which a hypervisor may merge.
+    words = region.view("f32", (READ_BYTES // 4,))
+    words.reshape(-1, 1 << 20)[:] = np.random.default_rng(0).uniform(0.5, 0.9, 1 << 20)
+    words[::1024] = np.arange(len(words) // 1024)
+    found: dict[str, float] = {}
+    probes = {probe.name: probe for probe in model.manifest.probes}
+    for number, probe in enumerate(probes.values()):
+        if progress is not None:
+            progress(f"measure {probe.name}", number / len(probes))
+        sample = _reading if probe.name == "read" else _repeating
+        found[probe.name] = sample(model, probe, region.address)
+    f32 = found["f32"]  # a target without bf16 products computes them in f32
+    return Limits(found["read"], found["cache"], found["int8"], found.get("bf16", f32), f32)
+
+
+def _reading(model: Model, probe: Probe, address: int) -> float:
+    """Return the rate over slices of the block, in turn, so that none is left in a cache."""
+    amount = max(1, _SLICE_BYTES // (probe.work * model.threads))
+    step = probe.data_bytes(model.threads, amount)
+    starts = range(address, address + READ_BYTES - step + 1, step)
+    return _rate(model, probe, amount, starts)
+
+
+def _repeating(model: Model, probe: Probe, address: int) -> float:
+    """Return the rate of a probe that stays in its registers or caches."""
+    amount = 64
+    while min(model.run_probe(probe, address, amount) for _ in range(3)) < _SAMPLE_SECONDS:
+        amount *= 2
+    return _rate(model, probe, amount, (address,))
+
+
+def _rate(model: Model, probe: Probe, amount: int, addresses: Sequence[int]) -> float:
+    seconds: list[float] = []
+    end = time.perf_counter() + _PROBE_SECONDS
+    while len(seconds) <= len(addresses) or time.perf_counter() < end:
+        place = addresses[len(seconds) % len(addresses)]
+        seconds.append(model.run_probe(probe, place, amount))
+    work = amount * probe.work * model.threads
+    return work / min(seconds)
+
+
+def _read_cache() -> dict[str, Limits]:
+    names = {field.name for field in fields(Limits)}
+    found: dict[str, Limits] = {}
+    try:
+        document = json.loads(cache_path().read_text())
+        for key, values in document.items():
+            if set(values) == names and all(0 < value < math.inf for value in values.values()):
+                found[key] = Limits(**{name: float(value) for name, value in values.items()})
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    return found
+
+
+def _write_cache(known: dict[str, Limits]) -> None:
+    path = cache_path()
+    temporary = path.with_name(f".limits-{secrets.token_hex(4)}")
+    text = json.dumps({key: asdict(limits) for key, limits in known.items()}, indent=2)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text)
+        temporary.replace(path)

@@ -1,0 +1,182 @@
+"""Tests of a model, step by step: what each must cost, and how long it took.
+
+Tests are named as in `q35c.bench`. A prefill test is one prompt, which may take several calls of the entry; a decode
+test is one token. A step's time is its median over the fastest quarter of all calls (decode: of all tokens), because
+other work on a machine makes runs slower and never faster; the median of all whole runs stands beside the sum. Whole
+runs are chosen, not steps: a step is shortest where thread 0 came late to it and had the memory for itself.
+
+Times are those of thread 0: a step's time ends when thread 0 begins the next one, so it holds the wait at a barrier
+that follows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from q35c.artifact.manifest import Entry, Manifest
+from q35c.errors import ExecutionError
+from q35c.roofline.cost import Work, step_cost
+from q35c.roofline.report import Step, Test
+
+if TYPE_CHECKING:
+    from q35c.runtime import Model, Session
+    from q35c.runtime.executor import Recording
+
+Progress = Callable[[str, float], None]
+Call = tuple[str, int, tuple[int, ...]]  # entry, tokens, lengths before it
+_CALIBRATION_SECONDS = 0.2
+
+
+def predict_tests(
+    manifest: Manifest,
+    *,
+    prompt_tokens: Sequence[int] = (512,),
+    new_tokens: Sequence[int] = (128,),
+    depths: Sequence[int] = (0,),
+) -> list[Test]:
+    """Return what every test costs at every depth, not measured. A size of 0 leaves a test out."""
+    tests: list[Test] = []
+    for depth in depths:
+        for kind, size in sizes(prompt_tokens, new_tokens):
+            calls = (
+                prefill_calls(manifest, depth, size) if kind == "pp" else [("decode", 1, (depth,))]
+            )
+            steps = [step for call in calls for step in steps_of(manifest, call)]
+            tests.append(Test(kind, size, depth, tuple(steps)))
+    return tests
+
+
+def sizes(prompt_tokens: Sequence[int], new_tokens: Sequence[int]) -> list[tuple[str, int]]:
+    tests = [("pp", size) for size in prompt_tokens if size]
+    return tests + [("tg", size) for size in new_tokens if size]
+
+
+def prefill_calls(manifest: Manifest, depth: int, size: int) -> list[Call]:
+    entry = entry_of(manifest, "prefill")
+    begins = range(depth, depth + size, entry.max_tokens)
+    return [("prefill", min(entry.max_tokens, depth + size - at), (at,)) for at in begins]
+
+
+def steps_of(manifest: Manifest, call: Call) -> Iterator[Step]:
+    """Yield the steps of one call of an entry with their costs."""
+    name, tokens, starts = call
+    entry = entry_of(manifest, name)
+    single = set(entry.single_row_steps)
+    pairs = zip(entry.steps, entry.step_weights, strict=True)
+    for index, (kernel_number, weight_number) in enumerate(pairs):
+        kernel = manifest.kernels[kernel_number]
+        weight = manifest.weights[weight_number] if weight_number >= 0 else None
+        rows = 1 if index in single else tokens
+        work = Work(rows, starts, weight.bytes if weight else 0)
+        cost = step_cost(kernel.family, kernel.parameters, work)
+        yield Step(name, kernel, weight.name if weight else "", cost)
+
+
+def entry_of(manifest: Manifest, name: str) -> Entry:
+    entry = manifest.entry(name)
+    assert entry is not None  # the manifest's check demands prefill and decode
+    return entry
+
+
+def run_roofline(
+    model: Model,
+    *,
+    prompt_tokens: Sequence[int] = (512,),
+    new_tokens: Sequence[int] = (128,),
+    depths: Sequence[int] = (0,),
+    repetitions: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Test]:
+    """Return the tests of `predict_tests` with measured times.
+
+    Raises OptionError if a test does not fit the context, ExecutionError if the code keeps no clock.
+    """
+    from q35c.bench import check_sizes
+
+    kinds = sizes(prompt_tokens, new_tokens)
+    check_sizes(model.context, [size for _, size in kinds], depths, repetitions)
+    period = seconds_per_cycle(model)
+    ids = np.random.default_rng(seed).integers(0, model.vocab_size, model.context).tolist()
+    done, total = 0, len(depths) * len(kinds) * (repetitions + 1)
+    tests: list[Test] = []
+    for depth in depths:
+        with model.session() as session:
+            if depth:
+                session.prefill(ids[:depth])
+            start = session.snapshot()
+            for kind, size in kinds:
+                runs: list[list[Recording]] = []
+                for _ in range(repetitions + 1):
+                    if progress is not None:
+                        progress(f"roofline {kind}{size} at {depth}", done / total)
+                    session.restore(start)
+                    runs.append(record_test(model, session, kind, ids[depth : depth + size]))
+                    done += 1
+                test = Test(kind, size, depth, ())
+                tests.append(fill_test(model.manifest, test, runs[1:], period))
+    return tests
+
+
+def record_test(model: Model, session: Session, kind: str, ids: Sequence[int]) -> list[Recording]:
+    with model.record() as runs:
+        if kind == "pp":
+            session.prefill(ids)
+        else:
+            for token in ids:
+                session.decode(token)
+    return runs
+
+
+def fill_test(
+    manifest: Manifest, test: Test, runs: Sequence[Sequence[Recording]], period: float
+) -> Test:
+    """Return the test with the steps and times of its runs: [repetition][call].
+
+    Decoded tokens are repetitions of one call, at the depth of the middle one.
+    """
+    calls = list(zip(*runs, strict=True))  # [call][repetition]
+    if test.kind == "tg":
+        calls = [tuple(run for column in calls for run in column)]
+    steps: list[Step] = []
+    outside = median = 0.0
+    for every in calls:
+        repeated = fastest_quarter(every)
+        cycles = np.stack([run.cycles for run in repeated])
+        medians = np.median(np.diff(cycles, axis=1), axis=0) * period
+        whole = np.array([run.seconds for run in repeated])
+        outside += float(np.median(whole - (cycles[:, -1] - cycles[:, 0]) * period))
+        median += float(np.median([run.seconds for run in every]))
+        first, depth = repeated[0], median_start(repeated)
+        call = (first.entry, first.tokens, (depth,))
+        steps += [
+            replace(step, seconds=float(seconds))
+            for step, seconds in zip(steps_of(manifest, call), medians, strict=True)
+        ]
+    return replace(test, steps=tuple(steps), outside_seconds=outside, median_seconds=median)
+
+
+def fastest_quarter(runs: Sequence[Recording]) -> list[Recording]:
+    return sorted(runs, key=lambda run: run.seconds)[: (len(runs) + 3) // 4]
+
+
+def median_start(runs: Sequence[Recording]) -> int:
+    return int(np.median([run.starts[0] for run in runs]))
+
+
+def seconds_per_cycle(model: Model) -> float:
+    """Compare the code's cycle counter with the clock. Raises ExecutionError if the code keeps none."""
+    with model.session(context=min(2, model.context)) as session, model.record() as runs:
+        session.decode(0)
+        time.sleep(_CALIBRATION_SECONDS)
+        session.decode(0)
+    first, last = runs
+    cycles = int(last.cycles[0] - first.cycles[0])
+    if cycles <= 0:
+        raise ExecutionError("the compiled code keeps no clock", where="io field clock", got=cycles)
+    return (last.begin - first.begin) / cycles
