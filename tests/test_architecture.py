@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime": {"artifact", "numpy", "tokenizers", "jinja2"},
 }
 # The roof: it calls every room, but imports only these before a command needs more.
-ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "verify"}
+ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "roofline", "verify"}
 LEAN_AT_IMPORT = {"numpy", "click", "artifact", "load"} | ROOF
 DRIVER = {"compile"}  # the spine names them all
 HEAVY = ("torch", "transformers", "tvm", "tvm_ffi", "safetensors", "onnx", "huggingface_hub")

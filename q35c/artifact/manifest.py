@@ -135,7 +135,7 @@ class Kernel:
 class Probe:
     """A function that measures the machine: each thread does `work` bytes or operations for a unit of T."""
 
-    name: Literal["read", "cache", "int8", "bf16", "f32"]
+    name: Literal["clock", "read", "cache", "int8", "bf16", "f32"]
     symbol: Symbol
     work: Annotated[int, Range(1, 2**30)]
 

@@ -6,11 +6,17 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from q35c.cli.roofline import bench_roofline
 from q35c.cli.text import size_text, table_text
+from q35c.errors import OptionError
 from q35c.progress import Progress
+
+if TYPE_CHECKING:
+    from q35c.runtime import Model
 
 
 @click.command("bench")
@@ -27,6 +33,11 @@ from q35c.progress import Progress
 @click.option("-r", "--repetitions", type=int, default=5, show_default=True)
 @click.option("--threads", type=int, help="Worker threads [physical cores].")
 @click.option("--json", "is_json", is_flag=True, help="Print every run as JSON.")
+@click.option(
+    "--roofline", "is_roofline", is_flag=True, help="Measure kernels beside their limits."
+)
+@click.option("--html", type=click.Path(path_type=Path), help="Write the roofline as a picture.")
+@click.option("--remeasure", is_flag=True, help="Measure this machine's limits again.")
 def bench_command(
     artifact: Path,
     prompts: tuple[int, ...],
@@ -35,43 +46,45 @@ def bench_command(
     repetitions: int,
     threads: int | None,
     is_json: bool,
+    is_roofline: bool,
+    html: Path | None,
+    remeasure: bool,
 ) -> None:
     """Measure prefill (pp) and decode (tg) rates, load time and peak memory.
 
     -p, -n and -d may be given several times; 0 leaves a test out. A rate is the median of the
     repetitions, ± half their range, after one run to warm up.
 
+    --roofline times every kernel of one prompt and of one decoded token instead, beside the time that this machine's
+    memory bandwidth and arithmetic allow (measured once, kept in the user's cache directory).
+
     \b
     Examples:
       q35c bench model.q35c
       q35c bench model.q35c -p 0 -n 64 -d 0 -d 1024 -d 3072 --json
+      q35c bench model.q35c --roofline -n 16 --html roofline.html
     """
     import q35c
-    from q35c.bench import peak_memory, run_benchmark
+    from q35c.bench import run_benchmark
 
+    if not is_roofline and (html is not None or remeasure):
+        raise OptionError("belongs to --roofline", where="--html" if html else "--remeasure")
+    sizes: dict[str, Any] = {
+        "prompt_tokens": prompts,
+        "new_tokens": news,
+        "depths": depths,
+        "repetitions": repetitions,
+    }
     begin = time.perf_counter()
     with q35c.load(artifact, threads) as model:
         load_seconds = time.perf_counter() - begin
+        if is_roofline:
+            facts = facts_of(artifact, model, load_seconds)
+            bench_roofline(model, facts, sizes=sizes, is_json=is_json, html=html, again=remeasure)
+            return
         with Progress() as progress:
-            found = run_benchmark(
-                model,
-                prompt_tokens=prompts,
-                new_tokens=news,
-                depths=depths,
-                repetitions=repetitions,
-                progress=progress,
-            )
-        manifest = model.manifest
-        facts = {
-            "artifact": str(artifact),
-            "producer": manifest.producer,
-            "target": manifest.target.name,
-            "precision": manifest.precision,
-            "weights_bytes": manifest.weights_bytes,
-            "threads": model.threads,
-            "load_seconds": load_seconds,
-            "peak_rss_bytes": peak_memory(),
-        }
+            found = run_benchmark(model, **sizes, progress=progress)
+        facts = facts_of(artifact, model, load_seconds)
     if is_json:
         tests = [asdict(item) | {"tokens_per_second": item.median} for item in found]
         click.echo(json.dumps(facts | {"tests": tests}, indent=2))
@@ -79,7 +92,24 @@ def bench_command(
     rows = [[item.test, f"{item.median:.1f} ± {item.spread:.1f}"] for item in found]
     click.echo(table_text(["test", "tok/s"], rows))
     click.echo(
-        f"\n{manifest.target.name}, {manifest.precision}, {size_text(manifest.weights_bytes)} "
-        f"of weights, {model.threads} threads; loaded in {load_seconds:.2f} s, "
-        f"peak {size_text(peak_memory())}"
+        f"\n{facts['target']}, {facts['precision']}, {size_text(facts['weights_bytes'])} "
+        f"of weights, {facts['threads']} threads; loaded in {load_seconds:.2f} s, "
+        f"peak {size_text(facts['peak_rss_bytes'])}"
     )
+
+
+def facts_of(artifact: Path, model: Model, load_seconds: float) -> dict[str, Any]:
+    """Return what was measured, and where."""
+    from q35c.bench import peak_memory
+
+    manifest = model.manifest
+    return {
+        "artifact": str(artifact),
+        "producer": manifest.producer,
+        "target": manifest.target.name,
+        "precision": manifest.precision,
+        "weights_bytes": manifest.weights_bytes,
+        "threads": model.threads,
+        "load_seconds": load_seconds,
+        "peak_rss_bytes": peak_memory(),
+    }

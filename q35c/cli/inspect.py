@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from q35c.cli.roofline import describe_roofline
 from q35c.cli.text import size_text, table_text
 from q35c.progress import Progress
 
@@ -21,15 +22,31 @@ ARTIFACT = click.Path(path_type=Path)
 @click.option("--json", "is_json", is_flag=True, help="Print the whole manifest as JSON.")
 @click.option("--kernels", is_flag=True, help="List every kernel with its parameters.")
 @click.option("--weights", is_flag=True, help="List every packed weight and what it was made of.")
-def inspect_command(artifact: Path, is_json: bool, kernels: bool, weights: bool) -> None:
+@click.option("--roofline", is_flag=True, help="List what every kernel must do at the least.")
+@click.option("-p", "prompts", type=int, multiple=True, default=(512,), help="Prompt tokens [512].")
+@click.option(
+    "-d", "depths", type=int, multiple=True, default=(0,), help="Tokens already there [0]."
+)
+def inspect_command(
+    artifact: Path,
+    is_json: bool,
+    kernels: bool,
+    weights: bool,
+    roofline: bool,
+    prompts: tuple[int, ...],
+    depths: tuple[int, ...],
+) -> None:
     """Show what an artifact holds: model, target, entries, kernels, memory, hashes.
 
-    The manifest is checked and the hash of every segment but the weights; no code is loaded.
+    The manifest is checked and the hash of every segment but the weights; no code is loaded. --roofline shows bytes and
+    operations of a prompt of -p tokens and of a decoded token, behind -d tokens, with the times that this machine's
+    limits allow if `q35c bench --roofline` has measured them.
 
     \b
     Examples:
       q35c inspect model.q35c
       q35c inspect model.q35c --json | jq .memory
+      q35c inspect model.q35c --roofline -d 0 -d 4096
     """
     from q35c.artifact import read_artifact
     from q35c.artifact.schema import encode
@@ -47,6 +64,8 @@ def inspect_command(artifact: Path, is_json: bool, kernels: bool, weights: bool)
         click.echo("\n" + describe_kernels(manifest))
     if weights:
         click.echo("\n" + describe_weights(manifest))
+    if roofline:
+        click.echo("\n" + describe_roofline(manifest, prompts, depths))
 
 
 @click.command("verify-file")

@@ -90,7 +90,7 @@ def generate(
     programs |= {probe.symbol: probe.program() for probe in measuring}
     progress("kernels", 0.0)
     functions = shared.functions(lambda done: progress("kernels", done))
-    functions |= {probe.symbol: probe.kernel for probe in measuring}
+    functions |= {p.symbol: p.kernel for p in measuring if p.kernel}
     progress("machine code", 0.0)  # one call of the compiler
     code = build_shared(functions, programs, target.isa)
     fields = {

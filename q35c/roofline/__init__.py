@@ -4,7 +4,7 @@ from q35c.roofline.cost import Cost, step_cost
 from q35c.roofline.machine import Limits, cached_limits, find_limits
 from q35c.roofline.measure import predict_tests, run_roofline
 from q35c.roofline.picture import html_report
-from q35c.roofline.report import KernelRow, Test, report_text
+from q35c.roofline.report import KernelRow, Test, report_json, report_text
 
 __all__ = [
     "Cost",
@@ -15,6 +15,7 @@ __all__ = [
     "find_limits",
     "html_report",
     "predict_tests",
+    "report_json",
     "report_text",
     "run_roofline",
     "step_cost",

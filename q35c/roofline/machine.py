@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from q35c.errors import ExecutionError
 from q35c.roofline.cost import Cost
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ READ_BYTES = 512 << 20  # larger than any cache
 _SLICE_BYTES = 64 << 20  # read in one sample: about the time that a thread runs undisturbed
 _SAMPLE_SECONDS = 4e-3
 _PROBE_SECONDS = 1.5
+_CALIBRATION_SECONDS = 0.2
+_MEASURED = ("read", "cache", "int8", "bf16", "f32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +106,16 @@ def measure_limits(model: Model, progress: Progress | None = None) -> Limits:
     words[::1024] = np.arange(len(words) // 1024)
     found: dict[str, float] = {}
     probes = {probe.name: probe for probe in model.manifest.probes}
-    for number, probe in enumerate(probes.values()):
+    for number, name in enumerate(_MEASURED):
+        probe = probes.get(name)
+        if probe is None:
+            continue
         if progress is not None:
-            progress(f"measure {probe.name}", number / len(probes))
-        sample = _reading if probe.name == "read" else _repeating
-        found[probe.name] = sample(model, probe, region.address)
+            progress(f"measure {name}", number / len(_MEASURED))
+        sample = _reading if name == "read" else _repeating
+        found[name] = sample(model, probe, region.address)
+    if missing := {*_MEASURED} - {*found, "bf16"}:
+        raise ExecutionError("the compiled code lacks probes", expected=sorted(missing))
     f32 = found["f32"]  # a target without bf16 products computes them in f32
     return Limits(found["read"], found["cache"], found["int8"], found.get("bf16", f32), f32)
 
@@ -136,6 +144,34 @@ def _rate(model: Model, probe: Probe, amount: int, addresses: Sequence[int]) -> 
         seconds.append(model.run_probe(probe, place, amount))
     work = amount * probe.work * model.threads
     return work / min(seconds)
+
+
+def seconds_per_cycle(model: Model) -> float:
+    """Compare the code's cycle counter with the clock. Raises ExecutionError if the code keeps none."""
+    from q35c.runtime.memory import Region
+
+    probe = next((probe for probe in model.manifest.probes if probe.name == "clock"), None)
+    if probe is None:
+        raise ExecutionError("the compiled code lacks a probe", expected="clock")
+    region = Region(4096)
+    words = region.view("i64", (2,))
+    words[0] = 1
+
+    def read() -> tuple[float, int]:
+        """Return both clocks at one moment, from the shortest of some calls."""
+        found: list[tuple[float, float, int]] = []
+        for _ in range(20):
+            begin = time.perf_counter()
+            seconds = model.run_probe(probe, region.address, 1)
+            found.append((seconds, begin + seconds / 2, int(words[1])))
+        return min(found)[1:]
+
+    first = read()
+    time.sleep(_CALIBRATION_SECONDS)
+    last = read()
+    if last[1] <= first[1]:
+        raise ExecutionError("the cycle counter stands still", got=last[1] - first[1])
+    return (last[0] - first[0]) / (last[1] - first[1])
 
 
 def _read_cache() -> dict[str, Limits]:

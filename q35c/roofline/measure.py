@@ -11,7 +11,6 @@ that follows.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from q35c.artifact.manifest import Entry, Manifest
-from q35c.errors import ExecutionError
 from q35c.roofline.cost import Work, step_cost
+from q35c.roofline.machine import seconds_per_cycle
 from q35c.roofline.report import Step, Test
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 Call = tuple[str, int, tuple[int, ...]]  # entry, tokens, lengths before it
-_CALIBRATION_SECONDS = 0.2
 
 
 def predict_tests(
@@ -167,16 +165,3 @@ def fastest_quarter(runs: Sequence[Recording]) -> list[Recording]:
 
 def median_start(runs: Sequence[Recording]) -> int:
     return int(np.median([run.starts[0] for run in runs]))
-
-
-def seconds_per_cycle(model: Model) -> float:
-    """Compare the code's cycle counter with the clock. Raises ExecutionError if the code keeps none."""
-    with model.session(context=min(2, model.context)) as session, model.record() as runs:
-        session.decode(0)
-        time.sleep(_CALIBRATION_SECONDS)
-        session.decode(0)
-    first, last = runs
-    cycles = int(last.cycles[0] - first.cycles[0])
-    if cycles <= 0:
-        raise ExecutionError("the compiled code keeps no clock", where="io field clock", got=cycles)
-    return (last.begin - first.begin) / cycles

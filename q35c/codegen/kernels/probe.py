@@ -2,6 +2,7 @@
 
     read    bytes a second that a stream over memory reads
     cache   the same, from 256 KiB a thread that stay in its L2
+    clock   nothing: the program's stamp puts the cycle counter into word 1 of DATA if word 0 is not 0
     int8    operations a second of the byte product, bf16 of the bf16 product, f32 of the fused multiply-add
 
 They are ordinary private kernels (DATA, amount, tid, nt) behind programs of their own; `q35c.roofline` runs them with
@@ -40,10 +41,10 @@ define linkonce_odr hidden <16 x float> @q35c_probe_bf16(<16 x float> %c, <16 x 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A kernel, and the bytes or operations that each thread does for one unit of `amount`."""
+    """A kernel (the clock has none), and the bytes or operations of a thread for one unit of `amount`."""
 
     name: str
-    kernel: PrimFunc
+    kernel: PrimFunc | None
     work: int
 
     @property
@@ -52,8 +53,10 @@ class Probe:
 
     def program(self) -> PrimFunc:
         """Return the public function that runs the kernel over the state's place."""
-        arguments = (Pointer("state", 0), Tokens(), Tid(), Nt())
-        return program_entry(self.symbol, [Call(self.symbol, arguments)])
+        data = Pointer("state", 0)
+        if self.kernel is None:
+            return program_entry(self.symbol, [], clock=data)
+        return program_entry(self.symbol, [Call(self.symbol, (data, Tokens(), Tid(), Nt()))])
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest's entry."""
@@ -62,6 +65,7 @@ class Probe:
 
 def probes(isa: Isa) -> Iterator[Probe]:
     """Yield the probes of an instruction set; without bf16 products bf16 is computed as f32."""
+    yield Probe("clock", None, 1)
     yield Probe("read", reading(isa, is_cached=False), 4 * _PAGE_WORDS)
     yield Probe("cache", reading(isa, is_cached=True), 4 * _PAGE_WORDS * _CACHED_PAGES)
     one = sums_of(isa) * isa.lanes
