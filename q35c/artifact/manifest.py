@@ -139,11 +139,6 @@ class Probe:
     symbol: Symbol
     work: Annotated[int, Range(1, 2**30)]
 
-    def data_bytes(self, threads: int, amount: int) -> int:
-        """Return the bytes of memory that `threads` threads touch for `amount` units of work."""
-        units = {"read": amount, "cache": 1}.get(self.name)
-        return threads * (4096 if units is None else units * self.work)
-
 
 @dataclass(frozen=True, slots=True)
 class Segment:

@@ -1,7 +1,9 @@
 """This machine's limits: bandwidths and peaks, measured by an artifact's own probes and kept in a cache file.
 
-The best of many short samples counts: whatever else runs here only makes a sample slower. The file lies in the user's
-cache directory and holds the limits by processor, target and threads; a damaged or unwritable one is no error.
+Of many short samples the one counts that a twentieth surpass: whatever else runs here only makes samples slower, but a
+few are faster than what lasts (caches, clock rates, other machines' idle moments). Threads that read memory are timed
+together, because they share it; the others each by itself, so that it does not matter whether all have a core at the
+same moment. The file lies in the user's cache directory and holds the limits by processor, target and threads; a damaged or unwritable one is no error.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from q35c.errors import ExecutionError
 from q35c.roofline.cost import Cost
@@ -25,14 +28,18 @@ from q35c.roofline.cost import Cost
 if TYPE_CHECKING:
     from q35c.artifact.manifest import Probe
     from q35c.runtime import Model
+    from q35c.runtime.memory import Region
 
 Progress = Callable[[str, float], None]
 
 READ_BYTES = 512 << 20  # larger than any cache
-_SLICE_BYTES = 64 << 20  # read in one sample: about the time that a thread runs undisturbed
-_SAMPLE_SECONDS = 4e-3
+_SLICE_BYTES = 64 << 20  # read in one sample: of shorter ones some are much faster than what lasts
+_SAMPLE_SECONDS = 1e-3
 _PROBE_SECONDS = 1.5
+_PERCENT = 5  # of the samples are faster
 _CALIBRATION_SECONDS = 0.2
+_PAGE_BYTES = 4096
+_STAMP_WORD = 256  # of a thread's part: cycles before and after
 _MEASURED = ("read", "cache", "int8", "bf16", "f32")
 
 
@@ -105,6 +112,7 @@ def measure_limits(model: Model, progress: Progress | None = None) -> Limits:
     words.reshape(-1, 1 << 20)[:] = np.random.default_rng(0).uniform(0.5, 0.9, 1 << 20)
     words[::1024] = np.arange(len(words) // 1024)
     found: dict[str, float] = {}
+    period = seconds_per_cycle(model)
     probes = {probe.name: probe for probe in model.manifest.probes}
     for number, name in enumerate(_MEASURED):
         probe = probes.get(name)
@@ -113,37 +121,47 @@ def measure_limits(model: Model, progress: Progress | None = None) -> Limits:
         if progress is not None:
             progress(f"measure {name}", number / len(_MEASURED))
         sample = _reading if name == "read" else _repeating
-        found[name] = sample(model, probe, region.address)
+        found[name] = sample(model, probe, region) / period
     if missing := {*_MEASURED} - {*found, "bf16"}:
         raise ExecutionError("the compiled code lacks probes", expected=sorted(missing))
     f32 = found["f32"]  # a target without bf16 products computes them in f32
     return Limits(found["read"], found["cache"], found["int8"], found.get("bf16", f32), f32)
 
 
-def _reading(model: Model, probe: Probe, address: int) -> float:
-    """Return the rate over slices of the block, in turn, so that none is left in a cache."""
+def _reading(model: Model, probe: Probe, region: Region) -> float:
+    """Return the bytes per cycle over slices of the block, in turn, so that none is left in a cache."""
     amount = max(1, _SLICE_BYTES // (probe.work * model.threads))
-    step = probe.data_bytes(model.threads, amount)
-    starts = range(address, address + READ_BYTES - step + 1, step)
-    return _rate(model, probe, amount, starts)
-
-
-def _repeating(model: Model, probe: Probe, address: int) -> float:
-    """Return the rate of a probe that stays in its registers or caches."""
-    amount = 64
-    while min(model.run_probe(probe, address, amount) for _ in range(3)) < _SAMPLE_SECONDS:
-        amount *= 2
-    return _rate(model, probe, amount, (address,))
-
-
-def _rate(model: Model, probe: Probe, amount: int, addresses: Sequence[int]) -> float:
-    seconds: list[float] = []
+    step = amount * probe.work * model.threads
+    slices = region.bytes // step
+    stamps = _stamps(region, slices * model.threads, amount * probe.work)
+    stamps = stamps.reshape(slices, model.threads, 2)
+    cycles: list[int] = []
     end = time.perf_counter() + _PROBE_SECONDS
-    while len(seconds) <= len(addresses) or time.perf_counter() < end:
-        place = addresses[len(seconds) % len(addresses)]
-        seconds.append(model.run_probe(probe, place, amount))
-    work = amount * probe.work * model.threads
-    return work / min(seconds)
+    while len(cycles) < slices or time.perf_counter() < end:
+        number = len(cycles) % slices
+        model.run_probe(probe, region.address + number * step, amount)
+        cycles.append(int(stamps[number, :, 1].max() - stamps[number, :, 0].min()))
+    return step / float(np.percentile(cycles, _PERCENT))
+
+
+def _repeating(model: Model, probe: Probe, region: Region) -> float:
+    """Return the work per cycle of a probe that leaves memory alone, summed over the threads."""
+    amount = 64
+    while min(model.run_probe(probe, region.address, amount) for _ in range(3)) < _SAMPLE_SECONDS:
+        amount *= 2
+    stamps = _stamps(region, model.threads, probe.work if probe.name == "cache" else _PAGE_BYTES)
+    cycles: list[NDArray[np.int64]] = []
+    end = time.perf_counter() + _PROBE_SECONDS
+    while not cycles or time.perf_counter() < end:
+        model.run_probe(probe, region.address, amount)
+        cycles.append(stamps[:, 1] - stamps[:, 0])
+    return float((amount * probe.work / np.percentile(cycles, _PERCENT, axis=0)).sum())
+
+
+def _stamps(region: Region, parts: int, part_bytes: int) -> NDArray[np.int64]:
+    """Return the cycle counts, begin and end, that a probe leaves in each thread's part of the block."""
+    words = region.view("i64", (parts, part_bytes // 8))
+    return words[:, _STAMP_WORD : _STAMP_WORD + 2]
 
 
 def seconds_per_cycle(model: Model) -> float:

@@ -151,7 +151,7 @@ class Model:
     def run_probe(self, probe: Probe, address: int, amount: int) -> float:
         """Return the seconds that all threads take for `amount` units of a probe's work.
 
-        `address` is that of memory which the probe may overwrite, aligned to 64 bytes; see `Probe.data_bytes`.
+        `address` is that of memory which the probe may overwrite, aligned to 64 bytes.
         """
         return self._executor.run_probe(probe, address, amount)
 

@@ -6,8 +6,10 @@
     int8    operations a second of the byte product, bf16 of the bf16 product, f32 of the fused multiply-add
 
 They are ordinary private kernels (DATA, amount, tid, nt) behind programs of their own; `q35c.roofline` runs them with
-DATA in the place of the state. A thread reads and scratches its own part of DATA. The products keep all operands in
-registers: each sum is also one of its own factors, so that nothing can be moved out of the loop or computed once.
+DATA in the place of the state. A thread reads and scratches its own part of DATA, and leaves in words 256 and 257 of
+that part (8 bytes each) the cycle counter before and after its work: threads that share nothing are each timed alone.
+The products keep all operands in registers: each sum is also one of its own factors, so that nothing can be moved out
+of the loop or computed once.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from q35c.codegen.program import Call, Nt, Pointer, Tid, Tokens, program_entry
 
 _PAGE_WORDS = 1024
 _CACHED_PAGES = 64  # of a thread: a quarter of the L2 of today's cores, several times their L1
+_STAMP_BYTES = 2048  # from the start of a thread's part
 _STREAMS = 8  # vectors that are read before the first of them is added again
 
 _BF16_IR = """
@@ -96,12 +99,14 @@ def reading(isa: Isa, is_cached: bool) -> PrimFunc:
         acc = T.alloc_buffer((_STREAMS, L), "int32", annotations=STACK)
         for j in T.unroll(_STREAMS):
             acc[j, ramp(0, L)] = splat_int(0, L)
+        T.evaluate(stamp(DATA, first, 0))
         for _sweep in T.serial(sweeps):
             for turn in T.serial(pages * turns):
                 for j in T.unroll(_STREAMS):
                     acc[j, ramp(0, L)] = (
                         acc[j, ramp(0, L)] + data[ramp(first + (turn * _STREAMS + j) * L, L)]
                     )
+        T.evaluate(stamp(DATA, first, 1))
         for j in T.unroll(1, _STREAMS):
             acc[0, ramp(0, L)] = acc[0, ramp(0, L)] + acc[j, ramp(0, L)]
         data[ramp(first, L)] = acc[0, ramp(0, L)]
@@ -125,15 +130,23 @@ def multiplying(isa: Isa, add: Callable[[Isa, Expr, Expr], Expr], support: str =
             factor: T.let[getattr(T, vector("int32", L))] = data[ramp(first + sums * L, L)]
             for j in T.unroll(sums):
                 acc[j, ramp(0, L)] = data[ramp(first + j * L, L)]
+            T.evaluate(stamp(DATA, first, 0))
             for _turn in T.serial(amount):
                 for j in T.unroll(sums):
                     acc[j, ramp(0, L)] = add(isa, acc[j, ramp(0, L)], factor)
+            T.evaluate(stamp(DATA, first, 1))
             for j in T.unroll(1, sums):
                 acc[0, ramp(0, L)] = acc[0, ramp(0, L)] + acc[j, ramp(0, L)]
             data[ramp(first, L)] = acc[0, ramp(0, L)]
         return T.int32(0)
 
     return probe_multiplying
+
+
+def stamp(data: Expr, first: Expr, index: int) -> Expr:
+    """Note the cycle counter in the part of DATA that begins with word `first`."""
+    place = T.reinterpret(data, dtype="int64") + first * 4 + _STAMP_BYTES
+    return T.call_extern("int32", "q35c_stamp", place, T.int64(index))
 
 
 def add_bytes(isa: Isa, total: Expr, factor: Expr) -> Expr:
