@@ -228,6 +228,13 @@ SHAPES: dict[str, Any] = {
     "larger decode": ("entries", 1, "max_tokens", 5),
     "entry that returns more logits": ("entries", 0, "logits", "all"),
     "another symbol": ("entries", 0, "symbol", "decode"),
+    "more steps than the clock has words for": ("entries", 0, "steps", [0, 0]),
+    "a step of a kernel that is not there": ("entries", 1, "steps", [1]),
+    "a step with a weight that is not there": ("entries", 1, "step_weights", [2]),
+    "a step without a weight's number": ("entries", 1, "step_weights", [0, 0]),
+    "fewer kernels than the steps name": ("kernels", []),
+    "a smaller clock": ("io", "fields", "clock", "shape", [2]),
+    "another program as a probe": ("probes", 0, "symbol", "decode"),
     "smaller vocabulary": ("model", "vocab_size", 256),
     "stop id outside the vocabulary": ("generation", "stop_ids", [270]),
     "fewer features": ("target", "cpu_features", []),
@@ -243,6 +250,7 @@ PLAUSIBLE = {
     "more threads than the arena has scratch for",
     "another symbol",
     "fewer features",
+    "another program as a probe",
 }
 
 

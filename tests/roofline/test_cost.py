@@ -1,0 +1,123 @@
+"""The cost model against numbers worked out by hand, with 0.8B shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from q35c.roofline.cost import RULES, Cost, Work, step_cost
+from q35c.roofline.machine import Limits
+
+DECODE = Work(tokens=1, starts=(100,), weight_bytes=0)
+HEADS = {"Hq": 8, "Hkv": 2, "D": 256, "kv_dtype": "bf16", "context": 8192}
+DELTA = {"Hk": 16, "Hv": 16, "Dk": 128, "Dv": 128}
+
+CASES: dict[str, tuple[str, dict[str, Any], Work, tuple[float, float, float, str]]] = {
+    # 4 bits a weight and 2 bytes for 128 of them; 1,024 int8, 8 scales and sums in, 8,192 floats out.
+    "an integer matvec": (
+        "linear",
+        {"N": 8192, "K": 1024, "dtype": "i4g128", "epilogue": "none"},
+        Work(1, (0,), 8192 * (512 + 16)),
+        (4325376, 1024 + 8 * 8 + 4 * 8192, 2 * 8192 * 1024, "int8"),
+    ),
+    "a bf16 product with a residual": (
+        "linear",
+        {"N": 1024, "K": 2048, "dtype": "bf16", "epilogue": "residual"},
+        Work(256, (0,), 2 * 1024 * 2048),
+        (4194304, 256 * 4 * (2048 + 2 * 1024), 2 * 256 * 1024 * 2048, "bf16"),
+    ),
+    "swiglu writes half as many columns": (
+        "linear",
+        {"N": 7168, "K": 1024, "dtype": "f32", "epilogue": "swiglu"},
+        Work(2, (0,), 7168 * 4096),
+        (7168 * 4096, 2 * 4 * (1024 + 3584), 2 * 2 * 7168 * 1024, "f32"),
+    ),
+    "a lookup reads rows": (
+        "embedding",
+        {"V": 1000, "H": 64, "dtype": "bf16"},
+        Work(3, (0,), 1000 * 128),
+        (3 * 128, 3 * 256, 3 * 64, "f32"),
+    ),
+    "decode attention reads 101 cells": (
+        "attention",
+        HEADS,
+        DECODE,
+        (2 * 101 * 2 * 256 * 2, 3 * 8 * 256 * 4, 101 * 8 * 4 * 256, "bf16"),
+    ),
+    # Token t of 4 meets 100 + t + 1 cells: 101 + 102 + 103 + 104.
+    "prefill attention is causal": (
+        "attention",
+        HEADS,
+        Work(4, (100,), 0),
+        (2 * 104 * 2 * 256 * 2, 4 * 3 * 8 * 256 * 4, 410 * 8 * 4 * 256, "bf16"),
+    ),
+    "a batch reads every sequence's cells": (
+        "attention",
+        HEADS,
+        Work(2, (9, 19), 0),
+        (2 * (10 + 20) * 2 * 256 * 2, 2 * 3 * 8 * 256 * 4, 30 * 8 * 4 * 256, "bf16"),
+    ),
+    "the state is read and written": (
+        "gated_delta",
+        DELTA,
+        DECODE,
+        (2 * 2**20, 4 * (4096 + 6144 + 32), 7 * 2**18 + 12 * 2048, "f32"),
+    ),
+    "one token uses top_k experts": (
+        "expert_down",
+        {"E": 256, "I": 512, "H": 2048, "top_k": 8, "dtype": "i4g64"},
+        Work(1, (0,), 256 * 1000),
+        (8000, 8 * (512 + 64 + 4 * 2048), 2 * 8 * 512 * 2048, "int8"),
+    ),
+    "two tokens may share experts": (
+        "expert_gate_up",
+        {"E": 4, "I": 16, "H": 32, "top_k": 2, "dtype": "f32"},
+        Work(2, (0,), 400),
+        (300, 4 * (4 * 32 + 4 * 16), 4 * 4 * 16 * 32, "f32"),
+    ),
+    "rounding writes codes, scales and sums": (
+        "quantize_rows",
+        {"K": 96, "group": 64, "pairs": 8},
+        Work(2, (0,), 0),
+        (0, 16 * (4 * 96 + 96 + 16), 5 * 16 * 96, "f32"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_by_hand(name: str) -> None:
+    family, parameters, work, expected = CASES[name]
+    cost = step_cost(family, parameters, work)
+    found = (cost.memory_bytes, cost.cache_bytes, cost.operations, cost.peak)
+    assert found == (pytest.approx(expected[0]), expected[1], expected[2], expected[3])
+    assert cost.is_known
+
+
+@pytest.mark.parametrize(
+    ("family", "parameters"),
+    [
+        ("new", {}),
+        ("linear", {"N": 4}),
+        ("linear", {"N": 4, "K": "many", "dtype": "f32", "epilogue": "none"}),
+        ("linear", {"N": 4, "K": 4, "dtype": "strange", "epilogue": "none"}),
+        ("expert_down", {"E": 0, "I": 1, "H": 1, "top_k": 8, "dtype": "f32"}),
+    ],
+)
+def test_what_no_rule_understands_costs_its_weight(family: str, parameters: dict) -> None:
+    work = Work(5, (0,), 640)
+    assert step_cost(family, parameters, work) == Cost(640, 0, 0, "f32", is_known=False)
+
+
+def test_every_family_has_a_rule() -> None:
+    from q35c.codegen.kernels.families import FAMILIES
+
+    assert set(RULES) == set(FAMILIES)
+
+
+def test_the_slowest_part_is_the_limit() -> None:
+    limits = Limits(read=10, cache=100, int8=1000, bf16=500, f32=250)
+    assert limits.seconds(Cost(100, 0, 100, "int8")) == 10
+    assert limits.seconds(Cost(100, 1400, 100, "int8")) == 15
+    assert limits.seconds(Cost(100, 0, 5000, "f32")) == 20
+    assert limits.parts(Cost(100, 0, 5000, "bf16")) == {"memory": 10, "cache": 1, "compute": 10}
