@@ -107,7 +107,7 @@ def program_entry(
 
     All parameters are integers: five byte addresses and T int64, tid and nt int32. It returns 0. Denormals are
     flushed to zero while it runs. Where the word at `clock` is not 0, thread 0 stores the cycle counter before each
-    kernel and at the end in the words behind it. LoweringError when a kernel argument is not aligned to an element.
+    kernel, and when all threads have ended the last, in the words behind it. LoweringError when a kernel argument is not aligned to an element.
     """
     parameters = Parameters.make()
     statements = [_statement(call, parameters) for call in calls]
@@ -146,7 +146,8 @@ def _with_stamps(
 ) -> list[tirx.Stmt]:
     """Put a stamp before each call and at the end; a barrier's time belongs to the kernel before it."""
     words = as_pointer(parameters.blobs[clock.blob] + tirx.const(clock.byte_offset, "int64"))
-    started = tirx.Var("clock", "int64")  # 0: not asked for, so that a step costs one comparison
+    # 0: not asked for, so that a step costs one comparison; -1: asked for, but another thread keeps it.
+    started = tirx.Var("clock", "int64")
     stamped: list[Any] = [
         tirx.Bind(started, T.call_extern("int64", "q35c_clock", words, parameters.tid))
     ]
@@ -156,6 +157,9 @@ def _with_stamps(
             stamped.append(_stamp(started, number))
             number += 1
         stamped.append(statement)
+    if number:  # the last kernel, too, ends when all threads have ended it
+        last = tirx.IfThenElse(started != 0, _statement(Barrier(), parameters), None)
+        stamped.append(last)
     return [*stamped, _stamp(started, number)]
 
 

@@ -1,9 +1,9 @@
 """This machine's limits: bandwidths and peaks, measured by an artifact's own probes and kept in a cache file.
 
 Of many short samples the one counts that a twentieth surpass: whatever else runs here only makes samples slower, but a
-few are faster than what lasts (caches, clock rates, other machines' idle moments). Threads that read memory are timed
-together, because they share it; the others each by itself, so that it does not matter whether all have a core at the
-same moment. The file lies in the user's cache directory and holds the limits by processor, target and threads; a damaged or unwritable one is no error.
+few are faster than what lasts. Of reads the best counts, because other machines on the same host may take bandwidth
+for seconds. Threads that read are timed together, because they share it; the others each by itself, so that it does
+not matter whether all have a core at the same moment. The file lies in the user's cache directory and holds the limits by processor, target and threads; a damaged or unwritable one is no error.
 """
 
 from __future__ import annotations
@@ -136,12 +136,12 @@ def _reading(model: Model, probe: Probe, region: Region) -> float:
     stamps = _stamps(region, slices * model.threads, amount * probe.work)
     stamps = stamps.reshape(slices, model.threads, 2)
     cycles: list[int] = []
-    end = time.perf_counter() + _PROBE_SECONDS
+    end = time.perf_counter() + 2 * _PROBE_SECONDS
     while len(cycles) < slices or time.perf_counter() < end:
         number = len(cycles) % slices
         model.run_probe(probe, region.address + number * step, amount)
         cycles.append(int(stamps[number, :, 1].max() - stamps[number, :, 0].min()))
-    return step / float(np.percentile(cycles, _PERCENT))
+    return step / min(cycles)
 
 
 def _repeating(model: Model, probe: Probe, region: Region) -> float:

@@ -103,17 +103,17 @@ done:
 
 define linkonce_odr hidden i64 @q35c_clock(ptr %words, i32 %tid) alwaysinline {{
   %flag = load i64, ptr %words, align 8
-  %is_on = icmp ne i64 %flag, 0
+  %is_off = icmp eq i64 %flag, 0
   %is_first = icmp eq i32 %tid, 0
-  %is_asked = and i1 %is_on, %is_first
   %next = getelementptr i64, ptr %words, i64 1
   %address = ptrtoint ptr %next to i64
-  %clock = select i1 %is_asked, i64 %address, i64 0
+  %mine = select i1 %is_first, i64 %address, i64 -1
+  %clock = select i1 %is_off, i64 0, i64 %mine
   ret i64 %clock
 }}
 
 define linkonce_odr hidden i32 @q35c_stamp(i64 %clock, i64 %index) alwaysinline {{
-  %is_off = icmp eq i64 %clock, 0
+  %is_off = icmp sle i64 %clock, 0
   br i1 %is_off, label %done, label %stamp
 stamp:
   %words = inttoptr i64 %clock to ptr
