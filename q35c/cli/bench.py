@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from q35c.errors import OptionError
 from q35c.progress import Progress
 
 if TYPE_CHECKING:
+    from q35c.bench import Measurement
     from q35c.runtime import Model
 
 
@@ -89,11 +91,15 @@ def bench_command(
         tests = [asdict(item) | {"tokens_per_second": item.median} for item in found]
         click.echo(json.dumps(facts | {"tests": tests}, indent=2))
         return
+    print_rates(found, facts)
+
+
+def print_rates(found: Sequence[Measurement], facts: dict[str, Any]) -> None:
     rows = [[item.test, f"{item.median:.1f} ± {item.spread:.1f}"] for item in found]
     click.echo(table_text(["test", "tok/s"], rows))
     click.echo(
         f"\n{facts['target']}, {facts['precision']}, {size_text(facts['weights_bytes'])} "
-        f"of weights, {facts['threads']} threads; loaded in {load_seconds:.2f} s, "
+        f"of weights, {facts['threads']} threads; loaded in {facts['load_seconds']:.2f} s, "
         f"peak {size_text(facts['peak_rss_bytes'])}"
     )
 

@@ -70,12 +70,7 @@ def generate(
     ]
     for entry, schedule in zip(entries, schedules, strict=True):
         entry |= describe_steps(schedule, shared)
-    stored = tuple(
-        WeightEntry(
-            w.name, w.stored_dtype, w.shape, f"{LAYOUT_NOTES[w.layout]}, {w.dtype}", w.sources
-        )
-        for w in shared.weights.values()
-    )
+    stored = tuple(stored_weight(weight) for weight in shared.weights.values())
     places = Places(
         {weight.name: weight.offset for weight in place_weights(stored)},
         io_places(limits, tokens, entries),
@@ -94,11 +89,7 @@ def generate(
     progress("machine code", 0.0)  # one call of the compiler
     code = build_shared(functions, programs, target.isa)
     fields = {
-        "target": {
-            "name": target.name,
-            "cpu_features": list(target.isa.cpu_features),
-            "lanes": target.isa.lanes,
-        },
+        "target": describe_target(target),
         "precision": policy.name,
         "context": limits.context,
         "batch": limits.batch,
@@ -110,6 +101,16 @@ def generate(
         "probes": [probe.describe() for probe in measuring],
     }
     return Generated(code, tuple(shared.weights.values()), stored, fields)
+
+
+def describe_target(target: Target) -> dict[str, Any]:
+    features = list(target.isa.cpu_features)
+    return {"name": target.name, "cpu_features": features, "lanes": target.isa.lanes}
+
+
+def stored_weight(weight: PackedWeight) -> WeightEntry:
+    note = f"{LAYOUT_NOTES[weight.layout]}, {weight.dtype}"
+    return WeightEntry(weight.name, weight.stored_dtype, weight.shape, note, weight.sources)
 
 
 def describe_entries(module: Module, target: Target, limits: Limits) -> list[dict[str, Any]]:

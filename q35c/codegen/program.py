@@ -147,7 +147,7 @@ def _with_stamps(
     """Put a stamp before each call and at the end; a barrier's time belongs to the kernel before it."""
     words = as_pointer(parameters.blobs[clock.blob] + tirx.const(clock.byte_offset, "int64"))
     # 0: not asked for, so that a step costs one comparison; -1: asked for, but another thread keeps it.
-    started = tirx.Var("clock", "int64")
+    started: Any = tirx.Var("clock", "int64")
     stamped: list[Any] = [
         tirx.Bind(started, T.call_extern("int64", "q35c_clock", words, parameters.tid))
     ]

@@ -129,7 +129,7 @@ def test_measured_tests_have_the_predicted_steps(model: Any) -> None:
 
 def test_refused(model: Any, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="does not fit"):
-        run_roofline(model, prompt_tokens=(2000,))
+        run_roofline(model, prompt_tokens=(model.context + 1,))
     write_fake(tmp_path / "fake")
     with q35c.load(tmp_path / "fake") as fake, pytest.raises(ExecutionError, match="probe"):
         run_roofline(fake, prompt_tokens=(16,), new_tokens=())
