@@ -35,7 +35,7 @@ from peer.machine import Probe
 from peer.rounds import Rounds, machine_facts, make_plan
 from peer.systems import Maker, System, Test
 
-from q35c.codegen.precision import POLICIES
+from q35c.ir.precision import POLICIES
 from q35c.progress import Progress
 from q35c.runtime.cpu import default_threads
 

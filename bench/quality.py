@@ -26,9 +26,9 @@ from peer.install import Cache, Unavailable, open_manifest
 from tokenizers import Tokenizer
 
 from q35c.cli.text import table_text
-from q35c.codegen.precision import POLICIES
 from q35c.errors import Q35CError
 from q35c.frontend.checkpoint import open_checkpoint
+from q35c.ir.precision import POLICIES
 from q35c.verify import load_oracle, oracle_logits, row_kl
 
 HEADER = ("system", "mean KL", "99 %", "same first", "bits a weight", "file MB", "stored as")
