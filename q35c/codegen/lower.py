@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
 from q35c.codegen.kernels.bf16_rows import bf16_row_words
+from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
 from q35c.codegen.kernels.quantize import RowLayout
 from q35c.codegen.pack import PackedWeight
 from q35c.codegen.program import Int, Tokens
