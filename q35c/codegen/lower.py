@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from q35c.codegen.isa.x86 import Isa
+from q35c.codegen.kernels.bf16_rows import bf16_row_words
 from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
 from q35c.codegen.kernels.quantize import RowLayout
 from q35c.codegen.pack import PackedWeight
@@ -101,11 +102,11 @@ class Lowering:
 
     def output(self, value: Value) -> View:
         """Return the rows a result is written to: io for the logits, a new buffer otherwise."""
-        width, rows = row_words(value), row_count(value)
+        words, rows = self.row_words(value.type.dtype, width(value)), row_count(value)
         if value == self.logits:
-            self.views[value] = View("logits", width, rows)
+            self.views[value] = View("logits", words, rows)
         else:
-            self.views[value] = View(self.buffer(value.name, width, rows), width, rows)
+            self.views[value] = View(self.buffer(value.name, words, rows), words, rows)
         return self.views[value]
 
     def temporary(self, label: str, width: int, rows: Tokens | Int) -> View:
@@ -122,10 +123,16 @@ class Lowering:
         size = scratch_bytes(family, self.shared.target, self.max_tokens, parameters)
         return self.temporary("scratch", -(-size // 4), Int(1))
 
-    def rounded(self, x: View, width: int, group: int, pairs: int) -> View:
+    def row_words(self, dtype: str, width: int) -> int:
+        """Return the 4-byte words of one row; bf16 rows are rounded ones."""
+        if form := integer_format(dtype):
+            return RowLayout(width, form.group).words
+        return bf16_row_words(width, self.shared.target.isa) if dtype == "bf16" else width
+
+    def rounded(self, x: View, width: int, dtype: str, pairs: int) -> View:
         """Return the rounded rows of a temporary that has `pairs` rows of `width` for each token."""
-        q = self.temporary("rounded", pairs * RowLayout(width, group).words, x.rows)
-        self.quantize(x, q, width, group, pairs)
+        q = self.temporary("rounded", pairs * self.row_words(dtype, width), x.rows)
+        self.quantize(x, q, width, dtype, pairs)
         return q
 
     # --- calls -------------------------------------------------------------------------------
@@ -144,22 +151,19 @@ class Lowering:
         name = self.shared.kernel(family, **parameters)
         self.schedule.steps.append(Step(name, args, reads, writes, tuple(s.name for s in state)))
 
-    def quantize(self, x: View, q: View, width: int, group: int, pairs: int = 1) -> None:
+    def quantize(self, x: View, q: View, width: int, dtype: str, pairs: int = 1) -> None:
         """Append the rounding of rows; a token has `pairs` of them side by side."""
-        parameters = {"K": width, "group": group, "pairs": pairs}
-        args = [x, q, q, q, q.rows, Int(x.stride // pairs), Int(q.stride // pairs)]
-        self.call(("quantize_rows", parameters), args, [q])
+        strides = [Int(x.stride // pairs), Int(q.stride // pairs)]
+        if form := integer_format(dtype):
+            parameters = {"K": width, "group": form.group, "pairs": pairs}
+            self.call(("quantize_rows", parameters), [x, q, q, q, q.rows, *strides], [q])
+        else:
+            self.call(("round_rows", {"K": width, "pairs": pairs}), [x, q, q.rows, *strides], [q])
 
 
 def row_count(value: Value) -> Tokens | Int:
     rows = value.type.shape[0]
     return Tokens() if isinstance(rows, SymDim) else Int(rows)
-
-
-def row_words(value: Value) -> int:
-    """Return the 4-byte words of one row."""
-    form = integer_format(value.type.dtype)
-    return RowLayout(width(value), form.group).words if form else width(value)
 
 
 def width(value: Value) -> int:
@@ -186,11 +190,11 @@ def lower_matrix(
     low: Lowering, op: Op, epilogue: str, layout: str, weights: tuple[Value, ...]
 ) -> None:
     x = low.views[op.operands[0]]
-    rows = sum(count(w.type.shape[:1]) for w in weights)
     parameters = {
-        "N": rows,
+        "N": sum(count(w.type.shape[:1]) for w in weights),
         "K": width(weights[0]),
         "dtype": weights[0].type.dtype,
+        "rows": op.operands[0].type.dtype,
         "epilogue": epilogue,
     }
     residual = [low.views[op.operands[1]]] if epilogue == "residual" else []
@@ -328,7 +332,8 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
     low.call(("route", {"E": experts, "top_k": top_k}), args, [ids, weights])
     low.call(("group_by_expert", {"E": experts, "top_k": top_k}), [ids, *groups, rows], groups)
 
-    shape = {"E": experts, "I": inner, "H": hidden, "top_k": top_k}
+    dtype = op.operands[0].type.dtype
+    shape = {"E": experts, "I": inner, "H": hidden, "top_k": top_k, "rows": dtype}
     activated = low.temporary("activated", top_k * inner, rows)
     args = [
         shared.weight("experts_swiglu", gate_up),
@@ -339,9 +344,9 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
         stride(view[x]),
     ]
     low.call(("expert_gate_up", {**shape, "dtype": gate_up.type.dtype}), args, [activated])
-    if form := integer_format(down.type.dtype):
+    if dtype != "f32":
         # One row for each pair of token and choice: the kernel sees top_k times as many tokens.
-        activated = low.rounded(activated, inner, form.group, pairs=top_k)
+        activated = low.rounded(activated, inner, dtype, pairs=top_k)
     outputs = low.temporary("outputs", top_k * hidden, rows)
     args = [
         shared.weight("experts", down),
@@ -361,7 +366,7 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
 
 def lower_quantize_rows(low: Lowering, op: Op) -> None:
     x, q = low.views[op.operands[0]], low.output(op.result)
-    low.quantize(x, q, width(op.result), op.attrs["group"])
+    low.quantize(x, q, width(op.result), op.attrs["dtype"])
 
 
 RULES: dict[str, Callable[[Lowering, Op], None]] = {

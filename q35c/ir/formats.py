@@ -2,7 +2,8 @@
 
 A format is the dtype of a weight in the quantized stage: "f32", "bf16", or "i4gN", "i6gN", "i8gN": integers of so many
 bits with one bf16 scale for each N consecutive inputs of an output row. Activations that meet such weights are "q8gN":
-int8 with one f32 scale for each N values of a row, so that a row's rounding depends on no other row.
+int8 with one f32 scale for each N values of a row, so that a row's rounding depends on no other row. bf16 weights meet
+rows in f32, or rows that are rounded to "bf16" themselves where the instruction set's products of pairs shall serve.
 """
 
 from __future__ import annotations
@@ -126,9 +127,17 @@ def stored(weight: Array, dtype: str) -> Array:
     return values.reshape(*weight.shape[:-1], -1)[..., : weight.shape[-1]].astype(weight.dtype)
 
 
-def round_rows(x: Array, group: int) -> Array:
-    """Return x [.., K] rounded to int8 with one scale for each group: what `quantize_rows` keeps."""
-    groups = split_groups(x, group)
+def is_row_format(dtype: str) -> bool:
+    """Tell whether rows of activations may be rounded to a dtype."""
+    return dtype == "bf16" or (dtype.startswith("q") and integer_format(dtype) is not None)
+
+
+def round_rows(x: Array, dtype: str) -> Array:
+    """Return x [.., K] rounded to bf16, or to int8 with one scale for each group: what `quantize_rows` keeps."""
+    form = integer_format(dtype)
+    if form is None:
+        return round_bf16(x.astype(np.float32)).astype(x.dtype)
+    groups = split_groups(x, form.group)
     scale = np.abs(groups).max(-1, keepdims=True) / 127
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
     rounded = np.rint(groups * inverse) * scale

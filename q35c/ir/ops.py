@@ -211,10 +211,10 @@ define("stateful_gated_attention", "q_gate k v q_norm k_norm table slots starts 
        summary="gated_attention over the key/value cache of the sequences named by slots.")  # fmt: skip
 define("last_token", "x", "", rule.last_row,
        lambda x: x[-1:], "The last row.", stages=LATE)  # fmt: skip
-define("quantize_rows", "x", "group", rule.quantized_rows,
-       lambda x, *, group: formats.round_rows(x, group), stages=QUANTIZED,
-       summary="Round rows to int8 with a scale for every `group` values.")  # fmt: skip
-define("quantized_moe_residual", "x router_logits shared shared_gate gate_up down residual", "top_k group",
+define("quantize_rows", "x", "dtype", rule.quantized_rows,
+       lambda x, *, dtype: formats.round_rows(x, dtype), stages=QUANTIZED,
+       summary="Round rows to bf16, or to int8 with a scale for each group of values.")  # fmt: skip
+define("quantized_moe_residual", "x router_logits shared shared_gate gate_up down residual", "top_k dtype",
        rule.quantized_moe_type, ref.quantized_moe_residual, stages=QUANTIZED,
-       summary="sparse_moe_residual with integer experts; what they activate is rounded like x.",
+       summary="sparse_moe_residual on rounded rows; what the experts activate is rounded like x.",
        macs=lambda s, a: OPS["sparse_moe"].macs(s, a))  # fmt: skip

@@ -3,6 +3,7 @@
 The sensitive ones are the gates (b, a, router: a small error changes what is routed or how fast memory decays), then
 the head and the projections of both mixers; the feed-forward weights, most of a model, take 4 bits well. On the demo
 model 6 bits for all but the feed-forward cost a quarter of the KL that 4 bits everywhere do (bench/quality.py).
+Rows that meet integers are rounded to int8, rows that meet bf16 weights to bf16, except where those are gates.
 Norms, conv, A_log and dt_bias are always f32, and so is the recurrent state.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from q35c.errors import OptionError
+from q35c.ir.formats import integer_format
 
 # What a weight is for; `quantize` finds it from the structure of the graph.
 ROLES = (
@@ -31,6 +33,13 @@ class Policy:
     formats: Mapping[str, str]
     summary: str
 
+    def rows(self, role: str) -> str:
+        """Return the dtype of the rows that a role's weights are multiplied by; gates always read f32."""
+        form = integer_format(self.formats[role])
+        if form:
+            return f"q8g{form.group}"
+        return "f32" if role in GATES else self.formats[role]
+
 
 def uniform(dtype: str, gates: str | None = None, **others: str) -> Mapping[str, str]:
     """Return one format for every role, another for the gates, and exceptions."""
@@ -41,7 +50,7 @@ def uniform(dtype: str, gates: str | None = None, **others: str) -> Mapping[str,
 _FEED_FORWARD = ("mlp_in", "mlp_out", "experts_in", "experts_out")
 _LIST = (
     Policy("f32", "f32", uniform("f32"), "everything in 32 bits: the reference"),
-    Policy("bf16", "bf16", uniform("bf16"), "weights and cache in bf16"),
+    Policy("bf16", "bf16", uniform("bf16"), "weights, their inputs and cache in bf16"),
     Policy("w8", "bf16", uniform("i8g64", "bf16"), "8-bit weights, gates in bf16"),
     Policy(
         "w4", "bf16", uniform("i6g64", "bf16", **dict.fromkeys(_FEED_FORWARD, "i4g64")),

@@ -93,11 +93,11 @@ def attention(q: Array, k: Array, v: Array, scale: float, start: int = 0) -> Arr
 
 
 def experts(
-    x: Array, ids: Array, weights: Array, gate_up: Array, down: Array, group: int = 0
+    x: Array, ids: Array, weights: Array, gate_up: Array, down: Array, dtype: str = "f32"
 ) -> Array:
     """Sum each token's routed experts: down(silu(gate x) * up x) times its routing weight.
 
-    With a `group`, the input of `down` is rounded to int8 with one scale for as many values.
+    With another `dtype` than f32, the input of `down` is rounded to such rows.
     """
     out = np.zeros_like(x)
     inner = gate_up.shape[1] // 2
@@ -105,23 +105,23 @@ def experts(
         rows, slots = np.nonzero(ids == expert)
         hidden = x[rows] @ gate_up[expert].T.astype(x.dtype)
         hidden = silu(hidden[:, :inner]) * hidden[:, inner:]
-        hidden = round_rows(hidden, group) if group else hidden
+        hidden = hidden if dtype == "f32" else round_rows(hidden, dtype)
         np.add.at(out, rows, hidden @ down[expert].T.astype(x.dtype) * weights[rows, slots, None])
     return out
 
 
 def sparse_moe(
-    x, router_logits, shared, shared_gate, gate_up, down, top_k: int, group: int = 0
+    x, router_logits, shared, shared_gate, gate_up, down, top_k: int, dtype: str = "f32"
 ) -> Array:
     """Route by softmax over all experts, take the top k, renormalise, add the gated shared expert."""
     weights, ids = topk(softmax(router_logits, -1), top_k)
     weights = weights / weights.sum(-1, keepdims=True)
-    return experts(x, ids, weights, gate_up, down, group) + sigmoid(shared_gate) * shared
+    return experts(x, ids, weights, gate_up, down, dtype) + sigmoid(shared_gate) * shared
 
 
-def quantized_moe_residual(*operands: Array, top_k: int, group: int) -> Array:
+def quantized_moe_residual(*operands: Array, top_k: int, dtype: str) -> Array:
     """Return residual + sparse_moe(..) where the experts' inner activations are rounded too."""
-    return operands[-1] + sparse_moe(*operands[:-1], top_k=top_k, group=group)
+    return operands[-1] + sparse_moe(*operands[:-1], top_k=top_k, dtype=dtype)
 
 
 def rotary_table(positions: Array, inv_freq, sections, scaling: float) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from q35c.ir.formats import integer_format
+from q35c.ir.formats import integer_format, is_row_format
 from q35c.ir.types import Dim, SymDim, TensorType
 
 Types = tuple[TensorType, ...]
@@ -182,16 +182,20 @@ def linear_type(types: Types, attrs: Attributes) -> Types:
     for w in weights:
         need(w.rank == 2 and w.shape[1] == x.shape[-1], f"weight {w} does not fit input {x}")
         need(w.dtype == weights[0].dtype, "the weights have several formats")
-        check_groups(x, w)
+        check_rows(x, w)
     total = sum(static(w.shape[0], "a weight's rows") for w in weights)
     return (TensorType("f32", (*x.shape[:-1], total)),)
 
 
-def check_groups(x: TensorType, weight: TensorType) -> None:
-    """Check that integer weights meet rows rounded in the same groups, and only they do."""
+def check_rows(x: TensorType, weight: TensorType) -> None:
+    """Check that integer weights meet rows rounded in the same groups, bf16 rows bf16 weights."""
     activations, stored = integer_format(x.dtype), integer_format(weight.dtype)
     if activations is None:
         need(stored is None, f"integer weight {weight} needs rounded rows, not {x}")
+        need(
+            x.dtype != "bf16" or weight.dtype == "bf16",
+            f"bf16 rows {x} need a bf16 weight, not {weight}",
+        )
     else:
         need(
             stored is not None and stored.group == activations.group,
@@ -201,10 +205,9 @@ def check_groups(x: TensorType, weight: TensorType) -> None:
 
 def quantized_rows(types: Types, attrs: Attributes) -> Types:
     (x,) = types
-    dtype = f"q8g{attrs['group']}"
-    need(integer_format(dtype) is not None, f"no format has groups of {attrs['group']}")
+    need(is_row_format(attrs["dtype"]), f"{attrs['dtype']!r} is no format of rows")
     need(x.dtype == "f32" and x.rank == 2, f"wants rows f32 [T, K], not {x}")
-    return (TensorType(dtype, x.shape),)
+    return (TensorType(attrs["dtype"], x.shape),)
 
 
 def linear_swiglu_type(types: Types, attrs: Attributes) -> Types:
@@ -286,9 +289,9 @@ def moe_type(types: Types, attrs: Attributes) -> Types:
 
 def quantized_moe_type(types: Types, attrs: Attributes) -> Types:
     x, residual = types[0], types[6]
-    need(x.dtype == f"q8g{attrs['group']}", f"x must be rounded in groups of {attrs['group']}")
+    need(is_row_format(x.dtype) and x.dtype == attrs["dtype"], f"x must be {attrs['dtype']} rows")
     for weight in types[4:6]:
-        check_groups(x, weight)
+        check_rows(x, weight)
     plain = TensorType("f32", x.shape)
     need(residual == plain, f"the residual does not fit {x}")
     return moe_type((plain, *types[1:]), attrs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from q35c.ir.formats import integer_format
 from q35c.ir.graph import Graph, Module, Op, Rewriter, Value
 from q35c.ir.precision import Policy
 
@@ -21,7 +20,7 @@ OUTPUT_ROLES = {"stateful_gated_delta_net": "delta_out", "stateful_gated_attenti
 
 
 def quantize(module: Module, policy: Policy) -> Module:
-    """Give every weight its format and insert the rounding of rows that integer weights need.
+    """Give every weight its format and insert the rounding of the rows that it is multiplied by.
 
     Before:
         graph g stateful {
@@ -41,46 +40,47 @@ def quantize(module: Module, policy: Policy) -> Module:
           weight @gate: i4g64[96, 64]
           weight @up: i4g64[96, 64]
           weight @down: i4g64[32, 96]
-          %0: q8g64[T, 64] = quantize_rows(%x) {group = 64}
+          %0: q8g64[T, 64] = quantize_rows(%x) {dtype = "q8g64"}
           %1: f32[T, 96] = linear_swiglu(%0, @gate, @up)
-          %2: q8g64[T, 96] = quantize_rows(%1) {group = 64}
+          %2: q8g64[T, 96] = quantize_rows(%1) {dtype = "q8g64"}
           %3: f32[T, 32] = linear_residual(%2, %r, @down)
           return %3
         }
 
-    A weight's role follows from what its product becomes, never from its name. Floating formats change the
-    weight's type only; norms, conv and the delta net's vectors keep theirs.
+    A weight's role follows from what its product becomes, never from its name. Gates keep f32 rows, and so does
+    everything of the policy f32; norms, conv and the delta net's vectors keep their type.
     """
     roles: dict[Value, str] = {}
     for graph in module:
         roles.update(weight_roles(graph))
     types = {w: replace(w, type=replace(w.type, dtype=policy.formats[r])) for w, r in roles.items()}
-    return Module(tuple(quantize_entry(graph, types) for graph in module))
+    rows = {weight: policy.rows(role) for weight, role in roles.items()}
+    return Module(tuple(quantize_entry(graph, types, rows) for graph in module))
 
 
-def quantize_entry(graph: Graph, types: dict[Value, Value]) -> Graph:
+def quantize_entry(graph: Graph, types: dict[Value, Value], rows: dict[Value, str]) -> Graph:
+    """Rewrite one entry; `types` holds every weight with its format, `rows` the dtype of the rows it meets."""
     out = Rewriter(graph, stage="quantized")
-    rounded: dict[tuple[Value, int], Value] = {}
+    rounded: dict[tuple[Value, str], Value] = {}
 
-    def rows(value: Value, group: int) -> Value:
+    def round_rows(value: Value, dtype: str) -> Value:
         """Return the rounded rows of a value; who reads the same rows shares them."""
-        if (value, group) not in rounded:
-            rounded[value, group] = out.emit("quantize_rows", value, group=group)
-        return rounded[value, group]
+        if (value, dtype) not in rounded:
+            rounded[value, dtype] = out.emit("quantize_rows", value, dtype=dtype)
+        return rounded[value, dtype]
 
     for weight, typed in types.items():
         out.replace(weight, typed)
     for op in graph.ops:
         operands = [out.new(v) for v in op.operands]
         kind, attrs = op.kind, op.attrs.to_dict()
-        weights = operands[PRODUCTS[kind]] if kind in PRODUCTS else []
-        form = integer_format(weights[0].type.dtype) if weights else None
-        if form is None:
+        dtype = rows[op.operands[PRODUCTS[kind]][0]] if kind in PRODUCTS else "f32"
+        if dtype == "f32":
             out.copy(op)
             continue
-        operands[0] = rows(operands[0], form.group)
+        operands[0] = round_rows(operands[0], dtype)
         if kind == "sparse_moe_residual":
-            kind, attrs = "quantized_moe_residual", {**attrs, "group": form.group}
+            kind, attrs = "quantized_moe_residual", {**attrs, "dtype": dtype}
         out.replace(op.result, out.emit(kind, *operands, **attrs))
     return out.done()
 

@@ -95,8 +95,10 @@ FITS: dict[str, Case] = {
         rows="sequence",
     ),
     "last_token": case("f32[T,8]", "stateful"),
-    "quantize_rows": case("f32[T,40]", "quantized", group=32),
-    "quantized_moe_residual": case(f"{_QUANTIZED_MOE} f32[T,6]", "quantized", top_k=2, group=32),
+    "quantize_rows": case("f32[T,40]", "quantized", dtype="bf16"),
+    "quantized_moe_residual": case(
+        f"{_QUANTIZED_MOE} f32[T,6]", "quantized", top_k=2, dtype="q8g32"
+    ),
 }
 
 REFUSED: dict[str, list[Case]] = {
@@ -108,6 +110,8 @@ REFUSED: dict[str, list[Case]] = {
         case("f32[T,8] @i4g32[3,8]", "quantized"),
         case("q8g32[T,8] @i4g64[3,8]", "quantized"),
         case("q8g32[T,8] @bf16[3,8]", "quantized"),
+        case("bf16[T,8] @f32[3,8]", "quantized"),
+        case("bf16[T,8] @i4g32[3,8]", "quantized"),
         case("q8g32[T,8] @i4g32[3,8] @i8g32[3,8]", "quantized"),
     ],
     "add": [case("f32[T,8] f32[T,7]"), case("f32[T] i32[T]"), case("f32[T] f32[U]")],
@@ -229,15 +233,22 @@ REFUSED: dict[str, list[Case]] = {
     ],
     "last_token": [case("f32[]", "stateful"), case("f32[T,8]", "fused")],
     "quantize_rows": [
-        case("f32[T,40]", "stateful", group=32),
-        case("f32[T,40]", "quantized", group=48),
-        case("i32[T,40]", "quantized", group=32),
+        case("f32[T,40]", "stateful", dtype="q8g32"),
+        case("f32[T,40]", "quantized", dtype="q8g48"),
+        case("f32[T,40]", "quantized", dtype="i8g32"),
+        case("f32[T,40]", "quantized", dtype="f32"),
+        case("i32[T,40]", "quantized", dtype="bf16"),
     ],
     "quantized_moe_residual": [
-        case(f"{_QUANTIZED_MOE} f32[T,6]", "quantized", top_k=2, group=64),
-        case(f"{_QUANTIZED_MOE} f32[T,6]", "stateful", top_k=2, group=32),
-        case(f"{_QUANTIZED_MOE.replace('i4g32', 'f32')} f32[T,6]", "quantized", top_k=2, group=32),
-        case(f"{_QUANTIZED_MOE} f32[T,5]", "quantized", top_k=2, group=32),
+        case(f"{_QUANTIZED_MOE} f32[T,6]", "quantized", top_k=2, dtype="q8g64"),
+        case(f"{_QUANTIZED_MOE} f32[T,6]", "stateful", top_k=2, dtype="q8g32"),
+        case(
+            f"{_QUANTIZED_MOE.replace('i4g32', 'f32')} f32[T,6]",
+            "quantized",
+            top_k=2,
+            dtype="q8g32",
+        ),
+        case(f"{_QUANTIZED_MOE} f32[T,5]", "quantized", top_k=2, dtype="q8g32"),
     ],
 }
 

@@ -50,9 +50,9 @@ def test_zeros_stay_and_one_value_is_kept(dtype: str):
     assert (got[0] == 0).all()
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_rounded_rows_depend_on_no_other_row(group: int):
+@pytest.mark.parametrize("dtype", ["q8g32", "q8g64", "q8g128", "bf16"])
+def test_rounded_rows_depend_on_no_other_row(dtype: str):
     x = np.random.default_rng(2).standard_normal((5, 100))
-    whole = formats.round_rows(x, group)
-    np.testing.assert_array_equal(whole[2:3], formats.round_rows(x[2:3], group))
+    whole = formats.round_rows(x, dtype)
+    np.testing.assert_array_equal(whole[2:3], formats.round_rows(x[2:3], dtype))
     assert np.abs(whole - x).max() <= np.abs(x).max() / 254 * 1.001

@@ -94,7 +94,7 @@ def test_rows_are_rounded_to_the_nearest_code(kernels, case):
         x = guard(x.astype(np.float32))
         first = round_rows(kernels, x, width, group)
         got = row_values(first, width, group)
-        want = formats.round_rows(x[:, :width].astype(np.float64), group)
+        want = formats.round_rows(x[:, :width].astype(np.float64), f"q8g{group}")
         step = np.abs(formats.split_groups(x[:, :width], group)).max(-1) / 127
         wide = np.repeat(step, group, -1)[:, :width]
         assert (np.abs(got - x[:, :width]) <= 0.5001 * wide).all()

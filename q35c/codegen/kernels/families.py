@@ -8,6 +8,7 @@ from typing import Any
 from q35c.codegen.fast_macros import install
 from q35c.codegen.kernels.attention import attention, attention_combine, attention_scratch_bytes
 from q35c.codegen.kernels.attention_prepare import attention_prepare
+from q35c.codegen.kernels.bf16_rows import round_rows
 from q35c.codegen.kernels.embedding import embedding
 from q35c.codegen.kernels.gated_delta import gated_delta, gated_delta_scratch_bytes
 from q35c.codegen.kernels.gated_delta_conv import conv_update
@@ -35,6 +36,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "quantize_rows": quantize_rows,
     "rms_norm": rms_norm,
     "rotary_table": rotary_table,
+    "round_rows": round_rows,
     "route": route,
 }
 

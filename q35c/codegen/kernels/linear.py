@@ -5,8 +5,9 @@
     swiglu    y[t, i] = silu(sum_k x[t, k] gate[i, k]) * sum_k x[t, k] up[i, k]
 
 Threads split the blocks of 32 output columns. A thread keeps one block in L2 (128 or 64 bytes a k)
-while all rows pass it, a tile of rows at a time (tile.py, quantized_tile.py). One row reads each weight once, in one
-contiguous stream: the limit is memory bandwidth. Many rows: the limit is the FMA rate.
+while all rows pass it, a tile of rows at a time (tile.py, bf16_tile.py, quantized_tile.py). One row reads each weight once, in one
+contiguous stream: the limit is memory bandwidth. Many rows: the limit is the rate of the instruction that multiplies
+and adds.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from q35c.codegen.kernels.matmul import make_product
 from q35c.codegen.kernels.product import Operands, Product
 
 
-def linear(N: int, K: int, dtype: str, epilogue: str, isa: Isa) -> PrimFunc:
+def linear(N: int, K: int, dtype: str, epilogue: str, isa: Isa, rows: str = "f32") -> PrimFunc:
     """Make the kernel (W, X, Y, [R], T, ld_x, ld_y, [ld_r], tid, nt) for X f32 [T, K].
 
     W holds N rows packed as f32, bf16 pairs or integers; swiglu counts gate and up rows in N and writes
-    N/2 columns. Integer weights read X as `quantize_rows` leaves it. R and ld_r exist only with
-    "residual"; R may be Y itself. Strides are in elements of 4 bytes.
+    N/2 columns. Integer weights read X as `quantize_rows` leaves it, and bf16 weights as `round_rows` does when
+    `rows` is "bf16". R and ld_r exist only with "residual"; R may be Y itself. Strides are in elements of 4 bytes.
     """
-    matmul = make_product(N, K, dtype, epilogue, isa)
+    matmul = make_product(N, K, dtype, epilogue, isa, rows)
     return _with_residual(matmul) if epilogue == "residual" else _plain(matmul)
 
 

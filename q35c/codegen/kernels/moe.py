@@ -156,13 +156,21 @@ def group_by_expert(E: int, top_k: int) -> PrimFunc:
     return group_by_expert_kernel
 
 
-def expert_gate_up(E: int, I: int, H: int, top_k: int, dtype: str, isa: Isa) -> PrimFunc:  # noqa: E741
+def expert_gate_up(
+    E: int,
+    I: int,  # noqa: E741
+    H: int,
+    top_k: int,
+    dtype: str,
+    isa: Isa,
+    rows: str = "f32",
+) -> PrimFunc:
     """Make the kernel (W, X f32 [T, H], ORDER, ACTIVE, OFFSETS, COUNT, Y f32 [T*k, I], T, ld_x, tid, nt).
 
     W holds the packed swiglu blocks of expert 0, then of expert 1 and so on. Row p of Y belongs to
     pair p.
     """
-    matmul = make_product(2 * I, H, dtype, "swiglu", isa)
+    matmul = make_product(2 * I, H, dtype, "swiglu", isa, rows)
 
     @T.prim_func(private=True, s_tir=True)
     def expert_gate_up_kernel(
@@ -192,12 +200,20 @@ def expert_gate_up(E: int, I: int, H: int, top_k: int, dtype: str, isa: Isa) -> 
     return expert_gate_up_kernel
 
 
-def expert_down(E: int, H: int, I: int, top_k: int, dtype: str, isa: Isa) -> PrimFunc:  # noqa: E741
+def expert_down(
+    E: int,
+    H: int,
+    I: int,  # noqa: E741
+    top_k: int,
+    dtype: str,
+    isa: Isa,
+    rows: str = "f32",
+) -> PrimFunc:
     """Make the kernel (W, Y1 [T*k, I], ORDER, ACTIVE, OFFSETS, COUNT, Y2 f32 [T*k, H], T, ld_y1, tid, nt).
 
     W holds the packed blocks of H rows of expert 0, then of expert 1 and so on. Rows are pairs.
     """
-    matmul = make_product(H, I, dtype, "none", isa)
+    matmul = make_product(H, I, dtype, "none", isa, rows)
 
     @T.prim_func(private=True, s_tir=True)
     def expert_down_kernel(
