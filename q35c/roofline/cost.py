@@ -7,8 +7,8 @@
   model all of it fits a cache: its kernels may then be faster than this limit.
 - Cache bytes are those of activations, f32 or rounded: some kernel has just written them, so they are taken to come
   from the L2 cache.
-- A multiplication and an addition are two operations. They are bounded by the peak of the type that is stored: products
-  with integer weights by int8, with bf16 weights or a bf16 cache by bf16, the rest by f32. Element-wise formulas count
+- A multiplication and an addition are two operations. They are bounded by the peak of the type that is multiplied: products
+  of rounded rows by int8 or bf16, those with a bf16 cache by bf16, the rest by f32. Element-wise formulas count
   roughly; they hardly ever bound.
 - The weight of a step is the largest that it reads; norm vectors beside it are not counted.
 - Of experts those that some token chose: k of E for one token, E (1 - (1 - k/E)^T) for T, as if choices were random.
@@ -81,9 +81,9 @@ def peak_of(dtype: str) -> Peak:
 
 
 def row_bytes(width: int, dtype: str) -> float:
-    """Return the bytes of an activation row: f32, or int8 with a scale and a sum for each group."""
+    """Return the bytes of an activation row: f32, bf16, or int8 with a scale and a sum for each group."""
     if peak_of(dtype) != "int8":
-        return width * _F32
+        return width * (2 if dtype == "bf16" else _F32)
     group = int(dtype.rpartition("g")[2])
     return width + 8 * -(-width // group)
 
@@ -91,8 +91,8 @@ def row_bytes(width: int, dtype: str) -> float:
 def linear(p: Parameters, work: Work) -> Cost:
     outputs = p["N"] // 2 if p["epilogue"] == "swiglu" else p["N"]
     written = outputs * _F32 * (2 if p["epilogue"] == "residual" else 1)
-    cache = work.tokens * (row_bytes(p["K"], p["dtype"]) + written)
-    return Cost(work.weight_bytes, cache, 2 * work.tokens * p["N"] * p["K"], peak_of(p["dtype"]))
+    cache = work.tokens * (row_bytes(p["K"], p["rows"]) + written)
+    return Cost(work.weight_bytes, cache, 2 * work.tokens * p["N"] * p["K"], peak_of(p["rows"]))
 
 
 def embedding(p: Parameters, work: Work) -> Cost:
@@ -105,8 +105,16 @@ def rms_norm(p: Parameters, work: Work) -> Cost:
 
 
 def quantize_rows(p: Parameters, work: Work) -> Cost:
+    return rounding(p, work, f"q8g{p['group']}")
+
+
+def round_rows(p: Parameters, work: Work) -> Cost:
+    return rounding(p, work, "bf16")
+
+
+def rounding(p: Parameters, work: Work, dtype: str) -> Cost:
     width, pairs = p["K"], p["pairs"]
-    rounded = row_bytes(width, f"q8g{p['group']}")
+    rounded = row_bytes(width, dtype)
     cache = work.tokens * pairs * (width * _F32 + rounded)
     return Cost(0, cache, 5 * work.tokens * pairs * width, "f32")
 
@@ -166,14 +174,14 @@ def group_by_expert(p: Parameters, work: Work) -> Cost:
 
 def expert_gate_up(p: Parameters, work: Work) -> Cost:
     pairs = work.tokens * p["top_k"]
-    cache = pairs * (row_bytes(p["H"], p["dtype"]) + p["I"] * _F32)
-    return Cost(expert_bytes(p, work), cache, 4 * pairs * p["I"] * p["H"], peak_of(p["dtype"]))
+    cache = pairs * (row_bytes(p["H"], p["rows"]) + p["I"] * _F32)
+    return Cost(expert_bytes(p, work), cache, 4 * pairs * p["I"] * p["H"], peak_of(p["rows"]))
 
 
 def expert_down(p: Parameters, work: Work) -> Cost:
     pairs = work.tokens * p["top_k"]
-    cache = pairs * (row_bytes(p["I"], p["dtype"]) + p["H"] * _F32)
-    return Cost(expert_bytes(p, work), cache, 2 * pairs * p["I"] * p["H"], peak_of(p["dtype"]))
+    cache = pairs * (row_bytes(p["I"], p["rows"]) + p["H"] * _F32)
+    return Cost(expert_bytes(p, work), cache, 2 * pairs * p["I"] * p["H"], peak_of(p["rows"]))
 
 
 def expert_bytes(p: Parameters, work: Work) -> float:
@@ -206,5 +214,6 @@ RULES: dict[str, Callable[[Parameters, Work], Cost]] = {
     "quantize_rows": quantize_rows,
     "rms_norm": rms_norm,
     "rotary_table": rotary_table,
+    "round_rows": round_rows,
     "route": route,
 }
