@@ -109,14 +109,14 @@ def test_bf16_weights_stay_close(kind: str) -> None:
     assert row_kl(got, want).mean() <= 1e-3
 
 
-@pytest.mark.parametrize("precision", ["w8", "w4", "w4-small"])
+@pytest.mark.parametrize("precision", ["bf16", "w8", "w4", "w4-small"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_integer_weights_equal_the_interpreter(
+def test_rounded_rows_equal_the_interpreter(
     kind: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is lost is lost by the formats alone: numpy with the same rounding gives the same logits.
 
-    The cache is f32 here, as the interpreter's. A value on the border between two int8 codes may fall either
+    The cache is f32 here, as the interpreter's. A value on the border between two codes may fall either
     way, so a few rows may differ by a code's step; most agree to rounding.
     """
     name = f"{precision}-f32-cache"

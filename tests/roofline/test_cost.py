@@ -17,19 +17,25 @@ CASES: dict[str, tuple[str, dict[str, Any], Work, tuple[float, float, float, str
     # 4 bits a weight and 2 bytes for 128 of them; 1,024 int8, 8 scales and sums in, 8,192 floats out.
     "an integer matvec": (
         "linear",
-        {"N": 8192, "K": 1024, "dtype": "i4g128", "epilogue": "none"},
+        {"N": 8192, "K": 1024, "dtype": "i4g128", "rows": "q8g128", "epilogue": "none"},
         Work(1, (0,), 8192 * (512 + 16)),
         (4325376, 1024 + 8 * 8 + 4 * 8192, 2 * 8192 * 1024, "int8"),
     ),
     "a bf16 product with a residual": (
         "linear",
-        {"N": 1024, "K": 2048, "dtype": "bf16", "epilogue": "residual"},
+        {"N": 1024, "K": 2048, "dtype": "bf16", "rows": "bf16", "epilogue": "residual"},
         Work(256, (0,), 2 * 1024 * 2048),
-        (4194304, 256 * 4 * (2048 + 2 * 1024), 2 * 256 * 1024 * 2048, "bf16"),
+        (4194304, 256 * (2 * 2048 + 4 * 2 * 1024), 2 * 256 * 1024 * 2048, "bf16"),
+    ),
+    "gates multiply f32 rows": (
+        "linear",
+        {"N": 32, "K": 1024, "dtype": "bf16", "rows": "f32", "epilogue": "none"},
+        Work(2, (0,), 2 * 32 * 1024),
+        (65536, 2 * 4 * (1024 + 32), 2 * 2 * 32 * 1024, "f32"),
     ),
     "swiglu writes half as many columns": (
         "linear",
-        {"N": 7168, "K": 1024, "dtype": "f32", "epilogue": "swiglu"},
+        {"N": 7168, "K": 1024, "dtype": "f32", "rows": "f32", "epilogue": "swiglu"},
         Work(2, (0,), 7168 * 4096),
         (7168 * 4096, 2 * 4 * (1024 + 3584), 2 * 2 * 7168 * 1024, "f32"),
     ),
@@ -66,13 +72,13 @@ CASES: dict[str, tuple[str, dict[str, Any], Work, tuple[float, float, float, str
     ),
     "one token uses top_k experts": (
         "expert_down",
-        {"E": 256, "I": 512, "H": 2048, "top_k": 8, "dtype": "i4g64"},
+        {"E": 256, "I": 512, "H": 2048, "top_k": 8, "dtype": "i4g64", "rows": "q8g64"},
         Work(1, (0,), 256 * 1000),
         (8000, 8 * (512 + 64 + 4 * 2048), 2 * 8 * 512 * 2048, "int8"),
     ),
     "two tokens may share experts": (
         "expert_gate_up",
-        {"E": 4, "I": 16, "H": 32, "top_k": 2, "dtype": "f32"},
+        {"E": 4, "I": 16, "H": 32, "top_k": 2, "dtype": "f32", "rows": "f32"},
         Work(2, (0,), 400),
         (300, 4 * (4 * 32 + 4 * 16), 4 * 4 * 16 * 32, "f32"),
     ),
@@ -81,6 +87,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Work, tuple[float, float, float, str
         {"K": 96, "group": 64, "pairs": 8},
         Work(2, (0,), 0),
         (0, 16 * (4 * 96 + 96 + 16), 5 * 16 * 96, "f32"),
+    ),
+    "rounding to bf16 writes half": (
+        "round_rows",
+        {"K": 96, "pairs": 1},
+        Work(2, (0,), 0),
+        (0, 2 * (4 * 96 + 2 * 96), 5 * 2 * 96, "f32"),
     ),
 }
 
@@ -99,9 +111,9 @@ def test_by_hand(name: str) -> None:
     [
         ("new", {}),
         ("linear", {"N": 4}),
-        ("linear", {"N": 4, "K": "many", "dtype": "f32", "epilogue": "none"}),
-        ("linear", {"N": 4, "K": 4, "dtype": "strange", "epilogue": "none"}),
-        ("expert_down", {"E": 0, "I": 1, "H": 1, "top_k": 8, "dtype": "f32"}),
+        ("linear", {"N": 4, "K": "many", "rows": "f32", "epilogue": "none"}),
+        ("linear", {"N": 4, "K": 4, "rows": "strange", "epilogue": "none"}),
+        ("expert_down", {"E": 0, "I": 1, "H": 1, "top_k": 8, "rows": "f32"}),
     ],
 )
 def test_what_no_rule_understands_costs_its_weight(family: str, parameters: dict) -> None:

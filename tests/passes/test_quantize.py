@@ -1,0 +1,56 @@
+"""Which rows each weight meets, by policy, on the golden graph that has every role."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from q35c.ir import Graph, Module
+from q35c.ir.precision import POLICIES
+from q35c.ir.text import parse_graph
+from q35c.passes.quantize import PRODUCTS, quantize
+from tests.passes.arrays import assert_same_meaning
+
+GOLDEN = Path(__file__).parent / "quantize" / "every_role_and_a_tied_head.txt"
+GATES = {"0.ba.0", "0.mlp.router.0"}
+
+
+def before() -> Graph:
+    return parse_graph(GOLDEN.read_text().partition("---\n")[0])
+
+
+def quantized(precision: str) -> Graph:
+    (made,) = quantize(Module((before(),)), POLICIES[precision])
+    return made
+
+
+def rows_by_weight(graph: Graph) -> dict[str, str]:
+    """Return the dtype of the rows that each product's first weight meets."""
+    places = PRODUCTS | {"quantized_moe_residual": PRODUCTS["sparse_moe_residual"]}
+    products = [op for op in graph.ops if op.kind in places]
+    return {op.operands[places[op.kind]][0].name: op.operands[0].type.dtype for op in products}
+
+
+@pytest.mark.parametrize(
+    ("precision", "rows"),
+    [("bf16", "bf16"), ("w8", "q8g64"), ("w4", "q8g64"), ("w4-small", "q8g128")],
+)
+def test_all_but_the_gates_read_rounded_rows(precision: str, rows: str) -> None:
+    found = rows_by_weight(quantized(precision))
+    assert len(found) == 12
+    assert {name: dtype for name, dtype in found.items() if dtype != rows} == dict.fromkeys(GATES, "f32")  # fmt: skip
+
+
+def test_the_reference_rounds_nothing() -> None:
+    assert set(rows_by_weight(quantized("f32")).values()) == {"f32"}
+    assert [op.kind for op in quantized("f32").ops] == [op.kind for op in before().ops]
+
+
+def test_who_reads_the_same_rows_shares_them() -> None:
+    rounded = [op.operands[0] for op in quantized("bf16").ops if op.kind == "quantize_rows"]
+    assert len(rounded) == len(set(rounded)) == 9
+
+
+def test_bf16_keeps_the_meaning() -> None:
+    assert_same_meaning(before(), quantized("bf16"), "quantize", loss=0.02)
