@@ -1,6 +1,7 @@
 """Norm, rotation and the cache write before attention, against float64.
 
-Ten heads' shapes times six token counts, both forms; whatever of the cache is not written must stay as it was.
+Ten heads' shapes times six token counts, both forms; whatever of the cache is not written must stay as it was. In a
+cache of pairs the odd half beside a last, even cell is made zero.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.attention_prepare import attention_prepare
+from q35c.codegen.kernels.attention_shape import is_paired
 from q35c.ir import reference
 from tests.kernels.harness import (
     EACH_ISA,
@@ -79,16 +82,21 @@ def scale_of(heads: Heads) -> float:
 
 
 @pytest.fixture(scope="module", params=EACH_ISA)
-def kernels(request: Any) -> Kernels:
+def isa(request: Any) -> Isa:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def kernels(isa: Isa) -> Kernels:
     functions = {
         f"{rows}_{index}": attention_prepare(
             heads.Hq, heads.Hkv, heads.D, heads.R, EPS, scale_of(heads), heads.dtype, CONTEXT,
-            KEYS_OFFSET, heads.values_offset, rows, request.param,
+            KEYS_OFFSET, heads.values_offset, rows, isa,
         )
         for index, heads in enumerate(CASES)
         for rows in ("sequence", "batch")
     }  # fmt: skip
-    return build_kernels(functions, request.param)
+    return build_kernels(functions, isa)
 
 
 class Problem:
@@ -129,26 +137,54 @@ class Problem:
         )  # fmt: skip
         return q, state
 
-    def check_cache(self, state: np.ndarray, cells: list[tuple[int, int]]) -> None:
-        """Compare what each row left at its (sequence, cell); nothing else may have changed."""
+    def check_cache(
+        self, state: np.ndarray, cells: list[tuple[int, int]], ends: list[int], isa: Isa
+    ) -> None:
+        """Compare what each row left at its (sequence, cell); nothing else may have changed.
+
+        `ends` are the rows that are the last of their sequence.
+        """
         heads = self.heads
         words = np.array(state).view(f"u{state.itemsize}")
-        poison, first = (
-            words.dtype.type(-1 % 2 ** (8 * state.itemsize)),
-            KEYS_OFFSET // state.itemsize,
-        )
-        parts = [words[:, first + i * heads.cache_words :][:, : heads.cache_words] for i in (0, 1)]
-        keys = parts[0].reshape(-1, heads.Hkv, CONTEXT // 32, heads.D, 32)
-        values = parts[1].reshape(-1, heads.Hkv, CONTEXT, heads.D)
+        poison = words.dtype.type(-1 % 2 ** (8 * state.itemsize))
+        has_pairs = is_paired(heads.dtype, isa)
+        find = self.find_pairs if has_pairs else self.find
         for row, (sequence, cell) in enumerate(cells):
-            key = keys[sequence, :, cell // 32, :, cell % 32]
-            value = values[sequence, :, cell]
-            self.check_key(key, self.k[:, row])
+            key, value = find(words, sequence, cell)
+            self.check_key(key.reshape(heads.Hkv, heads.D), self.k[:, row])
             exact = self.v[:, row].astype(np.float32)
             kept = exact.view(np.uint32) if heads.dtype == "f32" else to_bf16(exact)
-            np.testing.assert_array_equal(value, kept)
+            np.testing.assert_array_equal(value.reshape(heads.Hkv, heads.D), kept)
             key[...] = value[...] = poison
+            if has_pairs and row in ends and cell % 2 == 0:
+                _, beside = find(words, sequence, cell + 1)
+                assert (beside == 0).all()
+                beside[...] = poison
         assert (words == poison).all(), "something else was written"
+
+    def find(self, words: np.ndarray, sequence: int, cell: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return views of one cell's key and value, [Hkv, D]."""
+        heads = self.heads
+        keys, values = self.caches(words)
+        keys = keys.reshape(-1, heads.Hkv, CONTEXT // 32, heads.D, 32)
+        values = values.reshape(-1, heads.Hkv, CONTEXT, heads.D)
+        return keys[sequence, :, cell // 32, :, cell % 32], values[sequence, :, cell]
+
+    def find_pairs(
+        self, words: np.ndarray, sequence: int, cell: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the same of a cache of pairs, [Hkv, D / 2, 2] and [Hkv, D / width, width]."""
+        heads, (block, lane) = self.heads, divmod(cell, 32)
+        width = 16 if heads.D % 32 else 32
+        keys, values = self.caches(words)
+        keys = keys.reshape(-1, heads.Hkv, CONTEXT // 32, heads.D // 2, 32, 2)
+        values = values.reshape(-1, heads.Hkv, CONTEXT // 32, heads.D // width, 16, width, 2)
+        return keys[sequence, :, block, :, lane], values[sequence, :, block, :, lane // 2, :, lane % 2]  # fmt: skip
+
+    def caches(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a view of every sequence's keys, and one of its values."""
+        size, first = self.heads.cache_words, KEYS_OFFSET // words.itemsize
+        return words[:, first : first + size], words[:, first + size : first + 2 * size]
 
     def check_key(self, key: np.ndarray, want: np.ndarray) -> None:
         if self.heads.dtype == "f32":
@@ -160,25 +196,27 @@ class Problem:
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
-def test_a_run_is_appended(kernels: Kernels, index: int, tokens: int) -> None:
+def test_a_run_is_appended(kernels: Kernels, isa: Isa, index: int, tokens: int) -> None:
     problem = Problem(index, tokens)
     outputs = []
     for threads in (1, 2, 3):
         q, state = problem.run(kernels, "sequence", np.array([2]), np.array([START]), threads)
         outputs.append(q.tobytes() + state.tobytes())
     assert_close(q, problem.q)
-    problem.check_cache(state, [(2, START + row) for row in range(tokens)])
+    cells = [(2, START + row) for row in range(tokens)]
+    problem.check_cache(state, cells, [tokens - 1], isa)
     assert outputs[0] == outputs[1] == outputs[2]
 
 
 @pytest.mark.parametrize("tokens", [count for count in TOKENS if count <= len(SLOTS)])
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
-def test_rows_of_a_batch_are_sequences(kernels: Kernels, index: int, tokens: int) -> None:
+def test_rows_of_a_batch_are_sequences(kernels: Kernels, isa: Isa, index: int, tokens: int) -> None:
     problem = Problem(index, tokens)
     outputs = []
     for threads in (1, 2, 3):
         q, state = problem.run(kernels, "batch", SLOTS[:tokens], STARTS[:tokens], threads)
         outputs.append(q.tobytes() + state.tobytes())
     assert_close(q, problem.q)
-    problem.check_cache(state, list(zip(SLOTS[:tokens], STARTS[:tokens], strict=True)))
+    cells = list(zip(SLOTS[:tokens], STARTS[:tokens], strict=True))
+    problem.check_cache(state, cells, list(range(tokens)), isa)
     assert outputs[0] == outputs[1] == outputs[2]
