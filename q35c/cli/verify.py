@@ -18,10 +18,8 @@ from q35c.progress import Progress
 @click.command("verify")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("source")
-@click.option(
-    "--tokens", type=int, default=128, show_default=True, help="Random ids to compare on."
-)
-@click.option("--text", help="Compare on this text instead.")
+@click.option("--text", help="Text to compare on [a psalm; 128 random ids without a tokenizer].")
+@click.option("--tokens", type=int, help="Compare on this many random ids instead.")
 @click.option("--ids", help="Compare on these token ids instead, such as 1,2,3.")
 @click.option("--load-format", type=click.Choice(LOAD_FORMATS), default="auto", show_default=True)
 @click.option(
