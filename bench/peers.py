@@ -14,7 +14,8 @@ weights; all of it stays in the cache directory. A peer that cannot be had is sk
 Every sample is a process of its own, and only one runs at a time; the systems take turns. Before and
 after each, a probe measures what this machine can do at that moment. A sample beside a probe under 85 %
 of the run's median, or during which other processes used the processor, is taken again; a figure for which
-that does not help is marked with ~. Only ratios within one run are findings.
+that does not help is marked with ~. A decode sample beside a probe of 125 % is taken again too: memory that
+was twice as fast for one system says nothing about the others. Only ratios within one run are findings.
 """
 
 from __future__ import annotations

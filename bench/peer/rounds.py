@@ -13,6 +13,9 @@ from peer.machine import ChildError, Disturbed, Limits, Probe, run_child, wait_u
 from peer.systems import System, Test
 
 _ENOUGH = 0.85  # of the run's median probe
+_TOO_MUCH = (
+    1.25  # of its bandwidth: some machines read twice as fast for minutes, for one system only
+)
 _OTHERS_SHARE = 0.06  # of the machine that others may use during a sample
 _GIVE_UP_SHARE = 0.15  # a sample that is disturbed more is not even finished
 _NOISY_SECONDS = 90.0  # for a sample on a machine that did not fall quiet: it will not count
@@ -33,6 +36,7 @@ class Sample:
     before: Limits
     after: Limits
     tokens: int
+    is_decode: bool = False
     is_clean: bool = True
 
     @property
@@ -119,6 +123,7 @@ class Rounds:
                 before,
                 self.probe.measure(),
                 test.tokens,
+                is_decode=bool(test.decode),
             )
         )
 
@@ -152,11 +157,14 @@ def mark_clean(samples: Iterable[Sample]) -> None:
         return
     limits = median_limits(samples)
     for sample in samples:
-        sample.is_clean = (
-            sample.others_share <= _OTHERS_SHARE
-            and sample.worst.bandwidth >= _ENOUGH * limits.bandwidth
-            and sample.worst.int8 >= _ENOUGH * limits.int8
+        is_slow = (
+            sample.worst.bandwidth < _ENOUGH * limits.bandwidth
+            or sample.worst.int8 < _ENOUGH * limits.int8
         )
+        # prefill hardly feels how fast memory is, decoding feels little else
+        fastest = max(sample.before.bandwidth, sample.after.bandwidth)
+        is_fast = sample.is_decode and fastest > _TOO_MUCH * limits.bandwidth
+        sample.is_clean = not is_slow and not is_fast and sample.others_share <= _OTHERS_SHARE
 
 
 def median_limits(samples: Sequence[Sample]) -> Limits:

@@ -45,6 +45,16 @@ def test_samples_beside_a_slow_probe_or_with_company_do_not_count():
     assert [sample.is_clean for sample in samples] == [True] * 4 + [False] * 3
 
 
+def test_decode_samples_beside_an_unusually_fast_probe_do_not_count():
+    from peer.rounds import mark_clean
+
+    fast = (64e9, 900e9)
+    decode = replace(make_sample(after=fast, test="tg32"), is_decode=True)
+    samples = [*(make_sample() for _ in range(4)), make_sample(after=fast), decode]
+    mark_clean(samples)
+    assert [sample.is_clean for sample in samples] == [True] * 5 + [False]
+
+
 def test_systems_take_turns_and_each_round_starts_with_another():
     from peer.rounds import make_plan
     from peer.systems import Test
