@@ -98,10 +98,11 @@ def write_artifact(
         progress("weights", done / total)
 
     with ArtifactWriter(path, fields, segments, generated.entries, report) as writer:
+        pack = load_packer(generated.weights)
         jobs = (
             (weight.name, job)
             for weight in generated.weights
-            for job in weight.jobs(checkpoint.read)
+            for job in weight.jobs(checkpoint.read, pack)
         )
         for name, chunk in run_ahead(jobs, default_threads()):
             writer.write(name, chunk)
