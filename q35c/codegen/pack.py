@@ -3,8 +3,8 @@
 Matrices are stored in blocks of 32 output rows so that one vector load serves 8, 16 or 32 outputs of
 one input element: f32 as [blocks, K, 32], bf16 in pairs of inputs as [blocks, K/2, 32, 2]. Integers are
 stored group by group of inputs, [blocks, groups, bytes]: the 32 scales, then lines of a 4-byte word for
-each of the 32 outputs. 16 inputs take as many lines as 4 inputs have bytes: 4 lines of 8 bits; 2 lines
-of 4 bits; 2 lines with the low 4 bits and one with the high 2 bits of 6. Everything is read, converted and written in slices
+each of the 32 outputs. 16 inputs take 4 lines of 8 bits or 2 lines of 4 bits; of 5 and 6 bits the low 4 are stored so, then a
+line with the high bits of 32 or of 16 inputs. Everything is read, converted and written in slices
 of about a megabyte.
 """
 
@@ -209,22 +209,23 @@ def pack_integers(rows: np.ndarray, form: IntegerFormat) -> np.ndarray:
         np.ascontiguousarray(halves).view(np.uint8).reshape(count, groups, -1)
     )
     unsigned = (codes.view(np.uint8) + np.uint8(form.zero_point)).reshape(count, BLOCK, groups, -1)
-    words = pack_words(unsigned.reshape(count, BLOCK, groups, -1, 4, 4), form.bits)
+    sets = unsigned.reshape(count, BLOCK, groups, -1, form.set_inputs // 4, 4)
+    words = pack_words(sets, form.bits)
     lines = words.transpose(0, 2, 3, 4, 1, 5)  # [n, groups, sets, lines of a set, 32, 4]
     packed[..., 2 * BLOCK :] = lines.reshape(count, groups, -1)
     return packed
 
 
 def pack_words(sets: np.ndarray, bits: int) -> np.ndarray:
-    """Turn u8 [.., 4, 4], 16 inputs in words of 4, into the words [.., lines, 4] that store them."""
+    """Turn u8 [.., words, 4], a set's inputs in words of 4, into the words [.., lines, 4] that store them."""
     if bits == 8:
         return sets
     low = sets & np.uint8(15)
-    halves = low[..., 0::2, :] | low[..., 1::2, :] << np.uint8(4)  # words 0 | 1, then 2 | 3
+    halves = low[..., 0::2, :] | low[..., 1::2, :] << np.uint8(4)  # words 0 | 1, then 2 | 3 ..
     if bits == 4:
         return halves
     high = sets >> np.uint8(4)
-    quarters = high[..., 0, :]
-    for word in (1, 2, 3):
-        quarters = quarters | high[..., word, :] << np.uint8(2 * word)
-    return np.concatenate([halves, quarters[..., None, :]], -2)
+    last = high[..., 0, :]
+    for word in range(1, sets.shape[-2]):
+        last = last | high[..., word, :] << np.uint8((bits - 4) * word)
+    return np.concatenate([halves, last[..., None, :]], -2)

@@ -1,7 +1,7 @@
 """Storage formats of weights, and what storing does to their values.
 
-A format is the dtype of a weight in the quantized stage: "f32", "bf16", or "i4gN", "i6gN", "i8gN": integers of so many
-bits with one bf16 scale for each N consecutive inputs of an output row. Activations that meet such weights are "q8gN":
+A format is the dtype of a weight in the quantized stage: "f32", "bf16", or "i4gN", "i5gN", "i6gN", "i8gN": integers of
+so many bits with one bf16 scale for each N consecutive inputs of an output row. Activations that meet such weights are "q8gN":
 int8 with one f32 scale for each N values of a row, so that a row's rounding depends on no other row. bf16 weights meet
 rows in f32, or rows that are rounded to "bf16" themselves where the instruction set's products of pairs shall serve.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 Array = np.ndarray
 
-_INTEGER = re.compile(r"(?:i(4|6|8)|q(8))g(32|64|128)")
+_INTEGER = re.compile(r"(?:i([4568])|q(8))g(32|64|128)")
 SCALE_BITS = (
     16  # a bf16 scale: its range needs no care, and codes are rounded with the stored scale
 )
@@ -24,6 +24,7 @@ SCALE_BITS = (
 # positive top code one less; more clips it in favour of the many small values, less rounds it more finely.
 TOP_SHARES: dict[int, tuple[float, ...]] = {
     4: (-1.0, -0.925, -1.075, 0.875, 0.95),
+    5: (-1.0, -0.95, -1.05, 0.94),
     6: (-1.0, -0.96),
     8: (-127 / 128,),
 }
@@ -40,6 +41,11 @@ class IntegerFormat:
     def zero_point(self) -> int:
         """Return what is added to a code to store it without a sign."""
         return 1 << (self.bits - 1)
+
+    @property
+    def set_inputs(self) -> int:
+        """Return how many inputs are stored together, so that their codes fill whole words."""
+        return 32 if self.bits == 5 else 16
 
     @property
     def bits_per_weight(self) -> float:

@@ -113,18 +113,23 @@ def unpack_integers(block: np.ndarray, dtype: str, lane: int) -> tuple[np.ndarra
     form = integer_format(dtype)
     assert form is not None
     scales = block[:, :64].copy().view(np.uint16).reshape(-1, 16, 2)[:, lane % 16, lane // 16]
-    lines = block[:, 64:].reshape(len(block), -1, form.bits // 2, 32, 4)[..., lane, :].astype(int)
+    words = form.set_inputs // 4
+    lines = block[:, 64:].reshape(len(block), -1, form.bits * words // 8, 32, 4)
+    lines = lines[..., lane, :].astype(int)
     if form.bits == 8:
         stored = lines
     else:
-        stored = np.stack([lines[:, :, 0] & 15, lines[:, :, 0] >> 4, lines[:, :, 1] & 15, lines[:, :, 1] >> 4], 2)  # fmt: skip
-    if form.bits == 6:
-        stored += np.stack([(lines[:, :, 2] >> 2 * word & 3) << 4 for word in range(4)], 2)
+        halves = [lines[:, :, word // 2] >> 4 * (word % 2) & 15 for word in range(words)]
+        stored = np.stack(halves, 2)
+    if form.bits in (5, 6):
+        width = form.bits - 4
+        high = [(lines[:, :, -1] >> width * word & (1 << width) - 1) << 4 for word in range(words)]
+        stored += np.stack(high, 2)
     codes = stored - form.zero_point
     return codes.reshape(len(block), -1), (scales.astype(np.uint32) << 16).view(np.float32)
 
 
-@pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i6g64", "i8g64"])
+@pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i5g32", "i5g64", "i6g64", "i8g64"])
 @pytest.mark.parametrize("inputs", [1, 31, 64, 200])
 @pytest.mark.parametrize("name", MATRICES)
 def test_integers(name: str, inputs: int, dtype: str) -> None:

@@ -98,23 +98,27 @@ def _copy_integers(
         group = T.Bind(T.truncdiv(column, T.int64(form.group)))
         base = T.Bind(group * table.group_words)
         within = T.Bind(T.cast(column - group * form.group, "int32"))
-        lines = T.Bind(base + half + T.shift_right(within, 4) * (table.set_lines * BLOCK) + lane)
+        number = T.shift_right(within, form.set_inputs.bit_length() - 1)
+        lines = T.Bind(base + half + number * (table.set_lines * BLOCK) + lane)
         scales = T.Bind(word(base + T.bitwise_and(lane, T.int64(half - 1))))
         scale = T.Bind(T.Select(lane < half, widen_low(scales, 1), widen_high(scales, 1)))
-        # Of the 16 inputs of a set, `part` counts words of 4 and `byte` the bytes in a word.
-        part = T.Bind(T.bitwise_and(T.shift_right(within, 2), 3))
+        # Of the inputs of a set, `part` counts words of 4 and `byte` the bits before a byte of a word.
+        part = T.Bind(T.bitwise_and(T.shift_right(within, 2), table.set_words - 1))
         byte = T.Bind(T.bitwise_and(within, 3) * 8)
-        code = _code_of(form.bits, word, lines, part, byte)
+        code = _code_of(table, word, lines, part, byte)
         T.buffer_store(y, T.cast(code - form.zero_point, "float32") * scale, [row, column])
 
 
-def _code_of(bits: int, word: Word, lines: Expr, part: Expr, byte: Expr) -> Expr:
+def _code_of(table: IntegerProduct, word: Word, lines: Expr, part: Expr, byte: Expr) -> Expr:
     """Return one stored code; `pack_words` says where its bits lie."""
+    bits = table.form.bits
     if bits == 8:
         return T.bitwise_and(T.shift_right(word(lines + part * BLOCK), byte), 255)
     shift = byte + T.bitwise_and(part, 1) * 4
     low = T.bitwise_and(T.shift_right(word(lines + T.shift_right(part, 1) * BLOCK), shift), 15)
     if bits == 4:
         return low
-    high = T.bitwise_and(T.shift_right(word(lines + 2 * BLOCK), byte + part * 2), 3)
+    width = bits - 4
+    last = word(lines + (table.set_lines - 1) * BLOCK)
+    high = T.bitwise_and(T.shift_right(last, byte + part * width), (1 << width) - 1)
     return low + high * 16

@@ -7,6 +7,8 @@ vector instructions for 16 values and scale. It runs while compiling, not in an 
 
 from __future__ import annotations
 
+import functools
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -30,7 +32,6 @@ _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
 )
 _ROUND_BITS = 0x4B400000
-_SET = 16
 
 
 def pack_integers(K: int, dtype: str, isa: Isa) -> PrimFunc:
@@ -143,16 +144,18 @@ def write_codes(product: IntegerProduct, values: Expr, scale: Expr, words: Expr,
 def write_words(
     product: IntegerProduct, words: Expr, at: Expr, row: Expr, w: Expr, block: Expr, base: Expr
 ) -> None:
-    """Emit the stored words of a set of 16 codes of one output; `pack.pack_words` defines them."""
-    four = [T.Bind(words[row, at * (_SET // 4) + part]) for part in range(4)]
+    """Emit the stored words of a set of one output's codes; `pack.pack_words` defines them."""
+    count, width = product.set_words, product.form.bits - 4
+    whole = [T.Bind(words[row, at * count + part]) for part in range(count)]
     if product.form.bits == 8:
-        stored: list[Expr] = four
+        stored: list[Expr] = whole
     else:
-        low = [word & T.int32(0x0F0F0F0F) for word in four]
-        stored = [low[0] | low[1] << T.int32(4), low[2] | low[3] << T.int32(4)]
-    if product.form.bits == 6:
-        pairs = [(word >> T.int32(4)) & T.int32(0x03030303) for word in four]
-        stored.append(pairs[0] | pairs[1] << T.int32(2) | pairs[2] << T.int32(4) | pairs[3] << T.int32(6))  # fmt: skip
+        low = [word & T.int32(0x0F0F0F0F) for word in whole]
+        stored = [low[p] | low[p + 1] << T.int32(4) for p in range(0, count, 2)]
+    if product.form.bits in (5, 6):
+        mask = T.int32(0x01010101 * ((1 << width) - 1))
+        high = [((word >> T.int32(4)) & mask) << T.int32(width * p) for p, word in enumerate(whole)]
+        stored.append(functools.reduce(lambda a, b: a | b, high))
     start = T.Bind(base + BLOCK // 2 + at * (product.set_lines * BLOCK) + row)
     for line, word in enumerate(stored):
         T.buffer_store(w, word, [block, start + line * BLOCK])

@@ -8,8 +8,8 @@ exact int32; the outer sum runs over the groups in order, so a row's result depe
 computed with it nor on the number of threads.
 
 A block of 32 output columns lies group by group: 16 words with its bf16 scales, then lines of 32 words, a word for
-each column. A set of 16 inputs takes 4 lines of 8 bits, or 2 of 4 bits (low halves first), or these and one with
-the high 2 bits of 6 (codegen/pack.py). One row reads it as one stream: the limit is memory bandwidth. Many rows: the limit is one byte-product instruction a cycle; a tall tile unpacks each weight once
+each column. 16 inputs take 4 lines of 8 bits, or 2 of 4 bits (low halves first); 5 and 6 bits are stored as 4 and a
+line with the high bits of 32 or 16 inputs (codegen/pack.py). One row reads it as one stream: the limit is memory bandwidth. Many rows: the limit is one byte-product instruction a cycle; a tall tile unpacks each weight once
 for 8 rows (AVX2: 4).
 """
 
@@ -44,8 +44,6 @@ from q35c.codegen.kernels.quantize import RowLayout
 from q35c.ir.formats import IntegerFormat, integer_format
 
 _SCALE_WORDS = BLOCK // 2
-_SET = 16  # inputs that share some lines
-_WORDS = _SET // 4  # words of a row that they meet
 
 
 @dataclass(frozen=True)
@@ -73,13 +71,18 @@ class IntegerProduct(Product):
 
     @property
     def set_lines(self) -> int:
-        """Number of lines of a set of 16 inputs."""
-        return self.form.bits // 2
+        """Number of lines that store a set of inputs."""
+        return self.form.bits * self.set_words // 8
+
+    @property
+    def set_words(self) -> int:
+        """Number of words of a row that a set of inputs meets."""
+        return self.form.set_inputs // 4
 
     @property
     def sets(self) -> int:
         """Number of sets of one group."""
-        return self.form.group // _SET
+        return self.form.group // self.form.set_inputs
 
     @property
     def group_words(self) -> int:
@@ -165,41 +168,36 @@ def _add_set(
     """Emit inner += the products of a set's weights with the words of each row that they meet."""
     size, bits = product.isa.lanes, product.form.bits
     base = group * product.group_words + _SCALE_WORDS + number * (product.set_lines * BLOCK)
-    column = group * (product.form.group // 4) + number * _WORDS
-    parts: list[list[Expr]] = []
-    for v in vectors:
-        lines = [
+    column = group * (product.form.group // 4) + number * product.set_words
+    lines = [
+        [
             T.Bind(operands.w[operands.block, ramp(base + line * BLOCK + v * size, size)])
             for line in range(product.set_lines)
         ]
-        parts.append([T.Bind(part) for part in unpack_set(lines, bits, size)])
-    for part in range(_WORDS):
+        for v in vectors
+    ]
+    for part in range(product.set_words):
+        weights = [T.Bind(unpack_part(stored, part, bits, size)) for stored in lines]
         for i, row in enumerate(x_rows):
             signed = T.Bind(splat_int(operands.x[row, column + part], size))
-            for j in range(len(vectors)):
+            for j, unsigned in enumerate(weights):
                 at = [i, j, ramp(0, size)]
-                largest = (1 << bits) - 1
-                value = dot_bytes(product.isa, inner[*at], parts[j][part], signed, largest)
+                value = dot_bytes(product.isa, inner[*at], unsigned, signed, (1 << bits) - 1)
                 T.buffer_store(inner, value, at)
 
 
-def unpack_set(lines: Sequence[Expr], bits: int, lanes: int) -> list[Expr]:
-    """Return the bytes of 4 times 4 inputs from the lines that store them; see `pack_words`."""
+def unpack_part(lines: Sequence[Expr], part: int, bits: int, lanes: int) -> Expr:
+    """Return the bytes of the inputs 4 part.. of a set from the lines that store it; see `pack_words`."""
     if bits == 8:
-        return list(lines)
-    parts = [half(line, lanes) for line in lines[:2] for half in (low_halves, high_halves)]
+        return lines[part]
+    low = (high_halves if part % 2 else low_halves)(lines[part // 2], lanes)
     if bits == 4:
-        return parts
-    shifts = (4, 2, 0, -2)  # of two bits at 0, 2, 4 and 6 to where they belong, at 4
-    return [
-        part | _two_bits(lines[2], shift, lanes) for part, shift in zip(parts, shifts, strict=True)
-    ]
-
-
-def _two_bits(word: Expr, shift: int, lanes: int) -> Expr:
-    distance = splat_int(abs(shift), lanes)
-    moved = word << distance if shift > 0 else word >> distance
-    return moved & splat_int(0x30303030, lanes)
+        return low
+    width = bits - 4
+    distance = 4 - width * part  # from where the high bits are to where they belong
+    by = splat_int(abs(distance), lanes)
+    moved = lines[-1] << by if distance > 0 else lines[-1] >> by
+    return low | moved & splat_int(0x01010101 * (((1 << width) - 1) << 4), lanes)
 
 
 def _scales(
