@@ -201,15 +201,15 @@ def pack_integers(rows: np.ndarray, form: IntegerFormat) -> np.ndarray:
 
     Word j of the scales holds those of outputs j (low half) and j + 16: one load serves 32 outputs.
     """
-    codes, scales = quantize_weight(rows, form)
-    count, groups = len(rows) // BLOCK, codes.shape[1]
+    levels, scales = quantize_weight(rows, form)
+    count, groups = len(rows) // BLOCK, levels.shape[1]
     halves = to_bf16(scales).reshape(count, 2, BLOCK // 2, groups).transpose(0, 3, 2, 1)
     packed = np.empty((count, groups, group_bytes(form)), np.uint8)
     packed[..., : 2 * BLOCK] = (
         np.ascontiguousarray(halves).view(np.uint8).reshape(count, groups, -1)
     )
-    unsigned = (codes.view(np.uint8) + np.uint8(form.zero_point)).reshape(count, BLOCK, groups, -1)
-    sets = unsigned.reshape(count, BLOCK, groups, -1, form.set_inputs // 4, 4)
+    codes = np.searchsorted(form.levels, levels).astype(np.uint8)
+    sets = codes.reshape(count, BLOCK, groups, -1, form.set_inputs // 4, 4)
     words = pack_words(sets, form.bits)
     lines = words.transpose(0, 2, 3, 4, 1, 5)  # [n, groups, sets, lines of a set, 32, 4]
     packed[..., 2 * BLOCK :] = lines.reshape(count, groups, -1)

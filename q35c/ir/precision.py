@@ -53,7 +53,7 @@ _LIST = (
     Policy("bf16", "bf16", uniform("bf16"), "weights, their inputs and cache in bf16"),
     Policy("w8", "bf16", uniform("i8g64", "bf16"), "8-bit weights, gates in bf16"),
     Policy(
-        "w4", "bf16", uniform("i6g64", "bf16", **dict.fromkeys(_FEED_FORWARD, "i4g64")),
+        "w4", "bf16", uniform("i5g64", "bf16", **dict.fromkeys(_FEED_FORWARD, "i4g64")),
         "feed-forward weights in 4 bits, the others in 6, gates in bf16",
     ),
     Policy("w4-small", "bf16", uniform("i4g128", "bf16"), "4-bit weights, gates in bf16"),

@@ -125,7 +125,7 @@ def unpack_integers(block: np.ndarray, dtype: str, lane: int) -> tuple[np.ndarra
         width = form.bits - 4
         high = [(lines[:, :, -1] >> width * word & (1 << width) - 1) << 4 for word in range(words)]
         stored += np.stack(high, 2)
-    codes = stored - form.zero_point
+    codes = np.array(form.levels)[stored]
     return codes.reshape(len(block), -1), (scales.astype(np.uint32) << 16).view(np.float32)
 
 

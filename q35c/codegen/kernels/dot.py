@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from tvm import tirx
 from tvm.script import tirx as T
 
 from q35c.codegen.isa.x86 import Isa
@@ -13,10 +16,13 @@ _MULTIPLY_ADD = {  # lanes -> (u8 x s8 pairs to saturated s16, s16 pairs to s32)
 }
 
 
+_SHUFFLE = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
+
+
 def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr, largest: int) -> Expr:
     """Return total + the four products of each int32 lane; the unsigned bytes are at most `largest`.
 
-    Without VNNI two products are added in 16 bits, which 2 * 63 * 127 fits but 2 * 255 * 127 does not: 8-bit bytes
+    Without VNNI two products are added in 16 bits, which 2 * 127 * 127 fits but 2 * 255 * 127 does not: 8-bit bytes
     are multiplied in halves of 4 bits.
     """
     lanes = isa.lanes
@@ -24,7 +30,7 @@ def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr, largest: int)
         intrinsic = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
         operands = (total, as_bytes(unsigned, lanes), as_bytes(signed, lanes))
         return T.call_llvm_pure_intrin(intrinsic, *operands, dtype=f"int32x{lanes}")
-    if largest <= 63:
+    if largest <= 127:
         return total + _pairs(lanes, unsigned, signed, 1)
     low, high = low_halves(unsigned, lanes), high_halves(unsigned, lanes)
     return total + _pairs(lanes, low, signed, 1) + _pairs(lanes, high, signed, 16)
@@ -38,6 +44,18 @@ def low_halves(words: Expr, lanes: int) -> Expr:
 def high_halves(words: Expr, lanes: int) -> Expr:
     """Return the high 4 bits of every byte."""
     return (words >> splat_int(4, lanes)) & splat_int(0x0F0F0F0F, lanes)
+
+
+def look_up(table: Sequence[int], indices: Expr, lanes: int) -> Expr:
+    """Return the bytes of a table of 16 at the indices in every byte, 0 to 15."""
+    words = [int.from_bytes(bytes(table[at : at + 4]), "little") for at in range(0, 16, 4)]
+    constants = [T.int32(word) for word in words] * (lanes // 4)
+    vector = as_bytes(tirx.Shuffle(constants, [T.int32(lane) for lane in range(lanes)]), lanes)
+    shuffle = T.llvm_lookup_intrinsic_id(_SHUFFLE[lanes])
+    found = T.call_llvm_pure_intrin(
+        shuffle, vector, as_bytes(indices, lanes), dtype=f"int8x{4 * lanes}"
+    )
+    return T.reinterpret(found, dtype=f"int32x{lanes}")
 
 
 def as_bytes(words: Expr, lanes: int) -> Expr:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -18,6 +19,7 @@ from q35c.codegen.kernels.common import BLOCK, Expr, ceil_div, share, widen_high
 from q35c.codegen.kernels.matmul import make_product
 from q35c.codegen.kernels.product import Product
 from q35c.codegen.kernels.quantized_tile import IntegerProduct
+from q35c.ir.formats import IntegerFormat
 
 _CHUNK = 128  # columns of one work item: whole groups of integers, whole pairs of bf16
 
@@ -91,7 +93,7 @@ def _copy_pairs(word: Word, lane: Expr, y: Expr, row: Expr, begin: Expr, end: Ex
 def _copy_integers(
     table: IntegerProduct, word: Word, lane: Expr, y: Expr, row: Expr, begin: Expr, end: Expr
 ) -> None:
-    """Emit the columns one by one: (stored - zero point) * scale, the latter in half a word."""
+    """Emit the columns one by one: level * scale, the latter in half a word."""
     form, half = table.form, BLOCK // 2
     with T.serial(end - begin) as c:
         column = T.Bind(begin + c)
@@ -105,8 +107,21 @@ def _copy_integers(
         # Of the inputs of a set, `part` counts words of 4 and `byte` the bits before a byte of a word.
         part = T.Bind(T.bitwise_and(T.shift_right(within, 2), table.set_words - 1))
         byte = T.Bind(T.bitwise_and(within, 3) * 8)
-        code = _code_of(table, word, lines, part, byte)
-        T.buffer_store(y, T.cast(code - form.zero_point, "float32") * scale, [row, column])
+        level = _level_of(form, _code_of(table, word, lines, part, byte))
+        T.buffer_store(y, T.cast(level, "float32") * scale, [row, column])
+
+
+def _level_of(form: IntegerFormat, code: Expr) -> Expr:
+    """Return the level of a code: looked up in constants of 8 levels each, or code less zero point."""
+    if form.is_even:
+        return code - form.zero_point
+    code, found = T.Bind(T.cast(code, "int64")), None
+    for first in range(0, len(form.levels), 8):
+        eight = np.array(form.levels[first : first + 8], np.int8).view(np.int64)[0]
+        part = T.int64(int(eight))
+        found = part if found is None else T.Select(code < first, found, part)
+    shift = T.bitwise_and(code, T.int64(7)) * 8
+    return T.cast(T.cast(T.shift_right(found, shift), "int8"), "int32")
 
 
 def _code_of(table: IntegerProduct, word: Word, lines: Expr, part: Expr, byte: Expr) -> Expr:

@@ -8,6 +8,7 @@ vector instructions for 16 values and scale. It runs while compiling, not in an 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
@@ -119,8 +120,8 @@ def choose_scale(product: IntegerProduct, values: Expr, best: Expr) -> None:
         total = T.alloc_buffer((1, L), "float32")
         T.buffer_store(total, splat(0.0, L), [0, ramp(0, L)])
         for at in places:
-            code = T.cast(_code(product, values[at], inverse), f"float32x{L}")
-            error = T.Bind(values[at] - code * wide)
+            level = _level(product, values[at], inverse)
+            error = T.Bind(values[at] - level * wide)
             T.buffer_store(total, total[0, ramp(0, L)] + error * error, [0, ramp(0, L)])
         whole = T.Bind(hsum(total[0, ramp(0, L)], L))
         with T.If(whole < best[0]), T.Then():
@@ -134,7 +135,7 @@ def write_codes(product: IntegerProduct, values: Expr, scale: Expr, words: Expr,
     inverse = T.Bind(splat(_inverse(scale), L))
     codes = T.alloc_buffer((form.group,), "int32", annotations=STACK)
     for v in range(0, form.group, L):
-        code = _code(product, values[ramp(v, L)], inverse) + splat_int(form.zero_point, L)
+        code = _code(product, values[ramp(v, L)], inverse)
         T.buffer_store(codes, code, [ramp(v, L)])
     with T.serial(form.group // 4) as word:
         four = [codes[word * 4 + byte] << T.int32(8 * byte) for byte in range(4)]
@@ -161,11 +162,37 @@ def write_words(
         T.buffer_store(w, word, [block, start + line * BLOCK])
 
 
+def _level(product: IntegerProduct, x: Expr, inverse: Expr) -> Expr:
+    """Return the nearest levels of a vector, as f32."""
+    L, form = product.isa.lanes, product.form
+    if not form.is_even:
+        return _by_thresholds(
+            product, x, inverse, [splat(float(level), L) for level in form.levels]
+        )
+    level = _code(product, x, inverse) - splat_int(form.zero_point, L)
+    return T.cast(level, f"float32x{L}")
+
+
 def _code(product: IntegerProduct, x: Expr, inverse: Expr) -> Expr:
-    """Return the nearest codes of a vector, clipped to the format's range."""
-    L, zero = product.isa.lanes, product.form.zero_point
-    limited = T.max(T.min(x * inverse, splat(float(zero - 1), L)), splat(float(-zero), L))
-    return bits(limited + splat(_ROUND, L), L) - splat_int(_ROUND_BITS, L)
+    """Return the codes of the nearest levels of a vector."""
+    L, form = product.isa.lanes, product.form
+    if not form.is_even:
+        codes = [splat_int(code, L) for code in range(len(form.levels))]
+        return _by_thresholds(product, x, inverse, codes)
+    low, high = (splat(float(level), L) for level in (form.levels[0], form.levels[-1]))
+    limited = T.max(T.min(x * inverse, high), low)
+    rounded = bits(limited + splat(_ROUND, L), L) - splat_int(_ROUND_BITS, L)
+    return rounded + splat_int(form.zero_point, L)
+
+
+def _by_thresholds(
+    product: IntegerProduct, x: Expr, inverse: Expr, choices: Sequence[Expr]
+) -> Expr:
+    """Return in every lane the choice that belongs to the nearest level."""
+    scaled, found = T.Bind(x * inverse), choices[0]
+    for threshold, choice in zip(product.form.thresholds, choices[1:], strict=True):
+        found = T.Select(scaled > splat(threshold, product.isa.lanes), choice, found)
+    return found
 
 
 def _inverse(scale: Expr) -> Expr:

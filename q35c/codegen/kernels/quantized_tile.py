@@ -2,7 +2,8 @@
 
     sums[i, j] = sum over groups g of  scale[row i, g] * scale[column j, g] * sum over k in g of q[i, k] * w[j, k]
 
-Weights are stored without a sign, as u = w + z, because the instruction multiplies unsigned by signed bytes; then
+w is the level that a code stands for. The instruction multiplies unsigned by signed bytes, so u = w + z takes its place:
+codes of 6 and 8 bits are u, those of 4 and 5 are looked up in a register (byte shuffle) after they are unpacked. Then
 sum(q w) = sum(q u) - z sum(q), and the last sum, times -8, comes ready with the rows (quantize.py). Inner sums are
 exact int32; the outer sum runs over the groups in order, so a row's result depends neither on how many rows are
 computed with it nor on the number of threads.
@@ -29,7 +30,7 @@ from q35c.codegen.kernels.common import (
     widen_high,
     widen_low,
 )
-from q35c.codegen.kernels.dot import dot_bytes, high_halves, low_halves
+from q35c.codegen.kernels.dot import as_bytes, dot_bytes, high_halves, look_up, low_halves
 from q35c.codegen.kernels.product import (
     Operands,
     Product,
@@ -142,8 +143,8 @@ def _add_group(
     inner = accumulators(product, len(x_rows), vectors, "int32")
     for i, row in enumerate(x_rows):
         start = splat_int(x[row, layout.sums + group], size)
-        if product.form.bits > 4:  # rows bring -8 times their sum, as 4 bits need it
-            start = start << splat_int(product.form.bits - 4, size)
+        # Rows bring -8 times their sum, this takes -z times.
+        start = start << splat_int(product.form.zero_point.bit_length() - 4, size)
         for j in range(len(vectors)):
             T.buffer_store(inner, start, [i, j, lanes])
     with T.serial(product.sets) as number:
@@ -166,7 +167,7 @@ def _add_set(
     number: Expr,
 ) -> None:
     """Emit inner += the products of a set's weights with the words of each row that they meet."""
-    size, bits = product.isa.lanes, product.form.bits
+    size, form = product.isa.lanes, product.form
     base = group * product.group_words + _SCALE_WORDS + number * (product.set_lines * BLOCK)
     column = group * (product.form.group // 4) + number * product.set_words
     lines = [
@@ -176,28 +177,35 @@ def _add_set(
         ]
         for v in vectors
     ]
+    largest = form.levels[-1] + form.zero_point
     for part in range(product.set_words):
-        weights = [T.Bind(unpack_part(stored, part, bits, size)) for stored in lines]
+        weights = [T.Bind(unpack_part(form, stored, part, size)) for stored in lines]
         for i, row in enumerate(x_rows):
             signed = T.Bind(splat_int(operands.x[row, column + part], size))
             for j, unsigned in enumerate(weights):
                 at = [i, j, ramp(0, size)]
-                value = dot_bytes(product.isa, inner[*at], unsigned, signed, (1 << bits) - 1)
+                value = dot_bytes(product.isa, inner[*at], unsigned, signed, largest)
                 T.buffer_store(inner, value, at)
 
 
-def unpack_part(lines: Sequence[Expr], part: int, bits: int, lanes: int) -> Expr:
-    """Return the bytes of the inputs 4 part.. of a set from the lines that store it; see `pack_words`."""
-    if bits == 8:
+def unpack_part(form: IntegerFormat, lines: Sequence[Expr], part: int, lanes: int) -> Expr:
+    """Return the unsigned levels of the inputs 4 part.. of a set from the lines that store it; see `pack_words`."""
+    if form.bits == 8:
         return lines[part]
     low = (high_halves if part % 2 else low_halves)(lines[part // 2], lanes)
-    if bits == 4:
-        return low
-    width = bits - 4
-    distance = 4 - width * part  # from where the high bits are to where they belong
-    by = splat_int(abs(distance), lanes)
-    moved = lines[-1] << by if distance > 0 else lines[-1] >> by
-    return low | moved & splat_int(0x01010101 * (((1 << width) - 1) << 4), lanes)
+    if form.bits == 6:
+        distance = 4 - 2 * part  # from where the high bits are to where they belong
+        by = splat_int(abs(distance), lanes)
+        moved = lines[-1] << by if distance > 0 else lines[-1] >> by
+        return low | moved & splat_int(0x30303030, lanes)
+    unsigned = [level + form.zero_point for level in form.levels]
+    if form.bits == 4:
+        return look_up(unsigned, low, lanes)
+    bit = int.from_bytes(bytes([1 << part]) * 4, "little", signed=True)
+    high_bits = as_bytes(lines[-1] & splat_int(bit, lanes), lanes)
+    is_high = high_bits != T.broadcast(T.int8(0), 4 * lanes)
+    both = [as_bytes(look_up(half, low, lanes), lanes) for half in (unsigned[16:], unsigned[:16])]
+    return T.reinterpret(T.Select(is_high, *both), dtype=f"int32x{lanes}")
 
 
 def _scales(
