@@ -3,8 +3,8 @@
 Matrices are stored in blocks of 32 output rows so that one vector load serves 8, 16 or 32 outputs of
 one input element: f32 as [blocks, K, 32], bf16 in pairs of inputs as [blocks, K/2, 32, 2]. Integers are
 stored group by group of inputs, [blocks, groups, bytes]: the 32 scales, then lines of a 4-byte word for
-each of the 32 outputs. 16 inputs take 4 lines of 8 bits or 2 lines of 4 bits; of 5 and 6 bits the low 4 are stored so, then a
-line with the high bits of 32 or of 16 inputs. Everything is read, converted and written in slices
+each of the 32 outputs. 16 inputs take 4 lines of 8 bits or 2 lines of 4 bits; of 5 bits the low 4 are stored so, then a line
+with the high bits of 32 inputs. Everything is read, converted and written in slices
 of about a megabyte.
 """
 
@@ -227,5 +227,5 @@ def pack_words(sets: np.ndarray, bits: int) -> np.ndarray:
     high = sets >> np.uint8(4)
     last = high[..., 0, :]
     for word in range(1, sets.shape[-2]):
-        last = last | high[..., word, :] << np.uint8((bits - 4) * word)
+        last = last | high[..., word, :] << np.uint8(word)
     return np.concatenate([halves, last[..., None, :]], -2)

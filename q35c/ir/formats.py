@@ -1,8 +1,8 @@
 """Storage formats of weights, and what storing does to their values.
 
-A format is the dtype of a weight in the quantized stage: "f32", "bf16", or "i4gN", "i5gN", "i6gN", "i8gN": codes of
+A format is the dtype of a weight in the quantized stage: "f32", "bf16", or "i4gN", "i5gN", "i8gN": codes of
 so many bits with one bf16 scale for each N consecutive inputs of an output row. A code stands for an int8 level, which
-the scale multiplies: levels are evenly spaced in 6 and 8 bits, and denser around 0 in 4 and 5, as weights are. Activations that meet such weights are "q8gN":
+the scale multiplies: levels are evenly spaced in 8 bits, and denser around 0 in 4 and 5, as weights are. Activations that meet such weights are "q8gN":
 int8 with one f32 scale for each N values of a row, so that a row's rounding depends on no other row. bf16 weights meet
 rows in f32, or rows that are rounded to "bf16" themselves where the instruction set's products of pairs shall serve.
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 Array = np.ndarray
 
-_INTEGER = re.compile(r"(?:i([4568])|q(8))g(32|64|128)")
+_INTEGER = re.compile(r"(?:i([458])|q(8))g(32|64|128)")
 SCALE_BITS = (
     16  # a bf16 scale: its range needs no care, and codes are rounded with the stored scale
 )
@@ -37,7 +37,6 @@ _NORMAL_LEVELS = {
 TOP_SHARES: dict[int, tuple[float, ...]] = {
     4: (-1.0, -0.93, -1.07, 0.9, 1.0),
     5: (-1.0, -0.95, -1.05, 0.88, 1.0),
-    6: (-1.0, -0.96),
     8: (-127 / 128,),
 }
 

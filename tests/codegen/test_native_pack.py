@@ -8,7 +8,7 @@ from q35c.compile import load_packer
 from q35c.ir.formats import integer_format
 
 LENGTHS = (1, 31, 32, 64, 100, 129, 320)
-FORMATS = ("i4g32", "i4g128", "i5g32", "i5g64", "i6g64", "i8g64")
+FORMATS = ("i4g32", "i4g128", "i5g32", "i5g64", "i8g64")
 
 
 def weight_of(inputs: int, dtype: str) -> PackedWeight:

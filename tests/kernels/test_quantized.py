@@ -28,8 +28,7 @@ LINEARS = (
     (47, 65, "i8g64", "none"), (98, 77, "i4g32", "residual"), (64, 128, "i4g128", "swiglu"),
     (100, 200, "i8g128", "swiglu"), (256, 320, "i4g64", "residual"), (256, 320, "i8g64", "none"),
     (130, 1024, "i4g128", "none"), (40, 1000, "i8g32", "none"), (17, 96, "i4g32", "swiglu"),
-    (70, 150, "i6g64", "residual"), (96, 256, "i6g128", "none"), (33, 32, "i6g32", "swiglu"),
-    (70, 150, "i5g64", "residual"), (96, 256, "i5g128", "none"), (33, 32, "i5g32", "swiglu"),
+    (70, 150, "i5g64", "residual"), (96, 1056, "i5g128", "none"), (33, 32, "i5g32", "swiglu"),
 )  # fmt: skip
 TOKENS = (1, 2, 3, 5, 8, 9, 15, 16, 23, 50)
 
@@ -214,7 +213,7 @@ def test_experts(shape):
         assert_close(y2, want.reshape(-1, hidden))
 
 
-@pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i5g32", "i5g64", "i6g64", "i8g64"])
+@pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i5g32", "i5g64", "i8g64"])
 @pytest.mark.parametrize("shape", [(1, 1), (33, 65), (100, 128), (97, 257), (64, 1024)], ids=str)
 def test_embedding(shape, dtype):
     rows, width = shape

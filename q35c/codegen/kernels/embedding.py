@@ -98,14 +98,14 @@ def _copy_integers(
     with T.serial(end - begin) as c:
         column = T.Bind(begin + c)
         group = T.Bind(T.truncdiv(column, T.int64(form.group)))
-        base = T.Bind(group * table.group_words)
+        base = T.Bind(group * table.layout.group_words)
         within = T.Bind(T.cast(column - group * form.group, "int32"))
         number = T.shift_right(within, form.set_inputs.bit_length() - 1)
-        lines = T.Bind(base + half + number * (table.set_lines * BLOCK) + lane)
+        lines = T.Bind(base + half + number * (table.layout.set_lines * BLOCK) + lane)
         scales = T.Bind(word(base + T.bitwise_and(lane, T.int64(half - 1))))
         scale = T.Bind(T.Select(lane < half, widen_low(scales, 1), widen_high(scales, 1)))
         # Of the inputs of a set, `part` counts words of 4 and `byte` the bits before a byte of a word.
-        part = T.Bind(T.bitwise_and(T.shift_right(within, 2), table.set_words - 1))
+        part = T.Bind(T.bitwise_and(T.shift_right(within, 2), table.layout.set_words - 1))
         byte = T.Bind(T.bitwise_and(within, 3) * 8)
         level = _level_of(form, _code_of(table, word, lines, part, byte))
         T.buffer_store(y, T.cast(level, "float32") * scale, [row, column])
@@ -133,7 +133,6 @@ def _code_of(table: IntegerProduct, word: Word, lines: Expr, part: Expr, byte: E
     low = T.bitwise_and(T.shift_right(word(lines + T.shift_right(part, 1) * BLOCK), shift), 15)
     if bits == 4:
         return low
-    width = bits - 4
-    last = word(lines + (table.set_lines - 1) * BLOCK)
-    high = T.bitwise_and(T.shift_right(last, byte + part * width), (1 << width) - 1)
+    last = word(lines + (table.layout.set_lines - 1) * BLOCK)
+    high = T.bitwise_and(T.shift_right(last, byte + part), 1)
     return low + high * 16

@@ -63,7 +63,7 @@ def pack_integers(K: int, dtype: str, isa: Isa) -> PrimFunc:
         last: T.let[T.int64] = share(blocks, tid + 1, nt)
         for item in T.serial(last - first):
             for number in T.serial(T.int64(groups)):
-                base: T.let[T.int64] = number * product.group_words
+                base: T.let[T.int64] = number * product.layout.group_words
                 for row in T.serial(T.int64(BLOCK)):
                     load_values(product, x, (first + item) * BLOCK + row, number, values)
                     choose_scale(product, values, best)
@@ -73,7 +73,7 @@ def pack_integers(K: int, dtype: str, isa: Isa) -> PrimFunc:
                         base * 2 + T.bitwise_and(row, T.int64(15)) * 2 + T.shift_right(row, T.int64(4)),
                     ] = T.cast(T.shift_right(bits(best[1], 1), 16), "uint16")  # fmt: skip
                     write_codes(product, values, best[1], words, row)
-                for at in T.serial(T.int64(product.sets)):
+                for at in T.serial(T.int64(product.layout.sets)):
                     for row in T.serial(T.int64(BLOCK)):
                         write_words(product, words, at, row, w, first + item, base)
         return T.int32(0)
@@ -146,18 +146,20 @@ def write_words(
     product: IntegerProduct, words: Expr, at: Expr, row: Expr, w: Expr, block: Expr, base: Expr
 ) -> None:
     """Emit the stored words of a set of one output's codes; `pack.pack_words` defines them."""
-    count, width = product.set_words, product.form.bits - 4
+    count = product.layout.set_words
     whole = [T.Bind(words[row, at * count + part]) for part in range(count)]
     if product.form.bits == 8:
         stored: list[Expr] = whole
     else:
         low = [word & T.int32(0x0F0F0F0F) for word in whole]
         stored = [low[p] | low[p + 1] << T.int32(4) for p in range(0, count, 2)]
-    if product.form.bits in (5, 6):
-        mask = T.int32(0x01010101 * ((1 << width) - 1))
-        high = [((word >> T.int32(4)) & mask) << T.int32(width * p) for p, word in enumerate(whole)]
+    if product.form.bits == 5:
+        high = [
+            ((word >> T.int32(4)) & T.int32(0x01010101)) << T.int32(part)
+            for part, word in enumerate(whole)
+        ]
         stored.append(functools.reduce(lambda a, b: a | b, high))
-    start = T.Bind(base + BLOCK // 2 + at * (product.set_lines * BLOCK) + row)
+    start = T.Bind(base + BLOCK // 2 + at * (product.layout.set_lines * BLOCK) + row)
     for line, word in enumerate(stored):
         T.buffer_store(w, word, [block, start + line * BLOCK])
 

@@ -1,0 +1,157 @@
+"""Integer weights on their way to the byte products: from a packed block, or from a part of it that lies unpacked.
+
+Both give, for a set of inputs of a group, the unsigned levels of 4 inputs at a time, one int32 word for each output,
+and the outputs' scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tvm.script import tirx as T
+
+from q35c.codegen.isa.x86 import Isa
+from q35c.codegen.kernels.common import (
+    BLOCK,
+    STACK,
+    Expr,
+    ramp,
+    splat_int,
+    widen_high,
+    widen_low,
+)
+from q35c.codegen.kernels.dot import as_bytes, high_halves, look_up, low_halves
+from q35c.ir.formats import IntegerFormat
+
+SCALE_WORDS = BLOCK // 2
+
+Parts = Callable[[int], list[Expr]]  # 4 inputs of a set -> their words, a vector for each `Vectors`
+
+
+@dataclass(frozen=True)
+class IntegerLayout:
+    """Say where a group's scales and sets lie in a block, in words."""
+
+    form: IntegerFormat
+    isa: Isa
+
+    @property
+    def set_words(self) -> int:
+        """Number of words of a row that a set of inputs meets."""
+        return self.form.set_inputs // 4
+
+    @property
+    def set_lines(self) -> int:
+        """Number of lines that store a set of inputs."""
+        return self.form.bits * self.set_words // 8
+
+    @property
+    def sets(self) -> int:
+        """Number of sets of one group."""
+        return self.form.group // self.form.set_inputs
+
+    @property
+    def group_words(self) -> int:
+        return SCALE_WORDS + self.sets * self.set_lines * BLOCK
+
+    def set_start(self, group: Expr, number: Expr) -> Expr:
+        return group * self.group_words + SCALE_WORDS + number * (self.set_lines * BLOCK)
+
+
+class Weights(Protocol):
+    """What a tile reads of a block of weights. `group` counts in the whole row."""
+
+    def parts(self, group: Expr, number: Expr, vectors: Sequence[int]) -> Parts:
+        """Return how to get the words of a set's inputs."""
+        ...
+
+    def scales(self, group: Expr, vectors: Sequence[int]) -> list[Expr]:
+        """Return the outputs' scales, f32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Read a block of w [blocks, words] as it is stored."""
+
+    layout: IntegerLayout
+    w: Expr
+    block: Expr
+
+    def parts(self, group: Expr, number: Expr, vectors: Sequence[int]) -> Parts:
+        layout, size = self.layout, self.layout.isa.lanes
+        start = layout.set_start(group, number)
+        lines = [
+            [
+                T.Bind(self.w[self.block, ramp(start + line * BLOCK + v * size, size)])
+                for line in range(layout.set_lines)
+            ]
+            for v in vectors
+        ]
+        return lambda part: [unpack_part(layout.form, stored, part, size) for stored in lines]
+
+    def scales(self, group: Expr, vectors: Sequence[int]) -> list[Expr]:
+        # Output j lies in the low half of word j, output j + 16 in its high half.
+        size = self.layout.isa.lanes
+        half, base = SCALE_WORDS // size, group * self.layout.group_words
+        found = []
+        for v in vectors:
+            word = self.w[self.block, ramp(base + v % half * size, size)]
+            found.append((widen_low if v < half else widen_high)(word, size))
+        return found
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """Read vectors of levels [words, vectors] and of scales [groups, vectors] of the groups from `first` on."""
+
+    layout: IntegerLayout
+    levels: Expr
+    column_scales: Expr
+    first: Expr
+
+    def parts(self, group: Expr, number: Expr, vectors: Sequence[int]) -> Parts:
+        form = self.layout.form
+        word = (group - self.first) * (form.group // 4) + number * self.layout.set_words
+        return lambda part: [self.levels[word + part, v] for v in vectors]
+
+    def scales(self, group: Expr, vectors: Sequence[int]) -> list[Expr]:
+        return [self.column_scales[group - self.first, v] for v in vectors]
+
+
+def unpack_groups(packed: Packed, first: Expr, count: Expr, most: int) -> Unpacked:
+    """Emit the unpacking of `count` groups, at most `most`, to the stack."""
+    layout = packed.layout
+    size, form = layout.isa.lanes, layout.form
+    vectors = range(BLOCK // size)
+    shape = (most * form.group // 4, len(vectors))
+    levels = T.alloc_buffer(shape, f"int32x{size}", annotations=STACK)
+    scales = T.alloc_buffer((most, len(vectors)), f"float32x{size}", annotations=STACK)
+    unpacked = Unpacked(layout, levels, scales, first)
+    with T.serial(count) as at:
+        for v, scale in zip(vectors, packed.scales(first + at, vectors), strict=True):
+            T.buffer_store(scales, scale, [at, v])
+        with T.serial(T.int64(layout.sets)) as number:
+            parts = packed.parts(first + at, number, vectors)
+            word = at * (form.group // 4) + number * layout.set_words
+            for part in range(layout.set_words):
+                for v, value in zip(vectors, parts(part), strict=True):
+                    T.buffer_store(levels, value, [word + part, v])
+    return unpacked
+
+
+def unpack_part(form: IntegerFormat, lines: Sequence[Expr], part: int, lanes: int) -> Expr:
+    """Return the unsigned levels of the inputs 4 part.. of a set from the lines that store it; see `pack_words`."""
+    if form.bits == 8:
+        return lines[part]
+    low = (high_halves if part % 2 else low_halves)(lines[part // 2], lanes)
+    unsigned = [level + form.zero_point for level in form.levels]
+    if form.bits == 4:
+        return look_up(unsigned, low, lanes)
+    bit = int.from_bytes(bytes([1 << part]) * 4, "little", signed=True)
+    high_bits = as_bytes(lines[-1] & splat_int(bit, lanes), lanes)
+    is_high = high_bits != T.broadcast(T.int8(0), 4 * lanes)
+    both = [as_bytes(look_up(half, low, lanes), lanes) for half in (unsigned[16:], unsigned[:16])]
+    return T.reinterpret(T.Select(is_high, *both), dtype=f"int32x{lanes}")
