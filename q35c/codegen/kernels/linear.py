@@ -4,7 +4,7 @@
     residual  y[t, n] = r[t, n] + sum_k x[t, k] w[n, k]
     swiglu    y[t, i] = silu(sum_k x[t, k] gate[i, k]) * sum_k x[t, k] up[i, k]
 
-Threads split the blocks of 32 output columns. A thread keeps one block in L2 (128 or 64 bytes a k)
+Threads split the blocks of 32 output columns, or, where there are one or two, the rows. A thread keeps one block in L2 (128 or 64 bytes a k)
 while all rows pass it, a tile of rows at a time (tile.py, bf16_tile.py, quantized_tile.py). One row reads each weight once, in one
 contiguous stream: the limit is memory bandwidth. Many rows: the limit is the rate of the instruction that multiplies
 and adds.
@@ -19,6 +19,8 @@ from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import Expr, share
 from q35c.codegen.kernels.matmul import make_product
 from q35c.codegen.kernels.product import Operands, Product
+
+_FEW_BLOCKS = 2  # too few to split among threads
 
 
 def linear(N: int, K: int, dtype: str, epilogue: str, isa: Isa, rows: str = "f32") -> PrimFunc:
@@ -82,12 +84,20 @@ def _with_residual(matmul: Product) -> PrimFunc:
 def _blocks(
     matmul: Product, w: Expr, x: Expr, y: Expr, r: Expr, tokens: Expr, tid: Expr, nt: Expr
 ) -> None:
-    """Emit this thread's share of the blocks."""
-    first = T.Bind(share(matmul.blocks, tid, nt))
-    last = T.Bind(share(matmul.blocks, tid + 1, nt))
-    with T.serial(last - first) as item:
-        block = T.Bind(first + item)
-        matmul.sweep(Operands(w, x, y, r, block, block, _same, _same), T.int64(0), tokens)
+    """Emit this thread's share: of the blocks, or of the rows where the blocks are few."""
+
+    def sweep(block: Expr, begin: Expr, end: Expr) -> None:
+        matmul.sweep(Operands(w, x, y, r, block, block, _same, _same), begin, end)
+
+    is_narrow = matmul.blocks <= _FEW_BLOCKS
+    items = tokens if is_narrow else matmul.blocks
+    first, last = T.Bind(share(items, tid, nt)), T.Bind(share(items, tid + 1, nt))
+    if is_narrow:
+        with T.serial(T.int64(matmul.blocks)) as block:
+            sweep(block, first, last)
+    else:
+        with T.serial(last - first) as item:
+            sweep(T.Bind(first + item), T.int64(0), tokens)
 
 
 def _same(position: Expr) -> Expr:
