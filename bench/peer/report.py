@@ -59,9 +59,9 @@ class Results:
             samples[0].is_clean,
         )
 
-    def read_bytes(self, system: System, depth: int) -> float:
-        """Return what a token reads behind `depth` others: weights, state, keys and values."""
-        return system.token_bytes + self._state_bytes + depth * system.cache_bytes
+    def moved_bytes(self, system: System, depth: int) -> float:
+        """Return what a token moves behind `depth` others: weights, state there and back, keys and values."""
+        return system.token_bytes + 2 * self._state_bytes + depth * system.cache_bytes
 
     def median(self, system: System, test: str, get: Callable[[Sample], float | None]) -> float:
         """Return the median of another figure of the samples, 0 where there is none."""
@@ -73,7 +73,7 @@ class Results:
             limit = sample.limits.int8
             return sample.rate * self._operations / limit if limit else None
         depth = test.depth + test.decode // 2
-        return sample.rate * self.read_bytes(system, depth) / sample.limits.bandwidth
+        return sample.rate * self.moved_bytes(system, depth) / sample.limits.bandwidth
 
 
 def main_table(results: Results, tests: Sequence[Test]) -> str:
@@ -86,7 +86,7 @@ def main_table(results: Results, tests: Sequence[Test]) -> str:
 
 def _row(results: Results, system: System, shown: Sequence[Test]) -> list[str]:
     row = [system.name, f"{system.file_bytes / 1e6:.0f}"]
-    row.append(f"{results.read_bytes(system, 0) / 1e6:.0f}")
+    row.append(f"{results.moved_bytes(system, 0) / 1e6:.0f}")
     row += [_cell(results.figure(system, test)) for test in shown]
     load = results.median(system, START, lambda sample: sample.load_seconds)
     start = results.median(system, START, lambda sample: sample.start_seconds)
@@ -165,7 +165,7 @@ def write_markdown(
         "",
         main_table(results, tests),
         "",
-        "MB a token: weights and recurrent state that one decoded token reads; deeper, keys and values "
+        "MB a token: weights that one decoded token reads and state that it reads and writes; deeper, keys and values "
         "come on top in the fraction. Start: from launching the process to 16 tokens' logits.",
     ]
     if ratios := ratio_table(results, tests):

@@ -28,7 +28,7 @@ def routed_share(config: ModelConfig, name: str) -> float:
 
 
 def state_bytes(config: ModelConfig) -> int:
-    """Return the f32 delta-rule and convolution state of one sequence, which each token reads."""
+    """Return the f32 delta-rule and convolution state of one sequence, which each token reads and writes."""
     heads, dim = config.linear_num_value_heads, config.linear_value_head_dim
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     delta = heads * dim * config.linear_key_head_dim

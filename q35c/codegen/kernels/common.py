@@ -131,17 +131,6 @@ def vlog1p_unit(u: Expr, lanes: int) -> Expr:
     return let(u, lambda u: let(u / (u + splat(2.0, lanes)), series))
 
 
-def vsoftplus(x: Expr, lanes: int) -> Expr:
-    """Return log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)) to 2.5e-7."""
-    zero = splat(0.0, lanes)
-
-    def split(x: Expr) -> Expr:
-        negative_magnitude = zero - T.max(zero - x, x)
-        return T.max(zero, x) + vlog1p_unit(vexp(negative_magnitude, lanes), lanes)
-
-    return let(x, split)
-
-
 def vrsqrt(x: Expr, lanes: int) -> Expr:
     """Return 1 / sqrt(x), correctly rounded twice."""
     return splat(1.0, lanes) / T.sqrt(x)
