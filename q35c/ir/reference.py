@@ -208,11 +208,23 @@ def stateful_gated_delta_net(
     return np.concatenate(outputs)
 
 
+def round_cells(x: Array, dtype: str) -> Array:
+    """Return keys or values [.., D] as a cache of this type keeps them; int8 has one scale for each D."""
+    if dtype == "f32":
+        return x
+    if dtype == "bf16":
+        return round_rows(x, dtype)
+    scale = np.abs(x).max(-1, keepdims=True) / 127
+    inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+    return np.rint(x * inverse) * scale
+
+
 def stateful_gated_attention(
-    q_gate, k, v, q_norm, k_norm, table, slots, starts, keys, values, *, rows, scale, **attrs
-) -> Array:
+    q_gate, k, v, q_norm, k_norm, table, slots, starts, keys, values, *, rows, scale, cache="f32", **attrs
+) -> Array:  # fmt: skip
     """Append to the cache keys/values [B, CTX, Hkv, D] at `starts` and attend to all of it so far."""
     q, k, v, gate = project_heads(q_gate, k, v, q_norm, k_norm, table, **attrs)
+    k, v = (round_cells(x, cache) for x in (k, v))
     runs = [(slots[0], slice(None))] if rows == "sequence" else _one_row_each(slots)
     outputs = []
     for (slot, row), start in zip(runs, starts, strict=True):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from q35c.codegen.isa.x86 import V4, V4_BF16, Isa
+from q35c.codegen.isa.x86 import V3, V4, V4_BF16, Isa
 from q35c.codegen.kernels.attention import attention, attention_combine, attention_shape
 from q35c.codegen.kernels.attention_prepare import attention_prepare
 from q35c.codegen.kernels.rotary import rotary_table
@@ -54,6 +54,9 @@ class Heads:
 
     @property
     def value_offset(self) -> int:
+        """Bytes of the keys, and of the values."""
+        if self.dtype == "int8":
+            return self.Hkv * CONTEXT * (self.D + 4)
         return self.Hkv * CONTEXT * self.D * (4 if self.dtype == "f32" else 2)
 
     @property
@@ -83,8 +86,13 @@ PAIRED = tuple(
         (7, 1, 112, 16), (8, 1, 256, 64), (9, 1, 16, 8), (16, 1, 96, 32),
     )
 )  # fmt: skip
+# The same groups and head dims, half of them on each instruction set.
+INT8 = tuple(
+    Heads(heads.Hq, heads.Hkv, heads.D, heads.R, "int8", BEST if place % 2 else V3)
+    for place, heads in enumerate((*PAIRED, Heads(4, 2, 256, 64)))
+)
 needs_pairs = pytest.mark.skipif(not BEST.has_bf16, reason="needs AVX512-BF16")
-ALL = [*CASES, *(pytest.param(heads, marks=needs_pairs) for heads in PAIRED)]
+ALL = [*CASES, *INT8, *(pytest.param(heads, marks=needs_pairs) for heads in PAIRED)]
 
 
 def functions(heads: Heads, isa) -> dict:
@@ -150,7 +158,8 @@ class Problem:
         return np.array(y)
 
     def clear(self) -> None:
-        self.state[...] = np.nan if self.heads.dtype == "f32" else 0x7FC0
+        """Make everything NaN: codes have none, but their scales."""
+        self.state[...] = {"f32": np.nan, "bf16": 0x7FC0, "int8": 0xFF}[self.heads.dtype]
 
 
 def make_problem(heads: Heads, tokens: int) -> Problem:
@@ -163,7 +172,8 @@ def make_problem(heads: Heads, tokens: int) -> Problem:
     arrays["q_norm"] *= 0.2
     arrays["k_norm"] *= 0.2
     arrays["table"] = reference.rotary_table(positions, heads.frequencies, sections, 1.0)
-    state = guard(np.zeros(2 * heads.Hkv * CONTEXT * heads.D, np.float32 if heads.dtype == "f32" else np.uint16))  # fmt: skip
+    element = {"f32": np.float32, "bf16": np.uint16, "int8": np.uint8}[heads.dtype]
+    state = guard(np.zeros(2 * heads.value_offset // np.dtype(element).itemsize, element))
     kernels = build_kernels(functions(heads, heads.isa), heads.isa)
     problem = Problem(heads, kernels, arrays, expected(heads, arrays), state)
     problem.clear()
@@ -177,8 +187,7 @@ def expected(heads: Heads, arrays: dict[str, np.ndarray]) -> np.ndarray:
         *(exact[n] for n in ("q_gate", "k", "v", "q_norm", "k_norm", "table")),
         heads=heads.Hq, kv_heads=heads.Hkv, eps=EPS,
     )  # fmt: skip
-    if heads.dtype == "bf16":
-        k, v = (round_bf16(x) for x in (k, v))
+    k, v = (reference.round_cells(x, heads.dtype) for x in (k, v))
     if heads.is_paired:
         to_bits = heads.D**-0.5 * np.log2(np.e)
         q = round_bf16(q * to_bits) / to_bits
@@ -198,6 +207,8 @@ def problem(request) -> Problem:
 def limit(problem: Problem) -> float:
     if problem.heads.dtype == "f32":
         return 1e-7
+    if problem.heads.dtype == "int8":
+        return 1e-6  # a key or value that lies on an edge may become another code
     # f32 keys may round to the other bf16 neighbour than the float64 reference's keys. Paired kernels also round the
     # weights to 8 bits. Worst of these cases: 1.4e-5, one row of one head of 32 dims; of the others 6e-6.
     return 3e-5 if problem.heads.is_paired else 1e-5

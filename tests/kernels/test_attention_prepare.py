@@ -1,7 +1,7 @@
 """Norm, rotation and the cache write before attention, against float64.
 
-Ten heads' shapes times six token counts, both forms; whatever of the cache is not written must stay as it was. In a
-cache of pairs the odd half beside a last, even cell is made zero.
+Fifteen heads' shapes times six token counts, both forms; whatever of the cache is not written must stay as it was. In
+a cache of bf16 pairs the odd half beside a last, even cell is made zero.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Heads:
 
     @property
     def element(self) -> type:
-        return np.float32 if self.dtype == "f32" else np.uint16
+        return {"f32": np.float32, "bf16": np.uint16, "int8": np.uint8}[self.dtype]
 
     @property
     def cache_words(self) -> int:
-        """Elements of the keys, and of the values, of one sequence."""
-        return self.Hkv * CONTEXT * self.D
+        """Elements of the keys, and of the values, of one sequence; int8 has 4 bytes for each scale."""
+        return self.Hkv * CONTEXT * (self.D + 4 * (self.dtype == "int8"))
 
     @property
     def region_words(self) -> int:
@@ -74,6 +74,11 @@ CASES = (
     Heads(7, 7, 144, 36),
     Heads(8, 1, 256, 64, "bf16"),
     Heads(16, 2, 256, 64),
+    Heads(1, 1, 32, 8, "int8"),
+    Heads(4, 2, 80, 20, "int8"),
+    Heads(3, 3, 112, 28, "int8"),
+    Heads(8, 4, 128, 32, "int8"),
+    Heads(8, 2, 256, 64, "int8"),
 )
 
 
@@ -147,6 +152,14 @@ class Problem:
         heads = self.heads
         words = np.array(state).view(f"u{state.itemsize}")
         poison = words.dtype.type(-1 % 2 ** (8 * state.itemsize))
+        if heads.dtype == "int8":
+            for row, (sequence, cell) in enumerate(cells):
+                for part, exact in zip(
+                    self.find_bytes(words, sequence, cell), (self.k, self.v), strict=True
+                ):
+                    check_codes(*part, exact[:, row])
+            assert (words == poison).all(), "something else was written"
+            return
         has_pairs = is_paired(heads.dtype, isa)
         find = self.find_pairs if has_pairs else self.find
         for row, (sequence, cell) in enumerate(cells):
@@ -181,6 +194,22 @@ class Problem:
         values = values.reshape(-1, heads.Hkv, CONTEXT // 32, heads.D // width, 16, width, 2)
         return keys[sequence, :, block, :, lane], values[sequence, :, block, :, lane // 2, :, lane % 2]  # fmt: skip
 
+    def find_bytes(
+        self, words: np.ndarray, sequence: int, cell: int
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return views of the codes and scales of one cell's key and value: [Hkv, 2, D / 2] and [Hkv, D / width, width],
+        and [Hkv, 4] each."""
+        heads, (block, lane) = self.heads, divmod(cell, 32)
+        D, width = heads.D, 16 if heads.D % 32 else 32
+        blocks = [
+            cache.reshape(-1, heads.Hkv, CONTEXT // 32, (D + 4) * 32)[sequence, :, block]
+            for cache in self.caches(words)
+        ]
+        keys = blocks[0][:, : D * 32].reshape(-1, D // 2, 32, 2)[:, :, lane].swapaxes(1, 2)
+        values = blocks[1][:, : D * 32].reshape(-1, D // width, 16, width, 2)
+        scales = [part[:, D * 32 :].reshape(-1, 32, 4)[:, lane] for part in blocks]
+        return [(keys, scales[0]), (values[:, :, lane % 16, :, lane // 16], scales[1])]
+
     def caches(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return a view of every sequence's keys, and one of its values."""
         size, first = self.heads.cache_words, KEYS_OFFSET // words.itemsize
@@ -192,6 +221,15 @@ class Problem:
         else:  # rounded from f32: at most half a step of bf16, and the f32 error
             error = np.abs(from_bf16(key) - want)
             assert (error <= 2.0**-8 * 1.001 * np.abs(want) + 1e-7).all()
+
+
+def check_codes(codes: np.ndarray, scales: np.ndarray, want: np.ndarray) -> None:
+    """Compare int8 codes and f32 scales with values [Hkv, D] and poison them."""
+    kept = codes.reshape(want.shape).view(np.int8).astype(np.float64)
+    scale = scales.copy().view(np.float32).astype(np.float64)
+    np.testing.assert_allclose(scale, np.abs(want).max(-1, keepdims=True) / 127, rtol=1e-5)
+    assert (np.abs(kept * scale - want) <= 0.501 * scale).all()
+    codes[...] = scales[...] = 0xFF
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -220,3 +258,17 @@ def test_rows_of_a_batch_are_sequences(kernels: Kernels, isa: Isa, index: int, t
     cells = list(zip(SLOTS[:tokens], STARTS[:tokens], strict=True))
     problem.check_cache(state, cells, list(range(tokens)), isa)
     assert outputs[0] == outputs[1] == outputs[2]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
+def test_int8_keeps_what_has_no_scale(kernels: Kernels, value: float) -> None:
+    """Codes cannot hold NaN or infinity: the scale does. Zeros have a scale of zero."""
+    problem = Problem(len(CASES) - 1, 1)
+    for rows in problem.rows[1:]:
+        rows[0, :256] = 0.0
+        rows[0, 3] = value
+    _, state = problem.run(kernels, "sequence", np.array([0]), np.array([0]), 1)
+    for codes, scales in problem.find_bytes(np.array(state), 0, 0):
+        with np.errstate(invalid="ignore"):
+            kept = codes[0].view(np.int8) * scales[0].copy().view(np.float32)
+        assert ((kept == 0) if value == 0 else ~np.isfinite(kept)).all()

@@ -7,8 +7,8 @@ of 32 keys while it is in L1, in register tiles of 4 rows. Only a [4, 32] piece 
 cells are further split into `splits` parts that `attention_combine` merges, so that threads share one sequence.
 Cells that were never written are selected away, never multiplied: they may hold anything.
 
-This file has the tasks, the combine, and the form that computes in f32. For a cache of bf16 pairs (`is_paired`) a task
-is done by attention_bf16.py instead, in steps of 64 cells and with its maxima in powers of two.
+This file has the tasks, the combine, and the form that computes in f32. For a cache of pairs, bf16 or int8, a task
+is done by attention_pairs.py instead, in steps of 64 cells and with its maxima in powers of two.
 
 Limit: FMA rate in prefill (4 T S D per head); bandwidth of the cache, 2 S D elements per key head, in decode.
 """
@@ -21,7 +21,9 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.attention_bf16 import LOWEST, attend_paired, whole_power
+from q35c.codegen.kernels.attention_bf16 import BF16
+from q35c.codegen.kernels.attention_int8 import INT8
+from q35c.codegen.kernels.attention_pairs import LOWEST, Form, attend_paired, whole_power
 from q35c.codegen.kernels.attention_shape import (
     CELLS,
     TILE_ROWS,
@@ -182,6 +184,11 @@ def attend(
             add_values(shape, scores, state, values, cells, w, rows)
 
 
+def paired_form(shape: AttentionShape) -> Form:
+    """Return what the type of the cache's pairs decides."""
+    return INT8 if shape.cache.dtype == "int8" else BF16
+
+
 @T.inline
 def attend_in_layout(
     shape, q, state, base, kv_head, first, tokens, start, first_step, end_step, end_cell, w, at
@@ -189,7 +196,7 @@ def attend_in_layout(
     """Attend by the form that the cache's layout is for."""
     if shape.is_paired:
         attend_paired(
-            shape, q, state, base, kv_head, first, tokens, start, first_step, end_step, end_cell, w, at
+            paired_form(shape), shape, q, state, base, kv_head, first, tokens, start, first_step, end_step, end_cell, w, at
         )  # fmt: skip
     else:
         attend(

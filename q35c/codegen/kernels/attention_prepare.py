@@ -11,8 +11,28 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.attention_shape import CELLS, Cache, PairedCache, make_cache, value_width
-from q35c.codegen.kernels.common import STACK, hsum, narrow, ramp, share, splat, vrsqrt
+from q35c.codegen.kernels.attention_shape import (
+    CELLS,
+    ByteCache,
+    Cache,
+    PairedCache,
+    cell_scale,
+    make_cache,
+    value_width,
+)
+from q35c.codegen.kernels.common import (
+    STACK,
+    Expr,
+    hsum,
+    largest_magnitude,
+    narrow,
+    nearest,
+    ramp,
+    share,
+    splat,
+    vector,
+    vrsqrt,
+)
 
 
 @T.inline
@@ -100,6 +120,52 @@ def store_paired_cell(cache, state, base, kv_head, cell, is_last, head, v, row, 
                 state[values + group * (CELLS * W) + d * 2 + 1] = T.uint16(0)
 
 
+def round_head(cache: ByteCache, head: Expr, codes: Expr, state: Expr, scale_at: Expr) -> None:
+    """Emit codes = nearest(head / scale) and the store of scale = max |head| / 127.
+
+    A head that holds what is not finite gets such a scale.
+    """
+    L = 16
+    vectors = [ramp(d, L) for d in range(0, cache.D, L)]
+    top = T.Bind(largest_magnitude([head[at] for at in vectors], L))
+    factor = T.Bind(T.Select(top == T.float32(0), T.float32(0), T.float32(127) / top))
+    for at in vectors:
+        code = T.cast(nearest(head[at] * splat(factor, L), L), vector("int8", L))
+        T.buffer_store(codes, code, [at])
+    scale = T.reinterpret(top * T.float32(1 / 127), dtype="int8x4")
+    T.buffer_store(state, scale, [ramp(scale_at, 4)])
+
+
+@T.inline
+def store_byte_cell(cache, state, base, kv_head, cell, is_last, head, v, row, column):
+    """Write one cell as int8 with a scale for its key and one for its value.
+
+    Nothing that shares a word with it need be cleared: no byte times a weight of zero is anything but zero.
+    """
+    block: T.let[T.int64] = T.shift_right(cell, T.int64(5))
+    lane: T.let[T.int64] = T.bitwise_and(cell, T.int64(CELLS - 1))
+    keys: T.let[T.int64] = cache.key(base, kv_head, block)
+    values: T.let[T.int64] = cache.value(base, kv_head, cell)
+    W = T.meta_var(value_width(cache.D))
+    codes = T.alloc_buffer((cache.D,), "int8", annotations=STACK)
+    round_head(cache, head, codes, state, keys + cell_scale(cache.D, lane))
+    for d in T.serial(cache.D // 2):
+        state[keys + d * (2 * CELLS) + lane * 2] = codes[d]
+        state[keys + d * (2 * CELLS) + lane * 2 + 1] = codes[cache.D // 2 + d]
+    for d in T.serial(cache.D // 8):
+        head[ramp(d * 8, 8)] = v[row, ramp(column + d * 8, 8)]
+    round_head(cache, head, codes, state, values + cell_scale(cache.D, lane))
+    first: T.let[T.int64] = (
+        values + T.bitwise_and(lane, T.int64(15)) * (2 * W) + T.shift_right(lane, T.int64(4))
+    )
+    for group in T.serial(cache.D // W):
+        for d in T.serial(W):
+            state[first + group * (CELLS * W) + d * 2] = codes[group * W + d]
+
+
+STORES = {Cache: store_cell, PairedCache: store_paired_cell, ByteCache: store_byte_cell}
+
+
 def attention_prepare(
     Hq: int, Hkv: int, D: int, R: int, eps: float, scale: float, kv_dtype: str, context: int,
     k_offset_bytes: int, v_offset_bytes: int, rows: str, isa: Isa,
@@ -108,9 +174,9 @@ def attention_prepare(
     Q_OUT f32 [T, Hq * D], STATE, SLOTS i64 [B], STARTS i32 [B], T, ld_q, ld_k, ld_v, tid, nt).
     """
     cache = make_cache(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes, isa)
-    store = store_paired_cell if isinstance(cache, PairedCache) else store_cell
+    store = STORES[type(cache)]
     L, heads, is_batch = isa.lanes, Hq + Hkv, rows == "batch"
-    element = "float32" if kv_dtype == "f32" else "uint16"
+    element = {"f32": "float32", "bf16": "uint16", "int8": "int8"}[kv_dtype]
 
     @T.prim_func(private=True, s_tir=True)
     def attention_prepare_kernel(

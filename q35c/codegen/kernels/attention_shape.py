@@ -6,7 +6,10 @@ Keys are stored as [Hkv, context / 32, D, 32], so that one vector load serves as
     keys   [Hkv, context / 32, D / 2, 32 cells, 2 dims]
     values [Hkv, context / 32, D / W, 16 pairs of cells, W dims, 2 cells]     W = 32, or 16 if D is odd times 16
 
-so a block of 32 cells has [D, 32] elements in both, and kernels read it from front to back.
+so a block of 32 cells has [D, 32] elements in both, and kernels read it from front to back. The int8 cache is paired
+on every instruction set, with other pairs, so that they are made without shuffles: dims d and d + D / 2 of a key, cells
+p and p + 16 of a block of values. Behind a block's D rows of 32 bytes lie the 32 f32 scales of its cells, one for each
+cell and key head: [D + 4, 32] bytes.
 """
 
 from __future__ import annotations
@@ -15,13 +18,13 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
+from q35c.artifact.layout import SCALE_ROWS
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import Expr, ceil_div, ramp, widen
 
 CELLS = 32  # keys of one block
 STEP = 2 * CELLS  # cells of one step of the paired form's online softmax
 TILE_ROWS = 4  # query rows computed together
-PAIRED_TILE_ROWS = 8
 QUERY_TOKENS = (
     8  # tokens of a prefill task: all their heads read each key block from the cache once
 )
@@ -52,10 +55,15 @@ class Cache:
         """Return the first element of a sequence's region."""
         return slot * (SLOT_BYTES // self.element_bytes)
 
+    @property
+    def block_elements(self) -> int:
+        """Elements of a block of 32 keys, or of 32 values."""
+        return self.D * CELLS
+
     def key(self, base: Expr, head: Expr, block: Expr) -> Expr:
         """Return the first element of a block of 32 keys: [D, 32]."""
         first = self.k_offset_bytes // self.element_bytes
-        return base + first + (head * (self.context // CELLS) + block) * (self.D * CELLS)
+        return base + first + (head * (self.context // CELLS) + block) * self.block_elements
 
     def value(self, base: Expr, head: Expr, cell: Expr) -> Expr:
         """Return the first element of a value: [D]."""
@@ -80,17 +88,37 @@ class PairedCache(Cache):
     def element_bytes(self) -> int:
         return 4
 
-    def key(self, base: Expr, head: Expr, block: Expr) -> Expr:
-        """Return the first word of a block of 32 keys: [D / 2, 32]."""
-        return base + self.k_offset_bytes // 4 + self._block(head, block)
+    @property
+    def block_elements(self) -> int:
+        return self.D * CELLS // 2
 
     def value(self, base: Expr, head: Expr, cell: Expr) -> Expr:
-        """Return the first word of the block of 32 values that begins at this cell: [D / W, 16, W]."""
+        """Return the first element of the block of 32 values that this cell is in."""
         block = T.shift_right(cell, T.int64(CELLS.bit_length() - 1))
-        return base + self.v_offset_bytes // 4 + self._block(head, block)
+        first = self.v_offset_bytes // self.element_bytes
+        return base + first + (head * (self.context // CELLS) + block) * self.block_elements
 
-    def _block(self, head: Expr, block: Expr) -> Expr:
-        return (head * (self.context // CELLS) + block) * (self.D * CELLS // 2)
+
+@dataclass(frozen=True)
+class ByteCache(PairedCache):
+    """Describe a cache of int8 pairs with the scales of its cells; elements are bytes."""
+
+    @property
+    def element(self) -> str:
+        return "int8"
+
+    @property
+    def element_bytes(self) -> int:
+        return 1
+
+    @property
+    def block_elements(self) -> int:
+        return (self.D + SCALE_ROWS) * CELLS
+
+
+def cell_scale(D: int, lane: Expr) -> Expr:
+    """Return where a cell's f32 scale lies in a block of int8 keys or values."""
+    return D * CELLS + 4 * lane
 
 
 def value_width(D: int) -> int:
@@ -99,8 +127,8 @@ def value_width(D: int) -> int:
 
 
 def is_paired(kv_dtype: str, isa: Isa) -> bool:
-    """Tell whether a cache of this type is stored in pairs: the one place where the layout is chosen."""
-    return kv_dtype == "bf16" and isa.has_bf16
+    """Tell whether a cache of this type is stored in pairs, and so read by attention_pairs.py."""
+    return kv_dtype == "int8" or (kv_dtype == "bf16" and isa.has_bf16)
 
 
 def make_cache(
@@ -108,6 +136,7 @@ def make_cache(
 ) -> Cache:  # fmt: skip
     """Return the cache in the layout of this type and instruction set."""
     layout = PairedCache if is_paired(kv_dtype, isa) else Cache
+    layout = ByteCache if kv_dtype == "int8" else layout
     return layout(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes)
 
 
@@ -115,6 +144,8 @@ def stored_shape(
     kind: str, heads: int, head_dim: int, context: int, kv_dtype: str, isa: Isa
 ) -> list[int]:
     """Return the shape of a layer's "keys" or "values" in the state; axis 1 counts cells or blocks of 32."""
+    if kv_dtype == "int8":
+        return [heads, context // CELLS, head_dim + SCALE_ROWS, CELLS]
     if kind == "keys" or is_paired(kv_dtype, isa):
         return [heads, context // CELLS, head_dim, CELLS]
     return [heads, context, head_dim]
@@ -168,7 +199,8 @@ class AttentionShape:
 
     @property
     def tile_rows(self) -> int:
-        return min(self.rows, PAIRED_TILE_ROWS) if self.is_paired else TILE_ROWS
+        # Two vectors of accumulators for each row take half of the registers.
+        return min(self.rows, self.isa.registers // 4) if self.is_paired else TILE_ROWS
 
     @property
     def tiles(self) -> int:

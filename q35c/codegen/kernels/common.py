@@ -110,6 +110,11 @@ def vexp(x: Expr, lanes: int) -> Expr:
     return let(T.min(splat(88.37, lanes), T.max(splat(-87.33, lanes), x)), reduce)
 
 
+def nearest(x: Expr, lanes: int) -> Expr:
+    """Return int32 lanes whose low 16 bits are the integer nearest to x, for |x| < 2^15; the others mean nothing."""
+    return bits(x + splat(_ROUND, lanes), lanes)
+
+
 def vsigmoid(x: Expr, lanes: int) -> Expr:
     """Return 1 / (1 + exp(-x)) to 1.5e-7."""
     return splat(1.0, lanes) / (splat(1.0, lanes) + vexp(splat(0.0, lanes) - x, lanes))
@@ -152,6 +157,15 @@ def hmax(x: Expr, lanes: int) -> Expr:
 def hmin_int(x: Expr, lanes: int) -> Expr:
     """Return the smallest lane of an int32 vector."""
     return _reduce("smin", x, "int32")
+
+
+def largest_magnitude(vectors: Sequence[Expr], lanes: int) -> Expr:
+    """Return the largest |x| of f32 vectors; NaN if one of them holds NaN."""
+    # As integers, magnitudes compare as they do as floats, and NaN is the largest.
+    largest, *others = (bits(x, lanes) & splat_int(0x7FFFFFFF, lanes) for x in vectors)
+    for magnitude in others:
+        largest = T.max(largest, magnitude)
+    return from_bits(_reduce("smax", largest, "int32"), 1)
 
 
 def _reduce(operation: str, x: Expr, dtype: str) -> Expr:
