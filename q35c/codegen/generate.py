@@ -63,7 +63,7 @@ def generate(
     state = layout.state_layout(describe_state(module, policy, limits.context, target.isa))
     tokens = max(entry["max_tokens"] for entry in entries)
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
-    shared = Shared(target, policy.cache, limits.context, tokens, offsets)
+    shared = Shared(target, limits.context, tokens, offsets)
     schedules = [
         Lowering(graph, shared, entry["max_tokens"]).run()
         for graph, entry in zip(module, entries, strict=True)
@@ -149,7 +149,7 @@ def stored_state(value: Value, policy: Policy, context: int, isa: Isa) -> dict[s
     heads, head_dim = (int(d) for d in dims[1:])  # type: ignore[arg-type]
     return {
         "name": value.name,
-        "dtype": policy.cache,
+        "dtype": {"int8": "i8"}.get(policy.cache, policy.cache),
         "shape": stored_shape(kind, heads, head_dim, context, policy.cache, isa),
         "growth": "context",
     }

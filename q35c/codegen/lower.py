@@ -27,7 +27,6 @@ class Shared:
     """What the entries of one model share: kernels, packed weights, the layout of a sequence's state."""
 
     target: Target
-    cache: str  # element type of keys and values
     context: int
     io_tokens: int  # row stride of the positions in the io blob
     state_offsets: Mapping[str, int]
@@ -284,9 +283,10 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     shared, view = low.shared, low.views
     head_dim = width(q_norm)
     heads = {"Hq": op.attrs["heads"], "Hkv": op.attrs["kv_heads"], "D": head_dim}
+    kv_dtype = op.attrs.get("cache", "f32")
     # Offsets relative to the keys are the same in every layer, so all layers share one kernel.
     cache = {
-        "kv_dtype": shared.cache, "context": shared.context, "rows": op.attrs["rows"],
+        "kv_dtype": kv_dtype, "context": shared.context, "rows": op.attrs["rows"],
         "k_offset_bytes": 0,
         "v_offset_bytes": shared.state_offsets[values.name] - shared.state_offsets[keys.name],
     }  # fmt: skip
@@ -313,7 +313,7 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     if is_batch:
         args = [scratch, view[q_gate], y, y.rows, stride(view[q_gate]), stride(y)]
         low.call(
-            ("attention_combine", {**heads, "kv_dtype": shared.cache, "splits": splits}),
+            ("attention_combine", {**heads, "kv_dtype": kv_dtype, "splits": splits}),
             args,
             [y],
         )
@@ -380,6 +380,7 @@ RULES: dict[str, Callable[[Lowering, Op], None]] = {
     "rotary_table": lower_rotary_table,
     "stateful_gated_delta_net": lower_gated_delta_net,
     "stateful_gated_attention": lower_gated_attention,
+    "quantized_gated_attention": lower_gated_attention,
     "sparse_moe_residual": lower_sparse_moe,
     "quantized_moe_residual": lower_sparse_moe,
     "quantize_rows": lower_quantize_rows,

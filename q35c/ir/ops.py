@@ -209,6 +209,10 @@ define("stateful_gated_attention", "q_gate k v q_norm k_norm table slots starts 
        "heads kv_heads eps scale rows", rule.stateful_attention_type, ref.stateful_gated_attention,
        stages=LATE, writes_state=True,
        summary="gated_attention over the key/value cache of the sequences named by slots.")  # fmt: skip
+define("quantized_gated_attention", "q_gate k v q_norm k_norm table slots starts keys values",
+       "heads kv_heads eps scale rows cache", rule.quantized_attention_type, ref.stateful_gated_attention,
+       stages=("scheduled", "scheduled"), writes_state=True,
+       summary="stateful_gated_attention over keys and values that the cache keeps in bf16 or int8.")  # fmt: skip
 define("last_token", "x", "", rule.last_row,
        lambda x: x[-1:], "The last row.", stages=LATE)  # fmt: skip
 define("quantize_rows", "x", "dtype", rule.quantized_rows,

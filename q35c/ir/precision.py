@@ -6,13 +6,13 @@ model 5 bits for all but the feed-forward cost a third of the KL that 4 bits eve
 weights half of what is left comes from rounding the rows of the delta net's output, whose gate makes a few values
 large: w8 keeps those, and the weights they meet, in bf16.
 Rows that meet integers are rounded to int8, rows that meet bf16 weights to bf16, except where those are gates.
-Norms, conv, A_log and dt_bias are always f32, and so is the recurrent state.
+Norms, conv, A_log and dt_bias are always f32, and so is the recurrent state. Keys and values are f32, bf16 or int8.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from q35c.errors import OptionError
@@ -64,12 +64,22 @@ _LIST = (
     Policy("w4-small", "bf16", uniform("i4g128", "bf16"), "4-bit weights, gates in bf16"),
 )  # fmt: skip
 POLICIES = {policy.name: policy for policy in _LIST}
+CACHES = ("f32", "bf16", "int8")
 
 
-def find_policy(name: str) -> Policy:
-    """Return a policy by name, or raise OptionError listing the known ones."""
+def find_policy(name: str, cache: str = "auto") -> Policy:
+    """Return a policy by name, with another type of keys and values unless `cache` is "auto".
+
+    Raises OptionError listing the known names.
+    """
     if name not in POLICIES:
         raise OptionError(
             "unknown precision", where="--precision", expected=", ".join(POLICIES), got=name
         )
-    return POLICIES[name]
+    if cache == "auto":
+        return POLICIES[name]
+    if cache not in CACHES:
+        raise OptionError(
+            "unknown type of keys and values", where="--kv-dtype", expected=", ".join(("auto", *CACHES)), got=cache,
+        )  # fmt: skip
+    return replace(POLICIES[name], cache=cache)

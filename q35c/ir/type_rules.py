@@ -351,6 +351,11 @@ def stateful_attention_type(types: Types, attrs: Attributes) -> Types:
     return (result,)
 
 
+def quantized_attention_type(types: Types, attrs: Attributes) -> Types:
+    need(attrs["cache"] in ("bf16", "int8"), 'cache must be "bf16" or "int8"')
+    return stateful_attention_type(types, attrs)
+
+
 def check_slots(attrs: Attributes, slots: TensorType) -> None:
     need(attrs["rows"] in ("sequence", "batch"), 'rows must be "sequence" or "batch"')
     need(slots.rank == 1, f"slots {slots} must have one axis")

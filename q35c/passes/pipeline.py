@@ -16,6 +16,7 @@ from q35c.passes.fuse_linear import fuse_linear
 from q35c.passes.fuse_norm import fuse_norm
 from q35c.passes.fuse_rotary import fuse_rotary
 from q35c.passes.quantize import quantize
+from q35c.passes.schedule_attention import schedule_attention
 from q35c.passes.split_entries import split_entries
 from q35c.passes.thread_state import thread_state
 
@@ -51,6 +52,8 @@ def run_pipeline(graph: Graph, policy: Policy, dump: Path | None = None) -> Modu
     write_dump(dump, len(FUSION) + 2, "split_entries", print_module(module))
     module = quantize(module, policy)
     write_dump(dump, len(FUSION) + 3, "quantize", print_module(module))
+    module = schedule_attention(module, policy)
+    write_dump(dump, len(FUSION) + 4, "schedule_attention", print_module(module))
     return module
 
 

@@ -38,7 +38,7 @@ def test_every_size_lowers(name: str) -> None:
             state = layout.state_layout(describe_state(module, policy, CONTEXT, target.isa))
             offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
             tokens = max(entry["max_tokens"] for entry in entries)
-            shared = Shared(target, policy.cache, CONTEXT, tokens, offsets)
+            shared = Shared(target, CONTEXT, tokens, offsets)
             for graph, entry in zip(module, entries, strict=True):
                 schedule = Lowering(graph, shared, entry["max_tokens"]).run()
                 assert 0 < schedule.plan().bytes < 1 << 30

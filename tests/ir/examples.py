@@ -94,6 +94,13 @@ FITS: dict[str, Case] = {
         **_ATTENTION,
         rows="sequence",
     ),
+    "quantized_gated_attention": case(
+        f"{_HEADS} i64[1] i32[1] $f32[B,CTX,1,4] $f32[B,CTX,1,4]",
+        "scheduled",
+        **_ATTENTION,
+        rows="sequence",
+        cache="int8",
+    ),
     "last_token": case("f32[T,8]", "stateful"),
     "quantize_rows": case("f32[T,40]", "quantized", dtype="bf16"),
     "quantized_moe_residual": case(
@@ -230,6 +237,16 @@ REFUSED: dict[str, list[Case]] = {
             **_ATTENTION,
             rows="sequence",
         ),
+    ],
+    "quantized_gated_attention": [
+        case(
+            f"{_HEADS} i64[1] i32[1] $f32[B,CTX,1,4] $f32[B,CTX,1,4]",
+            stage,
+            **_ATTENTION,
+            rows="sequence",
+            cache=cache,
+        )
+        for stage, cache in (("scheduled", "f32"), ("scheduled", "i8"), ("stateful", "int8"))
     ],
     "last_token": [case("f32[]", "stateful"), case("f32[T,8]", "fused")],
     "quantize_rows": [

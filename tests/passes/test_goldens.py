@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from q35c.ir.precision import POLICIES
 from q35c.ir.text import parse_graph, print_graph, print_module
 from q35c.passes.pipeline import FUSION
 from q35c.passes.quantize import quantize
+from q35c.passes.schedule_attention import schedule_attention
 from q35c.passes.split_entries import split_entries
 from q35c.passes.thread_state import thread_state
 from tests.passes.arrays import assert_same_meaning
@@ -30,13 +32,21 @@ def quantize_to_w4(graph: Graph) -> Graph:
     return made
 
 
+def keep_int8(graph: Graph) -> Graph:
+    (made,) = schedule_attention(Module((graph,)), replace(POLICIES["w4"], cache="int8"))
+    return made
+
+
 quantize_to_w4.__doc__ = quantize.__doc__
+keep_int8.__doc__ = schedule_attention.__doc__
 PASSES: dict[str, Callable[[Graph], Graph | Module]] = {
     **{step.__name__: step for step in (*FUSION, thread_state, split_entries)},
     "quantize": quantize_to_w4,
+    "schedule_attention": keep_int8,
 }
-ALWAYS_CHANGES = ("thread_state", "split_entries", "quantize")
-ROUNDING = 0.25  # of the largest element: 4 bits of random weights, several layers deep
+ALWAYS_CHANGES = ("thread_state", "split_entries", "quantize", "schedule_attention")
+# Of the largest element: 4 bits of random weights, several layers deep; 8 bits of keys and values.
+ROUNDING = {"quantize": 0.25, "schedule_attention": 0.02}
 FILES = sorted(FOLDER.glob("*/*.txt"))
 EXAMPLE = re.compile(r"( +)Before:\n(.*)\n\1After:\n(.*?)\n(?:\n\1\S|\1$|\s*$)", re.DOTALL)
 
@@ -58,7 +68,7 @@ def check(name: str, before: str, after: str) -> None:
     for entry in made if isinstance(made, Module) else [made]:
         assert parse_graph(print_graph(entry)) == entry
     if isinstance(made, Graph) and made != graph:
-        assert_same_meaning(graph, made, name, loss=ROUNDING if name == "quantize" else 0.0)
+        assert_same_meaning(graph, made, name, loss=ROUNDING.get(name, 0.0))
     if name not in ALWAYS_CHANGES:
         assert show(step(made)) == after, "a second run changes the graph again"
 

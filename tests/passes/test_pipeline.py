@@ -163,6 +163,7 @@ def test_dump_writes_each_stage_that_changed(tmp_path: Path) -> None:
     assert names == [
         "import", "canonicalize", "fuse_norm", "fuse_rotary", "fuse_gated_delta", "fuse_attention",
         "canonicalize", "fuse_linear", "thread_state", "split_entries", "quantize",
+        "schedule_attention",
     ]  # fmt: skip
     assert parse_graph(files[0].read_text()) == traced("dense")
     entries = [parse_graph(text) for text in files[-1].read_text().split("\n\n")]
