@@ -51,6 +51,7 @@ def compile_model(
     *,
     target: str = "cpu",
     precision: str = "bf16",
+    kv_dtype: str = "auto",
     context: int | None = None,
     batch: int = 4,
     dump_ir: Path | None = None,
@@ -60,13 +61,14 @@ def compile_model(
 ) -> CompileReport:
     """Compile a checkpoint directory, hub id or family name into the file `output`.
 
+    `kv_dtype` is the type of keys and values: f32, bf16, int8, or auto for the precision's own.
     `context` is the most tokens a sequence may hold (default: 4096, or the model's own limit if that is
     smaller); `batch` the most sequences one decode step serves. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
     clock = Clock(progress)
     check_places(Path(output), dump_ir)
-    machine, policy = find_target(target), find_policy(precision)
+    machine, policy = find_target(target), find_policy(precision, kv_dtype)
     checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
     limits = check_limits(checkpoint.config, context, batch)
     clock("trace", 0.0)

@@ -38,17 +38,20 @@ def checkpoint(kind: str, precision: str = "f32", seed: int = 0, **overrides: An
 
 
 @functools.cache
-def artifact(kind: str, precision: str = "f32", seed: int = 0, **overrides: Any) -> Path:
+def artifact(
+    kind: str, precision: str = "f32", seed: int = 0, *, kv_dtype: str = "auto", **overrides: Any
+) -> Path:
     """Return the compiled artifact of `checkpoint` with the same arguments."""
     source = checkpoint(kind, precision, seed, **overrides)
-    output = source.with_suffix(".q35c")
-    compile_model(source, output, precision=precision, context=CONTEXT, batch=BATCH)
+    output = source.with_suffix(f".{kv_dtype}.q35c")
+    options = {"precision": precision, "kv_dtype": kv_dtype, "context": CONTEXT, "batch": BATCH}
+    compile_model(source, output, **options)
     return output
 
 
 @functools.cache
 def model(kind: str, precision: str = "f32", seed: int = 0, **overrides: Any) -> q35c.Model:
-    """Return the loaded artifact, on up to two threads."""
+    """Return the loaded artifact, on up to two threads; `overrides` may hold `kv_dtype`."""
     return q35c.load(artifact(kind, precision, seed, **overrides))
 
 

@@ -92,7 +92,7 @@ class StateTensor:
 
     name: Name
     offset: Offset
-    dtype: Literal["f32", "bf16"]
+    dtype: Literal["f32", "bf16", "i8"]
     shape: Shape
     growth: Literal["fixed", "context"]
 
@@ -279,13 +279,13 @@ def check_consistent(manifest: Manifest) -> None:
 
 
 def expected_state(
-    config: ModelConfig, context: int, has_paired_cache: bool = False
+    config: ModelConfig, context: int, cache: str, has_pairs: bool
 ) -> Counter[tuple[str, tuple[int, ...]]]:
     """Return how many state tensors of each growth and shape a model has.
 
     Per linear-attention layer the conv inputs f32[K-1, C] and the delta state f32[Hv, Dk, Dv]; per
-    full-attention layer the keys [Hkv, context/32, D, 32] and the values [Hkv, context, D], or in a
-    cache of bf16 pairs as the keys.
+    full-attention layer the keys [Hkv, context/32, D, 32] and the values [Hkv, context, D], or as the
+    keys in a cache of pairs: of bf16 where the target `has_pairs`, and of i8, with scales behind each D.
     """
     key_dim = config.linear_num_key_heads * config.linear_key_head_dim
     value_dim = config.linear_num_value_heads * config.linear_value_head_dim
@@ -296,8 +296,9 @@ def expected_state(
         config.linear_value_head_dim,
     )
     heads, dim = config.num_key_value_heads, config.head_dim
-    keys = (heads, context // layout.CELL, dim, layout.CELL)
-    values = keys if has_paired_cache else (heads, context, dim)
+    rows = dim + layout.SCALE_ROWS if cache == "i8" else dim
+    keys = (heads, context // layout.CELL, rows, layout.CELL)
+    values = keys if cache == "i8" or (cache == "bf16" and has_pairs) else (heads, context, dim)
     shapes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for kind in config.layer_types:
         if kind == LINEAR:
@@ -350,11 +351,11 @@ def _check_state(manifest: Manifest) -> None:
     _check_equal("$.state.bytes", manifest.state.bytes, total)
     _check_unique("$.state.tensors", [tensor.name for tensor in tensors])
     found = Counter((tensor.growth, tensor.shape) for tensor in tensors)
-    # Kernels for instructions on bf16 pairs keep a bf16 cache in pairs.
-    has_pairs = "avx512_bf16" in manifest.target.cpu_features and any(
-        tensor.growth == "context" and tensor.dtype == "bf16" for tensor in tensors
-    )
-    expected = expected_state(manifest.model, manifest.context, has_pairs)
+    cache, *others = sorted({t.dtype for t in tensors if t.growth == "context"}) or ["f32"]
+    if others:
+        raise refuse("$.state.tensors", "keys and values have two types", got=(cache, *others))
+    has_pairs = "avx512_bf16" in manifest.target.cpu_features  # then the kernels want them
+    expected = expected_state(manifest.model, manifest.context, cache, has_pairs)
     _check_equal("$.state.tensors", found, expected)
     for index, tensor in enumerate(tensors):
         if tensor.growth == "fixed" and tensor.dtype != "f32":

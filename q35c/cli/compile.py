@@ -34,6 +34,13 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
     "(4 bits wherever possible).",
 )
 @click.option(
+    "--kv-dtype",
+    default="auto",
+    show_default=True,
+    help="How keys and values are stored: f32, bf16, int8 (half of bf16's memory, faster decode behind many "
+    "tokens), or auto (f32 with --precision f32, else bf16).",
+)
+@click.option(
     "--context", type=int, help="Most tokens of a sequence [4096, or the model's own limit]."
 )
 @click.option(
@@ -59,7 +66,7 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
     \b
     Examples:
       q35c compile ./Qwen3.5-0.8B -o model.q35c --precision w4
-      q35c compile ./Qwen3.5-0.8B --target cpu:x86-64-v4 --context 32768
+      q35c compile ./Qwen3.5-0.8B --target cpu:x86-64-v4 --context 32768 --kv-dtype int8
       q35c compile qwen3.5-0.8b --load-format dummy -o speed.q35c
     """
     from q35c.compile import compile_model

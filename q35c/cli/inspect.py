@@ -112,6 +112,7 @@ def describe_manifest(manifest: Any) -> str:
         "layers": f"{config.num_hidden_layers}: {kinds}",
         "target": f"{manifest.target.name} ({' '.join(manifest.target.cpu_features)})",
         "precision": f"{manifest.precision}: {describe_formats(manifest)}",
+        "cache": describe_cache(manifest),
         "limits": f"{manifest.context} tokens a sequence, {manifest.batch} sequences, "
         f"{manifest.max_threads} threads",
         "entries": "; ".join(entries),
@@ -128,6 +129,15 @@ def describe_manifest(manifest: Any) -> str:
         ),
     }
     return "\n".join(f"  {name:<10} {fact}" for name, fact in facts.items())
+
+
+def describe_cache(manifest: Any) -> str:
+    """Return the type of keys and values, and their size with scales."""
+    growing = [tensor for tensor in manifest.state.tensors if tensor.growth == "context"]
+    names = {"i8": "int8 with an f32 scale for each token and head"}
+    dtype = growing[0].dtype if growing else "none"
+    size = sum(tensor.bytes for tensor in growing) // manifest.context
+    return f"keys and values {names.get(dtype, dtype)}, {size_text(size)} a token"
 
 
 def describe_formats(manifest: Any) -> str:

@@ -8,8 +8,8 @@
 - Cache bytes are those of activations, f32 or rounded: some kernel has just written them, so they are taken to come
   from the L2 cache.
 - A multiplication and an addition are two operations. They are bounded by the peak of the type that is multiplied: products
-  of rounded rows by int8 or bf16, those with a bf16 cache by bf16, the rest by f32. Element-wise formulas count
-  roughly; they hardly ever bound.
+  of rounded rows by int8 or bf16, those with a bf16 cache by bf16, the rest by f32. An int8 cache meets integers of 16 bits,
+  at half of the int8 peak: each product counts twice. Element-wise formulas count roughly; they hardly ever bound.
 - The weight of a step is the largest that it reads; norm vectors beside it are not counted.
 - Of experts those that some token chose: k of E for one token, E (1 - (1 - k/E)^T) for T, as if choices were random.
 
@@ -151,12 +151,13 @@ def attention(p: Parameters, work: Work) -> Cost:
     """Scores and sums are 2 D operations each; every cell is read once for all query heads of its key head."""
     read = 2 * work.cells() * p["Hkv"] * p["D"] * cell_bytes(p)
     rows = work.tokens * p["Hq"]
-    operations = work.scores() * p["Hq"] * 4 * p["D"]
+    operations = work.scores() * p["Hq"] * 4 * p["D"] * (2 if p["kv_dtype"] == "int8" else 1)
     return Cost(read, 3 * rows * p["D"] * _F32, operations, peak_of(p["kv_dtype"]))
 
 
-def cell_bytes(p: Parameters) -> int:
-    return {"f32": 4, "bf16": 2}.get(p["kv_dtype"], 1)
+def cell_bytes(p: Parameters) -> float:
+    """Return the bytes of one dim of a key or value; of int8 each has an f32 scale."""
+    return {"f32": 4, "bf16": 2, "int8": 1 + _F32 / p["D"]}[p["kv_dtype"]]
 
 
 def attention_combine(p: Parameters, work: Work) -> Cost:

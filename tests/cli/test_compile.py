@@ -32,11 +32,27 @@ def test_compile_writes_the_artifact(run: Run, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ir", "made.q35c"]
 
 
+def test_an_int8_cache_takes_half_of_the_state(run: Run, tmp_path: Path) -> None:
+    sizes = {}
+    for kv_dtype in ("bf16", "int8"):
+        output = tmp_path / f"{kv_dtype}.q35c"
+        options = ("--precision", "w8", "--kv-dtype", kv_dtype, "--context", 4096, "--batch", 1)
+        assert run("compile", checkpoint("dense"), "-o", output, *options).exit_code == 0
+        with read_artifact(output) as artifact:
+            tensors = [t for t in artifact.manifest.state.tensors if t.growth == "context"]
+        assert {t.dtype for t in tensors} == {{"int8": "i8"}.get(kv_dtype, kv_dtype)}
+        sizes[kv_dtype] = sum(tensor.bytes for tensor in tensors)
+        said = run("inspect", output).stdout
+        assert f"keys and values {kv_dtype}" in said
+    assert sizes["int8"] == sizes["bf16"] * (32 + 4) // 64  # head dim 32, one f32 scale for each
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--target", "cpu:z80"), "unknown target"),
         (("--precision", "f7"), "precision"),
+        (("--kv-dtype", "int4"), "auto, f32, bf16, int8"),
         (("--context", 0), "--context"),
         (("--context", 1 << 30), "--context"),
         (("--batch", 0), "--batch"),

@@ -24,6 +24,7 @@ from tests.compiled import (
 )
 
 KINDS = ("dense", "moe")
+CACHES: tuple[dict[str, str], ...] = ({}, {"kv_dtype": "int8"})
 TOLERANCE = 1e-4  # of the logits' range; the paths add the same numbers in another order
 
 
@@ -47,10 +48,11 @@ def test_every_split_point_of_every_length(kind: str) -> None:
                 assert close(got, want[length - 1]), f"{length} tokens, split at {split}"
 
 
+@pytest.mark.parametrize(("precision", "kv_dtype"), [("bf16", "auto"), ("f32", "int8")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_split_point_in_bf16(kind: str) -> None:
+def test_every_split_point_of_a_rounded_cache(kind: str, precision: str, kv_dtype: str) -> None:
     ids = random_ids(70, seed=70)
-    compiled = model(kind, "bf16")
+    compiled = model(kind, precision, kv_dtype=kv_dtype)
     want = compiled.score(ids)[-1]
     for split in range(1, len(ids)):
         with compiled.session() as session:
@@ -103,9 +105,10 @@ def test_splits_of_integer_models_stay_within_their_rounding(kind: str, precisio
     assert row_kl(steps, whole).mean() <= 0.1 * cost
 
 
+@pytest.mark.parametrize("cache", CACHES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_a_batch_are_independent(kind: str) -> None:
-    compiled = model(kind)
+def test_rows_of_a_batch_are_independent(kind: str, cache: dict[str, str]) -> None:
+    compiled = model(kind, **cache)
     prompts = [random_ids(length, seed=length) for length in (3, 40, 66)][:BATCH]
     steps = random_ids(8, seed=1)
     alone = []
@@ -124,10 +127,11 @@ def test_rows_of_a_batch_are_independent(kind: str) -> None:
         session.close()
 
 
+@pytest.mark.parametrize("cache", CACHES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_snapshot_restores_bit_for_bit(kind: str) -> None:
+def test_snapshot_restores_bit_for_bit(kind: str, cache: dict[str, str]) -> None:
     ids = random_ids(100, seed=3)
-    with model(kind).session() as session:
+    with model(kind, **cache).session() as session:
         session.prefill(ids[:50])
         snapshot = session.snapshot()
         first = session.prefill(ids[50:])
@@ -135,12 +139,13 @@ def test_snapshot_restores_bit_for_bit(kind: str) -> None:
         assert np.array_equal(session.prefill(ids[50:]), first)
 
 
+@pytest.mark.parametrize("cache", CACHES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_hundred_runs_are_bit_equal(kind: str) -> None:
+def test_a_hundred_runs_are_bit_equal(kind: str, cache: dict[str, str]) -> None:
     ids = random_ids(40, seed=4)
     seen = set()
     for _ in range(100):
-        with model(kind).session() as session:
+        with model(kind, **cache).session() as session:
             session.prefill(ids[:30])
             logits = [session.decode(int(token)) for token in ids[30:]]
         seen.add(hashlib.sha256(np.stack(logits).tobytes()).hexdigest())
@@ -157,11 +162,12 @@ def test_compiling_in_another_process_gives_the_same_bytes(tmp_path: Path) -> No
     assert second.read_bytes() == first.read_bytes()
 
 
-def test_threads_change_nothing() -> None:
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_threads_change_nothing(cache: dict[str, str]) -> None:
     ids = random_ids(90, seed=6)
     results = []
     for threads in (1, 2):
-        loaded = q35c.load(artifact("moe"), threads=threads)
+        loaded = q35c.load(artifact("moe", **cache), threads=threads)
         with loaded.session() as session:
             session.prefill(ids[:80])
             results.append(np.stack([session.decode(int(token)) for token in ids[80:]]))

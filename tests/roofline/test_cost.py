@@ -51,6 +51,12 @@ CASES: dict[str, tuple[str, dict[str, Any], Work, tuple[float, float, float, str
         DECODE,
         (2 * 101 * 2 * 256 * 2, 3 * 8 * 256 * 4, 101 * 8 * 4 * 256, "bf16"),
     ),
+    "an int8 cache has a scale for each cell and head": (
+        "attention",
+        {**HEADS, "kv_dtype": "int8"},
+        DECODE,
+        (2 * 101 * 2 * (256 + 4), 3 * 8 * 256 * 4, 2 * 101 * 8 * 4 * 256, "int8"),
+    ),
     # Token t of 4 meets 100 + t + 1 cells: 101 + 102 + 103 + 104.
     "prefill attention is causal": (
         "attention",
