@@ -222,7 +222,9 @@ def fetch(work: Work, state: Expr, at: Expr) -> None:
     Measured: into L1, or with less distance than 4 KiB, it gains nothing; into L2, 40 % for groups of 8.
     """
     shape = work.shape
-    if shape.query_tokens == 1 and shape.isa.has_bf16:
+    if shape.query_tokens == 1:
         step_elements = shape.step // CELLS * shape.cache.block_elements
         address = T.address_of(state[at + step_elements])
-        T.evaluate(T.call_extern("int32", "q35c_prefetch_l2", address))
+        to_l2 = [T.int32(flag) for flag in (0, 2, 1)]  # a read, of data
+        prefetch = T.llvm_lookup_intrinsic_id("llvm.prefetch")
+        T.evaluate(T.call_llvm_intrin("void", prefetch, address, *to_l2))

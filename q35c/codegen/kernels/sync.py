@@ -138,7 +138,6 @@ declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloa
 declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
 declare <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float>, <16 x float>, <16 x float>, i16, i32)
 declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
 define linkonce_odr hidden <16 x float> @q35c_dpbf16(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) alwaysinline {
   %x = bitcast <16 x i32> %a to <32 x bfloat>
@@ -161,11 +160,6 @@ define linkonce_odr hidden <16 x float> @q35c_scale_f32x16(<16 x float> %x, <16 
 define linkonce_odr hidden float @q35c_max_f32x16(<16 x float> %x) alwaysinline {
   %r = call nnan float @llvm.vector.reduce.fmax.v16f32(<16 x float> %x)
   ret float %r
-}
-
-define linkonce_odr hidden i32 @q35c_prefetch_l2(ptr %address) alwaysinline {
-  call void @llvm.prefetch.p0(ptr %address, i32 0, i32 2, i32 1)
-  ret i32 0
 }
 """
 
