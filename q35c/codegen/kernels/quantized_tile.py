@@ -10,10 +10,10 @@ computed with it nor on the number of threads.
 
 A block of 32 output columns lies group by group: 16 words with its bf16 scales, then lines of 32 words, a word for
 each column. 16 inputs take 4 lines of 8 bits, or 2 of 4 bits (low halves first); 5 bits are stored as 4 and a line
-with the high bits of 32 inputs (codegen/pack.py). One row reads it as one stream: the limit is memory
-bandwidth. Many rows: the limit is one byte-product instruction a cycle. A tall tile unpacks 4 bits beside its products, at no cost
-that shows; for 5 bits, which take more instructions, tall tiles share what was unpacked once (measured: 13 % faster,
-while 4 bits would be 5 % slower).
+with the high bits of 32 inputs (codegen/pack.py). One row reads it as one stream: the limit is memory bandwidth. Many
+rows: the limit is one byte-product instruction a cycle. A tall tile unpacks 4 bits beside its products, at no cost that
+shows; for 5 bits, which take more instructions, tall tiles share what was unpacked once (measured on Zen 4: 13 %
+faster, while 4 bits would be 5 % slower).
 """
 
 from __future__ import annotations
