@@ -79,7 +79,7 @@ class IntegerProduct(Product):
     @property
     def heights(self) -> tuple[int, ...]:
         """Rows of a tile: each height takes what the taller ones leave."""
-        return (4, 2, 1) if self.isa.registers == 16 else (8, 4, 2, 1)
+        return (4, 3, 2, 1) if self.isa.registers == 16 else (8, 6, 5, 4, 3, 2, 1)
 
     def passes(self, rows: int) -> tuple[Vectors, ...]:
         """Vectors of a line that one tile takes at a time: its sums must fit the registers."""
