@@ -159,6 +159,8 @@ def main() -> None:
         with Progress() as progress:
             rounds.run(make_plan(found, tests), progress)
     except KeyboardInterrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not cost the report
+            signal.signal(number, signal.SIG_IGN)
         say("stopped: the report has what was measured so far")
     finally:
         rounds.probe.close()
