@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,4 +43,6 @@ def start(*arguments: object) -> subprocess.Popen[bytes]:
     """Start a command line as a process of its own, with all three streams as pipes."""
     command = [sys.executable, "-m", "q35c", *(str(argument) for argument in arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=listen)
