@@ -30,7 +30,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
     "--precision",
     default="bf16",
     show_default=True,
-    help="How weights are stored: f32, bf16, w8 (8 bits), w4 (4 bits, sensitive ones 6) or w4-small "
+    help="How weights are stored: f32, bf16, w8 (8 bits), w4 (4 bits, sensitive ones 5) or w4-small "
     "(4 bits wherever possible).",
 )
 @click.option(
