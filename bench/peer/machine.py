@@ -14,6 +14,7 @@ from typing import IO
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _POLL_SECONDS = 0.02
+_POLL_SHARE = 0.02  # of the time gone: looking takes a core from what is measured
 _LOOK_SECONDS = 0.7
 _SETTLE_SECONDS = 1.0  # the kernel counts in hundredths: too coarse before
 _PROBE_SOURCE = Path(__file__).with_name("probe.c")
@@ -129,7 +130,7 @@ def run_child(
                     raise Disturbed(f"took longer than {timeout:.0f} s")
                 if is_settled and (share := watch.others_share(child.pid)) > most_others:
                     raise Disturbed(f"others used {share:.0%} of the machine")
-                time.sleep(_POLL_SECONDS)
+                time.sleep(max(_POLL_SECONDS, _POLL_SHARE * watch.elapsed))
         finally:
             child.kill()
             child.wait()

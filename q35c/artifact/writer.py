@@ -210,6 +210,9 @@ class ArtifactWriter:
             os.lseek(self._file, 0, os.SEEK_SET)
             self._put(header)
             os.fsync(self._file)
+            # Verify what the disk holds, not the cache. Read back in order, the file is also cached in larger
+            # pages than when it was written.
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
             self._verify()
             # Renamed while still locked, so that no sweeper can take it for stale in between.
             os.replace(self._temporary, self.path)
