@@ -19,7 +19,7 @@ import math
 
 from tvm.script import tirx as T
 
-from q35c.codegen.kernels.attention_pairs import Form, Work, fetch
+from q35c.codegen.kernels.attention_pairs import Form, Work, fetch_ahead
 from q35c.codegen.kernels.attention_shape import CELLS
 from q35c.codegen.kernels.common import Expr, ceil_div, ramp, splat
 
@@ -79,7 +79,7 @@ def _score(work: Work, state: Expr, keys: Expr, blocks: Expr) -> None:
             with T.serial(T.int64(shape.D // 2)) as pair:
                 at = T.Bind(panel + pair * CELLS)
                 for j in range(vectors):
-                    fetch(work, state, at + j * _L)
+                    fetch_ahead(work, state, at + j * _L)
                 words = [state[ramp(at + j * _L, _L)] for j in range(vectors)]
                 _multiply(acc, words, [work.queries[row, pair] for row in rows])
             for r, row in enumerate(rows):
@@ -117,7 +117,7 @@ def _add_values(work: Work, state: Expr, values: Expr, blocks: Expr, cells: Expr
             with T.serial(T.min(left, T.int64(_PAIRS))) as pair:
                 at = T.Bind(panel + pair * width)
                 for j in range(width // _L):
-                    fetch(work, state, at + j * _L)
+                    fetch_ahead(work, state, at + j * _L)
                 words = [state[ramp(at + j * _L, _L)] for j in range(width // _L)]
                 column = block * _PAIRS + pair
                 _multiply(acc, words, [work.weights[row, column] for row in rows])

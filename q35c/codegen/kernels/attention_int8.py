@@ -19,7 +19,7 @@ import math
 
 from tvm.script import tirx as T
 
-from q35c.codegen.kernels.attention_pairs import Form, Work, fetch, whole_power
+from q35c.codegen.kernels.attention_pairs import Form, Work, fetch_ahead, whole_power
 from q35c.codegen.kernels.attention_shape import CELLS, cell_scale
 from q35c.codegen.kernels.common import (
     Expr,
@@ -84,7 +84,7 @@ def _pack_query(work: Work, q: Expr, row: Expr, token: Expr, column: Expr) -> No
 def _multiply(work: Work, acc: Expr, state: Expr, at: Expr, scalars: list[Expr]) -> None:
     """Emit acc[r, j] += bytes at vector j . scalars[r], over pairs."""
     lanes, vectors = work.lanes, int(acc.shape[1])
-    fetch(work, state, at)  # the vectors lie in one line
+    fetch_ahead(work, state, at)  # the vectors lie in one line
     wide = [T.Bind(T.cast(state[ramp(at + j * (2 * lanes), 2 * lanes)], f"int16x{2 * lanes}")) for j in range(vectors)]  # fmt: skip
     for r, scalar in enumerate(scalars):
         pair = T.Bind(T.reinterpret(splat(scalar, lanes), dtype=f"int16x{2 * lanes}"))

@@ -24,6 +24,7 @@ from q35c.codegen.kernels.attention_shape import CELLS, AttentionShape
 from q35c.codegen.kernels.common import (
     STACK,
     Expr,
+    fetch,
     from_bits,
     hmax,
     horner,
@@ -216,7 +217,7 @@ def _power_of_two(form: Form, x: Expr, shift: Expr, lanes: int) -> Expr:
     return let(x, lambda x: let(T.nearbyint(x), lambda whole: split(x, whole)))
 
 
-def fetch(work: Work, state: Expr, at: Expr) -> None:
+def fetch_ahead(work: Work, state: Expr, at: Expr) -> None:
     """Emit a prefetch into L2 of the same place one step later, in decode, where lines come from memory.
 
     Measured: into L1, or with less distance than 4 KiB, it gains nothing; into L2, 40 % for groups of 8.
@@ -224,7 +225,4 @@ def fetch(work: Work, state: Expr, at: Expr) -> None:
     shape = work.shape
     if shape.query_tokens == 1:
         step_elements = shape.step // CELLS * shape.cache.block_elements
-        address = T.address_of(state[at + step_elements])
-        to_l2 = [T.int32(flag) for flag in (0, 2, 1)]  # a read, of data
-        prefetch = T.llvm_lookup_intrinsic_id("llvm.prefetch")
-        T.evaluate(T.call_llvm_intrin("void", prefetch, address, *to_l2))
+        fetch(state[at + step_elements], 2)

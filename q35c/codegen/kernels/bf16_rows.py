@@ -15,6 +15,7 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import (
+    LINE_WORDS,
     Expr,
     bits,
     ceil_div,
@@ -25,14 +26,13 @@ from q35c.codegen.kernels.common import (
     vector,
 )
 
-_LINE_WORDS = 16  # words of a cache line
 _SEGMENT = 128  # values of one work item
 
 
 def bf16_row_words(K: int, isa: Isa) -> int:
     """Return the 4-byte words from one rounded row of K values to the next."""
     words = ceil_div(K, 2) if isa.has_bf16 else K
-    return (ceil_div(words, _LINE_WORDS) | 1) * _LINE_WORDS
+    return (ceil_div(words, LINE_WORDS) | 1) * LINE_WORDS
 
 
 def round_rows(K: int, isa: Isa, pairs: int = 1) -> PrimFunc:

