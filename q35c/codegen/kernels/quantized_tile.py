@@ -88,11 +88,16 @@ class IntegerProduct(Product):
             return (self.vectors,)
         return (self.vectors[:2], self.vectors[2:])
 
+    @property
+    def unpacks_slowly(self) -> bool:
+        """Whether tiles should share what is unpacked: 5 bits take twice as long, 8 rows pay for more than 4."""
+        return self.form.bits == 5 or (self.form.bits == 4 and self.heights[0] == 4)
+
     def sweep(self, operands: Operands, begin: Expr, end: Expr) -> None:
         position = begin
         for rows in self.heights:
             count = T.Bind(T.truncdiv(end - position, rows))
-            if rows == self.heights[0] and self.form.bits == 5:
+            if rows == self.heights[0] and self.unpacks_slowly:
                 with T.If(count < _SHARING_TILES):
                     with T.Then():
                         _tiles(self, operands, position, count, rows)
@@ -107,7 +112,9 @@ def _tiles(
     product: IntegerProduct, operands: Operands, begin: Expr, count: Expr, rows: int
 ) -> None:
     """Emit tiles that read the packed block, all its groups at once."""
-    packed = Packed(product.layout, operands.w, operands.block, runs_ahead=rows > 1)
+    # One row keeps up with memory by itself where one instruction multiplies bytes.
+    runs_ahead = rows > 1 or not product.isa.has_vnni
+    packed = Packed(product.layout, operands.w, operands.block, runs_ahead)
     with T.serial(count) as tile:
         first = T.Bind(begin + tile * rows)
         x_rows = [T.Bind(operands.x_row(first + i)) for i in range(rows)]
