@@ -12,8 +12,8 @@ A block of 32 output columns lies group by group: 16 words with its bf16 scales,
 each column. 16 inputs take 4 lines of 8 bits, or 2 of 4 bits (low halves first); 5 bits are stored as 4 and a line
 with the high bits of 32 inputs (codegen/pack.py). One row reads it as one stream: the limit is memory bandwidth. Many
 rows: the limit is one byte-product instruction a cycle. A tall tile unpacks 4 bits beside its products, at no cost that
-shows; for 5 bits, which take more instructions, tall tiles share what was unpacked once (measured on Zen 4: 13 %
-faster, while 4 bits would be 5 % slower).
+shows; for 5 bits, which take more instructions, many tall tiles share what was unpacked once (measured on Zen 4: 13 %
+faster, while 4 bits would be 5 % slower); so do the tiles of 4 bits on AVX2, which are half as tall.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class IntegerProduct(Product):
 
     @property
     def unpacks_slowly(self) -> bool:
-        """Whether tiles should share what is unpacked: 5 bits take twice as long, 8 rows pay for more than 4."""
+        """Whether tiles should share what is unpacked: 5 bits take twice as long, 4 rows use it half as often as 8."""
         return self.form.bits == 5 or (self.form.bits == 4 and self.heights[0] == 4)
 
     def sweep(self, operands: Operands, begin: Expr, end: Expr) -> None:
