@@ -42,7 +42,7 @@ from q35c.ir.formats import IntegerFormat, integer_format
 
 _CHUNK = 512  # inputs that are unpacked at once: 16 KiB, half of L1
 _TILES = 32  # most tiles that share them; their sums, 32 KiB, pass once a chunk
-_SHARING_TILES = 8  # fewest: with half of it, each tile unpacking for itself is as fast
+_SHARING_TILES = 8  # fewest: up to 6, each tile unpacking for itself is as fast or faster
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class IntegerProduct(Product):
 
     @property
     def unpacks_slowly(self) -> bool:
-        """Whether tiles should share what is unpacked: 5 bits take twice as long, 4 rows use it half as often as 8."""
+        """Whether tiles should share what is unpacked: 5 bits take more steps, and 4 rows use it half as often as 8."""
         return self.form.bits == 5 or (self.form.bits == 4 and self.heights[0] == 4)
 
     def sweep(self, operands: Operands, begin: Expr, end: Expr) -> None:
