@@ -2,10 +2,10 @@
 
 Matrices are stored in blocks of 32 output rows so that one vector load serves 8, 16 or 32 outputs of
 one input element: f32 as [blocks, K, 32], bf16 in pairs of inputs as [blocks, K/2, 32, 2]. Integers are
-stored group by group of inputs, [blocks, groups, bytes]: the 32 scales, then lines of a 4-byte word for
-each of the 32 outputs. 16 inputs take 4 lines of 8 bits or 2 lines of 4 bits; of 5 bits the low 4 are stored so, then a line
-with the high bits of 32 inputs. Everything is read, converted and written in slices
-of about a megabyte.
+stored as [blocks, bytes]: a cache line with the 32 rows' exponents, then, for each two groups of inputs, a cache line
+with their 32 scales and lines of a 4-byte word for each of the 32 outputs. 16 inputs take 4 lines of 8 bits or 2
+lines of 4 bits; of 5 bits a line with the high bits of 32 inputs comes first, then the low 4. Everything is read,
+converted and written in slices of about a megabyte.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from q35c.ir.formats import IntegerFormat, integer_format, quantize_weight, to_bf16
 
 BLOCK = 32  # output rows per block
+CACHE_LINE = 64  # bytes
 SLICE_BYTES = 1 << 20  # f32 bytes converted at a time: they stay in the cache
 
 Job = Callable[[], np.ndarray]
@@ -62,7 +63,7 @@ class PackedWeight:
 
     def _block_shape(self, inputs: int) -> tuple[int, ...]:
         if form := integer_format(self.dtype):
-            return form.groups(inputs), group_bytes(form)
+            return (block_bytes(form, inputs),)
         return (inputs, BLOCK) if self.dtype == "f32" else (ceil_div(inputs, 2), BLOCK, 2)
 
     @property
@@ -174,7 +175,7 @@ def interleave(gate: np.ndarray, up: np.ndarray, first: int, count: int) -> np.n
 
 def pack_blocks(rows: np.ndarray, dtype: str) -> np.ndarray:
     """Turn f32 [n * 32, K] into f32 [n, K, 32], bf16 bits u16 [n, K/2, 32, 2] (odd K: zero) or
-    integers u8 [n, groups, bytes].
+    integers u8 [n, block_bytes].
     """
     if form := integer_format(dtype):
         return pack_integers(rows, form)
@@ -191,28 +192,34 @@ def pack_blocks(rows: np.ndarray, dtype: str) -> np.ndarray:
     )
 
 
-def group_bytes(form: IntegerFormat) -> int:
-    """Return the bytes of one group of inputs of a block: 32 scales, then the codes."""
-    return 2 * BLOCK + BLOCK * form.group * form.bits // 8
+def block_bytes(form: IntegerFormat, inputs: int) -> int:
+    """Return the bytes of a block of rows of `inputs` values: 32 exponents and a line of scales for two groups each
+    take a cache line.
+    """
+    groups = form.groups(inputs)
+    return CACHE_LINE * (1 + ceil_div(groups, 2)) + groups * BLOCK * form.group * form.bits // 8
 
 
 def pack_integers(rows: np.ndarray, form: IntegerFormat) -> np.ndarray:
-    """Turn f32 [n * 32, K] into u8 [n, groups, group_bytes].
-
-    Word j of the scales holds those of outputs j (low half) and j + 16: one load serves 32 outputs.
-    """
-    levels, scales = quantize_weight(rows, form)
+    """Turn f32 [n * 32, K] into u8 [n, block_bytes]."""
+    levels, scales, exponents = quantize_weight(rows, form)
     count, groups = len(rows) // BLOCK, levels.shape[1]
-    halves = to_bf16(scales).reshape(count, 2, BLOCK // 2, groups).transpose(0, 3, 2, 1)
-    packed = np.empty((count, groups, group_bytes(form)), np.uint8)
-    packed[..., : 2 * BLOCK] = (
-        np.ascontiguousarray(halves).view(np.uint8).reshape(count, groups, -1)
-    )
     codes = np.searchsorted(form.levels, levels).astype(np.uint8)
     sets = codes.reshape(count, BLOCK, groups, -1, form.set_inputs // 4, 4)
     words = pack_words(sets, form.bits)
     lines = words.transpose(0, 2, 3, 4, 1, 5)  # [n, groups, sets, lines of a set, 32, 4]
-    packed[..., 2 * BLOCK :] = lines.reshape(count, groups, -1)
+    packed = np.zeros((count, block_bytes(form, rows.shape[1])), np.uint8)
+    packed[:, :BLOCK] = exponents.reshape(count, BLOCK)
+    by_group = scales.reshape(count, BLOCK, groups)
+    end = CACHE_LINE
+    for first in range(0, groups, 2):
+        for place, group in enumerate(range(first, min(first + 2, groups))):
+            start = end + place * BLOCK
+            packed[:, start : start + BLOCK] = by_group[:, :, group]
+        pair = lines[:, first : first + 2].reshape(count, -1)
+        start = end + CACHE_LINE
+        end = start + pair.shape[1]
+        packed[:, start:end] = pair
     return packed
 
 
@@ -225,7 +232,7 @@ def pack_words(sets: np.ndarray, bits: int) -> np.ndarray:
     if bits == 4:
         return halves
     high = sets >> np.uint8(4)
-    last = high[..., 0, :]
+    first = high[..., 0, :]
     for word in range(1, sets.shape[-2]):
-        last = last | high[..., word, :] << np.uint8(word)
-    return np.concatenate([halves, last[..., None, :]], -2)
+        first = first | high[..., word, :] << np.uint8(word)
+    return np.concatenate([first[..., None, :], halves], -2)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from q35c.codegen.pack import PackedWeight, group_bytes, pack_blocks
+from q35c.codegen.pack import PackedWeight, block_bytes, pack_blocks
 from q35c.compile import load_packer
 from q35c.ir.formats import integer_format
 
@@ -29,15 +29,11 @@ def test_packer(pack, inputs: int, dtype: str) -> None:
     rows[4] *= np.float32(1e-12)
     rows[5, :] = np.abs(rows[5])
     got, want = pack(rows, dtype), pack_blocks(rows, dtype)
-    assert got.shape == want.shape == (3, *group_shape(inputs, dtype))
-    # Two scales with the same error but for rounding may be taken for one another: a group in thousands.
-    assert (got != want).any(-1).mean() <= 0.01
-
-
-def group_shape(inputs: int, dtype: str) -> tuple[int, int]:
     form = integer_format(dtype)
     assert form is not None
-    return form.groups(inputs), group_bytes(form)
+    assert got.shape == want.shape == (3, block_bytes(form, inputs))
+    # Two scales with the same error but for rounding may be taken for one another: a group in thousands.
+    assert (got != want).any(-1).mean() <= 0.01
 
 
 def test_floating_rows_need_no_compiled_packer() -> None:

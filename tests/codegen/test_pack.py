@@ -108,24 +108,39 @@ def test_experts(name: str, inputs: int, dtype: str) -> None:
         check_matrix(got[expert], layout, dtype, [whole] if layout == "experts" else halves)
 
 
-def unpack_integers(block: np.ndarray, dtype: str, lane: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return codes [groups, group] and scales [groups] of one lane of a block u8 [groups, bytes]."""
+def unpack_integers(
+    block: np.ndarray, dtype: str, inputs: int, lane: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return levels [groups, group] and scales [groups] of one lane of a block u8 [bytes] of rows of `inputs` values."""
     form = integer_format(dtype)
     assert form is not None
-    scales = block[:, :64].copy().view(np.uint16).reshape(-1, 16, 2)[:, lane % 16, lane // 16]
+    groups = form.groups(inputs)
+    exponent, codes, lines, at = int(block[lane]), [], [], 64
+    for first in range(0, groups, 2):
+        there = min(2, groups - first)
+        codes += [int(block[at + place * 32 + lane]) for place in range(there)]
+        size = there * 32 * form.group * form.bits // 8
+        lines.append(block[at + 64 : at + 64 + size])
+        at += 64 + size
+    assert at == len(block)
+    scales = [
+        (-1) ** (code >> 7) * (1 + code % 16 / 16) * 2.0 ** (exponent - 127 + (code >> 4 & 7))
+        for code in codes
+    ]
     words = form.set_inputs // 4
-    lines = block[:, 64:].reshape(len(block), -1, form.bits * words // 8, 32, 4)
+    lines = np.concatenate(lines).reshape(groups, -1, form.bits * words // 8, 32, 4)
     lines = lines[..., lane, :].astype(int)
     if form.bits == 8:
         stored = lines
     else:
-        halves = [lines[:, :, word // 2] >> 4 * (word % 2) & 15 for word in range(words)]
+        low = lines[:, :, 1:] if form.bits == 5 else lines
+        halves = [low[:, :, word // 2] >> 4 * (word % 2) & 15 for word in range(words)]
         stored = np.stack(halves, 2)
     if form.bits == 5:
-        high = [(lines[:, :, -1] >> word & 0x01) << 4 for word in range(words)]
+        high = [(lines[:, :, 0] >> word & 0x01) << 4 for word in range(words)]
         stored += np.stack(high, 2)
-    codes = np.array(form.levels)[stored]
-    return codes.reshape(len(block), -1), (scales.astype(np.uint32) << 16).view(np.float32)
+    levels = np.array(form.levels)[stored]
+    return levels.reshape(groups, -1), np.array(scales, np.float32)
 
 
 @pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i5g32", "i5g64", "i8g64"])
@@ -138,8 +153,8 @@ def test_integers(name: str, inputs: int, dtype: str) -> None:
     assert got.dtype == np.uint8 and weight.stored_dtype == "u8"
     for block in range(len(got)):
         for lane in range(32):
-            codes, scales = unpack_integers(got[block], dtype, lane)
-            values = (codes * scales[:, None]).reshape(-1)
+            levels, scales = unpack_integers(got[block], dtype, inputs, lane)
+            values = (levels * scales[:, None]).reshape(-1)
             row = row_of(layout, arrays, block, lane)
             want = np.zeros(inputs) if row is None else formats.stored(row, dtype)
             np.testing.assert_array_equal(values[:inputs], want.astype(np.float32))

@@ -48,14 +48,27 @@ def high_halves(words: Expr, lanes: int) -> Expr:
 
 def look_up(table: Sequence[int], indices: Expr, lanes: int) -> Expr:
     """Return the bytes of a table of 16 at the indices in every byte, 0 to 15."""
-    words = [int.from_bytes(bytes(table[at : at + 4]), "little") for at in range(0, 16, 4)]
-    constants = [T.int32(word) for word in words] * (lanes // 4)
-    vector = as_bytes(tirx.Shuffle(constants, [T.int32(lane) for lane in range(lanes)]), lanes)
+    vector = _repeated(table, lanes)
     shuffle = T.llvm_lookup_intrinsic_id(_SHUFFLE[lanes])
     found = T.call_llvm_pure_intrin(
         shuffle, vector, as_bytes(indices, lanes), dtype=f"int8x{4 * lanes}"
     )
     return T.reinterpret(found, dtype=f"int32x{lanes}")
+
+
+def look_up_wide(table: Sequence[int], indices: Expr) -> Expr:
+    """Return the bytes of a table of 32 at the low 5 bits of every byte of 16 words, with VBMI."""
+    permute = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.qi.512")
+    operands = (_repeated(table, 16), as_bytes(indices, 16))
+    found = T.call_llvm_pure_intrin(permute, *operands, dtype="int8x64")
+    return T.reinterpret(found, dtype="int32x16")
+
+
+def _repeated(table: Sequence[int], lanes: int) -> Expr:
+    """Return a vector that a table of bytes fills, as often as it fits."""
+    words = [int.from_bytes(bytes(table[at : at + 4]), "little") for at in range(0, len(table), 4)]
+    constants = [T.int32(word) for word in words] * (lanes // len(words))
+    return as_bytes(tirx.Shuffle(constants, [T.int32(lane) for lane in range(lanes)]), lanes)
 
 
 def as_bytes(words: Expr, lanes: int) -> Expr:

@@ -16,6 +16,7 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import BLOCK, Expr, ceil_div, share, widen_high, widen_low
+from q35c.codegen.kernels.integer_weights import scale_of
 from q35c.codegen.kernels.matmul import make_product
 from q35c.codegen.kernels.product import Product
 from q35c.codegen.kernels.quantized_tile import IntegerProduct
@@ -93,22 +94,28 @@ def _copy_pairs(word: Word, lane: Expr, y: Expr, row: Expr, begin: Expr, end: Ex
 def _copy_integers(
     table: IntegerProduct, word: Word, lane: Expr, y: Expr, row: Expr, begin: Expr, end: Expr
 ) -> None:
-    """Emit the columns one by one: level * scale, the latter in half a word."""
-    form, half = table.form, BLOCK // 2
+    """Emit the columns one by one: level * scale."""
+    form, layout = table.form, table.layout
+    exponent = T.Bind(_byte_of(word, T.int64(0), lane))
     with T.serial(end - begin) as c:
         column = T.Bind(begin + c)
         group = T.Bind(T.truncdiv(column, T.int64(form.group)))
-        base = T.Bind(group * table.layout.group_words)
         within = T.Bind(T.cast(column - group * form.group, "int32"))
         number = T.shift_right(within, form.set_inputs.bit_length() - 1)
-        lines = T.Bind(base + half + number * (table.layout.set_lines * BLOCK) + lane)
-        scales = T.Bind(word(base + T.bitwise_and(lane, T.int64(half - 1))))
-        scale = T.Bind(T.Select(lane < half, widen_low(scales, 1), widen_high(scales, 1)))
+        lines = T.Bind(layout.set_start(group, number) + lane)
+        code = T.cast(T.cast(_byte_of(word, layout.scales_start(group), lane), "int8"), "int32")
+        scale = T.Bind(scale_of(code, exponent, 1))
         # Of the inputs of a set, `part` counts words of 4 and `byte` the bits before a byte of a word.
-        part = T.Bind(T.bitwise_and(T.shift_right(within, 2), table.layout.set_words - 1))
+        part = T.Bind(T.bitwise_and(T.shift_right(within, 2), layout.set_words - 1))
         byte = T.Bind(T.bitwise_and(within, 3) * 8)
         level = _level_of(form, _code_of(table, word, lines, part, byte))
         T.buffer_store(y, T.cast(level, "float32") * scale, [row, column])
+
+
+def _byte_of(word: Word, start: Expr, lane: Expr) -> Expr:
+    """Return an output's byte of a line that begins at word `start`."""
+    within = T.cast(T.bitwise_and(lane, T.int64(3)), "int32") * 8
+    return T.bitwise_and(T.shift_right(word(start + T.shift_right(lane, T.int64(2))), within), 255)
 
 
 def _level_of(form: IntegerFormat, code: Expr) -> Expr:
@@ -130,9 +137,10 @@ def _code_of(table: IntegerProduct, word: Word, lines: Expr, part: Expr, byte: E
     if bits == 8:
         return T.bitwise_and(T.shift_right(word(lines + part * BLOCK), byte), 255)
     shift = byte + T.bitwise_and(part, 1) * 4
-    low = T.bitwise_and(T.shift_right(word(lines + T.shift_right(part, 1) * BLOCK), shift), 15)
+    first = 1 if bits == 5 else 0
+    halves = word(lines + (first + T.shift_right(part, 1)) * BLOCK)
+    low = T.bitwise_and(T.shift_right(halves, shift), 15)
     if bits == 4:
         return low
-    last = word(lines + (table.layout.set_lines - 1) * BLOCK)
-    high = T.bitwise_and(T.shift_right(last, byte + part), 1)
+    high = T.bitwise_and(T.shift_right(word(lines), byte + part), 1)
     return low + high * 16

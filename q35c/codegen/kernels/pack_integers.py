@@ -26,8 +26,9 @@ from q35c.codegen.kernels.common import (
     splat,
     splat_int,
 )
+from q35c.codegen.kernels.integer_weights import scale_of
 from q35c.codegen.kernels.quantized_tile import IntegerProduct
-from q35c.ir.formats import TOP_SHARES
+from q35c.ir.formats import TOP_SHARES, scale_unit
 
 _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
@@ -36,9 +37,9 @@ _ROUND_BITS = 0x4B400000
 
 
 def pack_integers(K: int, dtype: str, isa: Isa) -> PrimFunc:
-    """Make the kernel (X f32 [blocks * 32, K], W i32, HALVES u16, blocks, tid, nt).
+    """Make the kernel (X f32 [blocks * 32, K], W i32, BYTES u8, blocks, tid, nt).
 
-    W and HALVES are one address, the packed blocks. Threads split the blocks.
+    W and BYTES are one address, the packed blocks. Threads split the blocks.
     """
     product = IntegerProduct(BLOCK, K, dtype, "none", isa)
     groups, group = product.form.groups(K), product.form.group
@@ -47,35 +48,39 @@ def pack_integers(K: int, dtype: str, isa: Isa) -> PrimFunc:
     def pack_integers_kernel(
         X: T.handle("float32"),
         W: T.handle("int32"),
-        HALVES: T.handle("uint16"),
+        BYTES: T.handle("uint8"),
         blocks: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
-        # No noalias: W and HALVES are one.
+        # No noalias: W and BYTES are one.
         x = T.decl_buffer((blocks * BLOCK, K), "float32", data=X)
         w = T.decl_buffer((blocks, product.block_elements), "int32", data=W)
-        halves = T.decl_buffer((blocks, product.block_elements * 2), "uint16", data=HALVES)
+        octets = T.decl_buffer((blocks, product.block_elements * 4), "uint8", data=BYTES)
         values = T.alloc_buffer((group,), "float32", annotations=STACK)
         words = T.alloc_buffer((BLOCK, group // 4), "int32", annotations=STACK)
-        best = T.alloc_buffer((2,), "float32")  # the least error, its scale
+        exponents = T.alloc_buffer((BLOCK,), "int32", annotations=STACK)
+        least = T.alloc_buffer((1,), "float32")
+        best = T.alloc_buffer((1,), "int32")  # the scale of the least error
         first: T.let[T.int64] = share(blocks, tid, nt)
         last: T.let[T.int64] = share(blocks, tid + 1, nt)
         for item in T.serial(last - first):
+            for word in T.serial(product.layout.block_words):
+                w[first + item, word] = T.int32(0)
+            for row in T.serial(T.int64(BLOCK)):
+                choose_exponent(product, x, (first + item) * BLOCK + row, exponents, row)
+                octets[first + item, row] = T.cast(exponents[row], "uint8")
             for number in T.serial(T.int64(groups)):
-                base: T.let[T.int64] = number * product.layout.group_words
                 for row in T.serial(T.int64(BLOCK)):
                     load_values(product, x, (first + item) * BLOCK + row, number, values)
-                    choose_scale(product, values, best)
-                    # Word j of the scales: output j in its low half, j + 16 in its high half.
-                    halves[
-                        first + item,
-                        base * 2 + T.bitwise_and(row, T.int64(15)) * 2 + T.shift_right(row, T.int64(4)),
-                    ] = T.cast(T.shift_right(bits(best[1], 1), 16), "uint16")  # fmt: skip
-                    write_codes(product, values, best[1], words, row)
+                    choose_scale(product, values, exponents[row], least, best)
+                    octets[first + item, product.layout.scales_start(number) * 4 + row] = T.cast(
+                        best[0], "uint8"
+                    )
+                    write_codes(product, values, _scale(best[0], exponents[row]), words, row)
                 for at in T.serial(T.int64(product.layout.sets)):
                     for row in T.serial(T.int64(BLOCK)):
-                        write_words(product, words, at, row, w, first + item, base)
+                        write_words(product, words, number, at, row, w, first + item)
         return T.int32(0)
 
     return pack_integers_kernel
@@ -102,8 +107,25 @@ def load_values(product: IntegerProduct, x: Expr, row: Expr, number: Expr, value
                 T.buffer_store(values, x[row, number * group + k], [k])
 
 
-def choose_scale(product: IntegerProduct, values: Expr, best: Expr) -> None:
-    """Emit best = (error, scale) of the scale with the least squared error."""
+def choose_exponent(
+    product: IntegerProduct, x: Expr, row: Expr, exponents: Expr, place: Expr
+) -> None:
+    """Emit exponents[place] = that of the least scale of a row; what is not finite does not count."""
+    largest = T.alloc_buffer((1,), "int32")
+    T.buffer_store(largest, T.int32(0), [0])
+    with T.serial(product.K) as k:
+        magnitude = T.Bind(T.bitwise_and(bits(x[row, k], 1), 0x7FFFFFFF))
+        finite = T.Select(magnitude < 0x7F800000, magnitude, 0)
+        T.buffer_store(largest, T.max(largest[0], finite), [0])
+    bound = bits(from_bits(largest[0], 1) * T.float32(scale_unit(product.form)), 1)
+    exponent = T.shift_right(bound, 23) - 7
+    T.buffer_store(exponents, T.max(T.min(exponent, 247), 1), [place])
+
+
+def choose_scale(
+    product: IntegerProduct, values: Expr, exponent: Expr, least: Expr, best: Expr
+) -> None:
+    """Emit best = the code of the scale with the least squared error, the row's exponent given."""
     L, form = product.isa.lanes, product.form
     places = [ramp(v, L) for v in range(0, form.group, L)]
     high, low = values[places[0]], values[places[0]]
@@ -111,11 +133,12 @@ def choose_scale(product: IntegerProduct, values: Expr, best: Expr) -> None:
         high, low = T.max(high, values[at]), T.min(low, values[at])
     high, low = T.Bind(_reduce("fmax", high)), T.Bind(_reduce("fmin", low))
     top = T.Bind(T.Select(high >= T.float32(0) - low, high, low))
-    T.buffer_store(best, T.float32(float("inf")), [0])
-    T.buffer_store(best, T.float32(0), [1])
+    T.buffer_store(least, T.float32(float("inf")), [0])
+    T.buffer_store(best, T.int32(0), [0])
     for part in TOP_SHARES[form.bits]:
-        scale = T.Bind(_nearest_bf16(top * T.float32(1 / (part * form.zero_point))))
-        inverse = T.Bind(splat(_inverse(scale), L))
+        code = T.Bind(_nearest_code(top * T.float32(1 / (part * form.zero_point)), exponent))
+        scale = T.Bind(_scale(code, exponent))
+        inverse = T.Bind(splat(T.float32(1) / scale, L))
         wide = T.Bind(splat(scale, L))
         total = T.alloc_buffer((1, L), "float32")
         T.buffer_store(total, splat(0.0, L), [0, ramp(0, L)])
@@ -124,15 +147,15 @@ def choose_scale(product: IntegerProduct, values: Expr, best: Expr) -> None:
             error = T.Bind(values[at] - level * wide)
             T.buffer_store(total, total[0, ramp(0, L)] + error * error, [0, ramp(0, L)])
         whole = T.Bind(hsum(total[0, ramp(0, L)], L))
-        with T.If(whole < best[0]), T.Then():
-            T.buffer_store(best, whole, [0])
-            T.buffer_store(best, scale, [1])
+        with T.If(whole < least[0]), T.Then():
+            T.buffer_store(least, whole, [0])
+            T.buffer_store(best, code, [0])
 
 
 def write_codes(product: IntegerProduct, values: Expr, scale: Expr, words: Expr, row: Expr) -> None:
     """Emit the unsigned codes of a group, four to a word, in natural order."""
     L, form = product.isa.lanes, product.form
-    inverse = T.Bind(splat(_inverse(scale), L))
+    inverse = T.Bind(splat(T.float32(1) / scale, L))
     codes = T.alloc_buffer((form.group,), "int32", annotations=STACK)
     for v in range(0, form.group, L):
         code = _code(product, values[ramp(v, L)], inverse)
@@ -143,7 +166,7 @@ def write_codes(product: IntegerProduct, values: Expr, scale: Expr, words: Expr,
 
 
 def write_words(
-    product: IntegerProduct, words: Expr, at: Expr, row: Expr, w: Expr, block: Expr, base: Expr
+    product: IntegerProduct, words: Expr, group: Expr, at: Expr, row: Expr, w: Expr, block: Expr
 ) -> None:
     """Emit the stored words of a set of one output's codes; `pack.pack_words` defines them."""
     count = product.layout.set_words
@@ -158,8 +181,8 @@ def write_words(
             ((word >> T.int32(4)) & T.int32(0x01010101)) << T.int32(part)
             for part, word in enumerate(whole)
         ]
-        stored.append(functools.reduce(lambda a, b: a | b, high))
-    start = T.Bind(base + BLOCK // 2 + at * (product.layout.set_lines * BLOCK) + row)
+        stored.insert(0, functools.reduce(lambda a, b: a | b, high))
+    start = T.Bind(product.layout.set_start(group, at) + row)
     for line, word in enumerate(stored):
         T.buffer_store(w, word, [block, start + line * BLOCK])
 
@@ -197,15 +220,19 @@ def _by_thresholds(
     return found
 
 
-def _inverse(scale: Expr) -> Expr:
-    return T.Select(scale == T.float32(0), T.float32(0), T.float32(1) / scale)
+def _nearest_code(wanted: Expr, exponent: Expr) -> Expr:
+    """Return the code of the stored scale nearest to a scalar f32; `formats.scale_codes` defines it."""
+    word = T.Bind(bits(wanted, 1))
+    magnitude = T.Bind(T.bitwise_and(word, 0x7FFFFFFF))
+    odd = T.bitwise_and(T.shift_right(magnitude, 19), 1)
+    steps = T.shift_right(magnitude + 0x3FFFF + odd, 19) - exponent * 16
+    sign = T.Select(word < 0, T.int32(128), T.int32(0))
+    return T.bitwise_or(T.max(T.min(steps, 127), 0), sign)
 
 
-def _nearest_bf16(x: Expr) -> Expr:
-    """Round a scalar f32 to bf16, nearest even."""
-    word = T.Bind(bits(x, 1))
-    odd = T.bitwise_and(T.shift_right(word, 16), 1)
-    return from_bits(T.bitwise_and(word + 0x7FFF + odd, -65536), 1)
+def _scale(code: Expr, exponent: Expr) -> Expr:
+    signed = T.cast(T.cast(code, "int8"), "int32")
+    return scale_of(signed, exponent, 1)
 
 
 def _reduce(operation: str, x: Expr) -> Expr:
