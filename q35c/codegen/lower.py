@@ -74,6 +74,15 @@ def make_kernel(family: str, parameters: tuple[tuple[str, Any], ...], isa: Isa) 
     return generate(**dict(parameters), **extra)
 
 
+@dataclass(frozen=True, slots=True)
+class FusedRounding:
+    """Rows that a kernel rounds to int8 by itself; `is_read_exact` tells whether the exact rows have readers too."""
+
+    group: int
+    rows: View
+    is_read_exact: bool
+
+
 class Lowering:
     """Lower one entry. `max_tokens` bounds its rows; `logits` is where the output goes."""
 
@@ -81,6 +90,10 @@ class Lowering:
         self.graph, self.shared, self.max_tokens = graph, shared, max_tokens
         self.schedule = Schedule(graph.name)
         self.views: dict[Value, View] = {}
+        self.readers: dict[Value, list[Op]] = {}
+        for op in graph.ops:
+            for value in op.operands:
+                self.readers.setdefault(value, []).append(op)
         (self.logits,) = graph.outputs
 
     def run(self) -> Schedule:
@@ -107,6 +120,19 @@ class Lowering:
         else:
             self.views[value] = View(self.buffer(value.name, words, rows), words, rows)
         return self.views[value]
+
+    def fused_rounding(self, value: Value, part: int, least: int = 1) -> FusedRounding | None:
+        """Return the int8 rows that the kernel which makes `value` shall round beside it.
+
+        It writes `part` columns at a time: whole groups, and at least so many.
+        """
+        for op in self.readers.get(value, ()):
+            form = integer_format(op.attrs["dtype"]) if op.kind == "quantize_rows" else None
+            if form and part % form.group == 0 and part // form.group >= least:
+                return FusedRounding(
+                    form.group, self.output(op.result), len(self.readers[value]) > 1
+                )
+        return None
 
     def temporary(self, label: str, width: int, rows: Tokens | Int) -> View:
         """Return rows of f32 or i32 that only one op uses."""
@@ -155,7 +181,7 @@ class Lowering:
         strides = [Int(x.stride // pairs), Int(q.stride // pairs)]
         if form := integer_format(dtype):
             parameters = {"K": width, "group": form.group, "pairs": pairs}
-            self.call(("quantize_rows", parameters), [x, q, q, q, q.rows, *strides], [q])
+            self.call(("quantize_rows", parameters), [x, q, q.rows, *strides], [q])
         else:
             self.call(("round_rows", {"K": width, "pairs": pairs}), [x, q, q.rows, *strides], [q])
 
@@ -174,6 +200,8 @@ def stride(view: View) -> Int:
 
 
 # --- one rule per op ------------------------------------------------------------------------------
+
+_GROUPS_PER_THREAD = 3
 
 
 def lower_embedding(low: Lowering, op: Op) -> None:
@@ -197,10 +225,20 @@ def lower_matrix(
         "epilogue": epilogue,
     }
     residual = [low.views[op.operands[1]]] if epilogue == "residual" else []
+    weight = low.shared.weight(layout, *weights)
+    if epilogue == "swiglu":
+        # Threads share whole groups then: of few they would get unequal parts.
+        least = _GROUPS_PER_THREAD * low.shared.target.max_threads
+        rounded = low.fused_rounding(op.result, width(op.result), least)
+        if rounded and not rounded.is_read_exact:
+            parameters["group"], q = rounded.group, rounded.rows
+            scratch = low.scratch("linear", **parameters)
+            args = [weight, x, q, scratch, q.rows, stride(x), stride(q)]
+            low.call(("linear", parameters), args, [q, scratch])
+            return
     y = low.output(op.result)
     strides = [stride(view) for view in (x, y, *residual)]
-    args = [low.shared.weight(layout, *weights), x, y, *residual, y.rows, *strides]
-    low.call(("linear", parameters), args, [y])
+    low.call(("linear", parameters), [weight, x, y, *residual, y.rows, *strides], [y])
 
 
 def lower_linear(low: Lowering, op: Op) -> None:
@@ -233,9 +271,17 @@ def lower_last_token(low: Lowering, op: Op) -> None:
 
 def lower_rms_norm(low: Lowering, op: Op) -> None:
     x, weight = low.views[op.operands[0]], low.shared.weight("vector", op.operands[1])
-    y = low.output(op.result)
     parameters = {"D": width(op.result), "eps": op.attrs["eps"], "offset": op.attrs["offset"]}
-    low.call(("rms_norm", parameters), [x, weight, y, y.rows, stride(x), stride(y)], [y])
+    rounded = low.fused_rounding(op.result, width(op.result))
+    if rounded is None:
+        y = low.output(op.result)
+        low.call(("rms_norm", parameters), [x, weight, y, y.rows, stride(x), stride(y)], [y])
+        return
+    parameters |= {"group": rounded.group, "is_kept": rounded.is_read_exact}
+    q = rounded.rows
+    y = low.output(op.result) if rounded.is_read_exact else q  # or else it is not touched
+    args = [x, weight, y, q, q.rows, *(stride(view) for view in (x, y, q))]
+    low.call(("rms_norm", parameters), args, [y, q] if rounded.is_read_exact else [q])
 
 
 def lower_rotary_table(low: Lowering, op: Op) -> None:
@@ -250,32 +296,32 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, conv, delta = op.operands
     channels, _, taps = conv_w.type.shape
     _, value_heads, key_dim, value_dim = delta.type.shape
-    shared, view, rows = low.shared, low.views, op.attrs["rows"]
+    shared, view = low.shared, low.views
     mixed = low.temporary("conv", int(channels), row_count(op.result))  # type: ignore[arg-type]
-    x = view[qkv]
-    parameters = {"C": channels, "K": taps, "slot_offset_bytes": 0, "rows": rows}
-    args = [
-        x,
-        shared.weight("conv", conv_w),
-        shared.state(conv),
-        view[slots],
-        mixed,
-        mixed.rows,
-        stride(x),
-        stride(mixed),
-    ]
-    low.call(("conv_update", parameters), args, [mixed], [conv])
-
-    parameters = {
+    x, conv_weight, conv_state = view[qkv], shared.weight("conv", conv_w), shared.state(conv)
+    shape = {
         "Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim, "eps": op.attrs["eps"],
-        "slot_offset_bytes": 0, "rows": rows,
+        "slot_offset_bytes": 0,
     }  # fmt: skip
     vectors = [shared.weight("vector", w) for w in (a_log, dt_bias, norm_w)]
-    y, scratch = low.output(op.result), low.scratch("gated_delta", **parameters)
-    inputs = [mixed, view[z], view[b], view[a]]
-    strides = [stride(v) for v in (*inputs, y)]
-    args = [*inputs, *vectors, shared.state(delta), view[slots], y, scratch, y.rows, *strides]
-    low.call(("gated_delta", parameters), args, [y, scratch], [delta])
+    y, rounded = low.output(op.result), low.fused_rounding(op.result, int(value_dim))  # type: ignore[arg-type]
+    shape["group"], q = (rounded.group, rounded.rows) if rounded else (0, y)
+    inputs = [view[z], view[b], view[a]]
+    step = [*inputs, *vectors, shared.state(delta), view[slots], y, q]
+    written = [y, q] if rounded else [y]
+    if op.attrs["rows"] == "batch":
+        strides = [stride(v) for v in (x, mixed, *inputs, y, q)]
+        args = [x, conv_weight, conv_state, mixed, *step, y.rows, *strides]
+        kernel = ("gated_delta_decode", {**shape, "K": taps})
+        low.call(kernel, args, [mixed, *written], [conv, delta])
+        return
+    args = [x, conv_weight, conv_state, view[slots], mixed, mixed.rows, stride(x), stride(mixed)]
+    parameters = {"C": channels, "K": taps, "slot_offset_bytes": 0}
+    low.call(("conv_update", parameters), args, [mixed], [conv])
+    scratch = low.scratch("gated_delta", **shape)
+    strides = [stride(v) for v in (mixed, *inputs, y, q)]
+    args = [mixed, *step, scratch, y.rows, *strides]
+    low.call(("gated_delta", shape), args, [*written, scratch], [delta])
 
 
 def lower_gated_attention(low: Lowering, op: Op) -> None:
@@ -308,15 +354,18 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     splits = shared.target.decode_splits(op.attrs["kv_heads"], shared.context) if is_batch else 1
     parameters = {**heads, **cache, "splits": splits}
     y, scratch = low.output(op.result), low.scratch("attention", **parameters)
-    args = [q, view[q_gate], *where, y, scratch, y.rows, stride(view[q_gate]), stride(y)]
-    low.call(("attention", parameters), args, [y, scratch], [keys, values])
+    made = low.fused_rounding(op.result, head_dim)
+    group, rounded = (made.group, made.rows) if made else (0, y)
+    written = [y, rounded] if made else [y]
+    strides = [stride(v) for v in (view[q_gate], y, rounded)]
+    if not is_batch:
+        parameters["group"] = group
+    args = [q, view[q_gate], *where, y, rounded, scratch, y.rows, *strides]
+    low.call(("attention", parameters), args, [scratch, *written], [keys, values])
     if is_batch:
-        args = [scratch, view[q_gate], y, y.rows, stride(view[q_gate]), stride(y)]
-        low.call(
-            ("attention_combine", {**heads, "kv_dtype": kv_dtype, "splits": splits}),
-            args,
-            [y],
-        )
+        parameters = {**heads, "kv_dtype": kv_dtype, "splits": splits, "group": group}
+        args = [scratch, view[q_gate], y, rounded, y.rows, *strides]
+        low.call(("attention_combine", parameters), args, written)
 
 
 def lower_sparse_moe(low: Lowering, op: Op) -> None:
@@ -365,6 +414,8 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
 
 
 def lower_quantize_rows(low: Lowering, op: Op) -> None:
+    if op.result in low.views:
+        return  # the kernel that made the rows rounded them
     x, q = low.views[op.operands[0]], low.output(op.result)
     low.quantize(x, q, width(op.result), op.attrs["dtype"])
 

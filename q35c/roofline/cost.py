@@ -91,7 +91,7 @@ def row_bytes(width: int, dtype: str) -> float:
 def linear(p: Parameters, work: Work) -> Cost:
     outputs = p["N"] // 2 if p["epilogue"] == "swiglu" else p["N"]
     written = outputs * _F32 * (2 if p["epilogue"] == "residual" else 1)
-    cache = work.tokens * (row_bytes(p["K"], p["rows"]) + written)
+    cache = work.tokens * (row_bytes(p["K"], p["rows"]) + written + fused_rounding(p, outputs))
     return Cost(work.weight_bytes, cache, 2 * work.tokens * p["N"] * p["K"], peak_of(p["rows"]))
 
 
@@ -101,7 +101,8 @@ def embedding(p: Parameters, work: Work) -> Cost:
 
 
 def rms_norm(p: Parameters, work: Work) -> Cost:
-    return elementwise(work, 2 * p["D"], 4 * p["D"])
+    words = p["D"] * (2 if p.get("is_kept", True) else 1) + fused_rounding(p, p["D"]) / _F32
+    return elementwise(work, words, 4 * p["D"])
 
 
 def quantize_rows(p: Parameters, work: Work) -> Cost:
@@ -110,6 +111,11 @@ def quantize_rows(p: Parameters, work: Work) -> Cost:
 
 def round_rows(p: Parameters, work: Work) -> Cost:
     return rounding(p, work, "bf16")
+
+
+def fused_rounding(p: Parameters, width: int) -> float:
+    """Return the bytes of the row of `width` values that a kernel rounds beside what it makes, 0 if it rounds none."""
+    return row_bytes(width, f"q8g{p['group']}") if p.get("group") else 0
 
 
 def rounding(p: Parameters, work: Work, dtype: str) -> Cost:
@@ -135,9 +141,20 @@ def gated_delta(p: Parameters, work: Work) -> Cost:
     """The recurrence: decay, k S, the update and q S are 7 operations for each element of the state."""
     size = p["Hv"] * p["Dk"] * p["Dv"]
     values = p["Hv"] * p["Dv"]
-    row = 2 * p["Hk"] * p["Dk"] + 3 * values + 2 * p["Hv"]
+    row = 2 * p["Hk"] * p["Dk"] + 3 * values + 2 * p["Hv"] + fused_rounding(p, values) / _F32
     operations = work.tokens * (7 * size + _EXP * values)
     return Cost(2 * work.sequences * size * _F32, work.tokens * row * _F32, operations, "f32")
+
+
+def gated_delta_decode(p: Parameters, work: Work) -> Cost:
+    channels = 2 * p["Hk"] * p["Dk"] + p["Hv"] * p["Dv"]
+    conv, delta = conv_update({**p, "C": channels}, work), gated_delta(p, work)
+    return Cost(
+        conv.memory_bytes + delta.memory_bytes,
+        conv.cache_bytes + delta.cache_bytes,
+        conv.operations + delta.operations,
+        "f32",
+    )
 
 
 def attention_prepare(p: Parameters, work: Work) -> Cost:
@@ -152,7 +169,8 @@ def attention(p: Parameters, work: Work) -> Cost:
     read = 2 * work.cells() * p["Hkv"] * p["D"] * cell_bytes(p)
     rows = work.tokens * p["Hq"]
     operations = work.scores() * p["Hq"] * 4 * p["D"] * (2 if p["kv_dtype"] == "int8" else 1)
-    return Cost(read, 3 * rows * p["D"] * _F32, operations, peak_of(p["kv_dtype"]))
+    cache = 3 * rows * p["D"] * _F32 + work.tokens * fused_rounding(p, p["Hq"] * p["D"])
+    return Cost(read, cache, operations, peak_of(p["kv_dtype"]))
 
 
 def cell_bytes(p: Parameters) -> float:
@@ -162,7 +180,8 @@ def cell_bytes(p: Parameters) -> float:
 
 def attention_combine(p: Parameters, work: Work) -> Cost:
     size = p["Hq"] * p["D"]
-    return elementwise(work, (p["splits"] + 2) * size, (3 * p["splits"] + _EXP) * size)
+    words = (p["splits"] + 2) * size + fused_rounding(p, size) / _F32
+    return elementwise(work, words, (3 * p["splits"] + _EXP) * size)
 
 
 def route(p: Parameters, work: Work) -> Cost:
@@ -210,6 +229,7 @@ RULES: dict[str, Callable[[Parameters, Work], Cost]] = {
     "expert_down": expert_down,
     "expert_gate_up": expert_gate_up,
     "gated_delta": gated_delta,
+    "gated_delta_decode": gated_delta_decode,
     "group_by_expert": group_by_expert,
     "linear": linear,
     "quantize_rows": quantize_rows,

@@ -22,6 +22,7 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.build import build_shared, compile_module
 from q35c.codegen.isa.x86 import V3, Isa, detect
+from q35c.codegen.kernels.quantize import RowLayout
 from q35c.codegen.program import Parameters, as_pointer, entry_function, kernel_symbol
 from q35c.runtime.library import Arguments, Library, Workers
 
@@ -66,6 +67,27 @@ def assert_guards(array: np.ndarray) -> None:
         f"{(before != _PATTERN).sum()} bytes written before the array"
     )
     assert (after == _PATTERN).all(), f"{(after != _PATTERN).sum()} bytes written after the array"
+
+
+class RoundedRows:
+    """Rows that a kernel rounds to int8 beside the exact ones it writes; with group 0 it rounds none.
+
+    The kernels it is checked with must hold `quantize_rows`.
+    """
+
+    def __init__(self, count: int, width: int, group: int) -> None:
+        self.layout = RowLayout(width, group) if group else None
+        words = self.layout.words if self.layout else 16
+        self.words = guard(np.zeros((count, words), np.int32), poison=True)
+
+    def check(self, kernels: Kernels, y: np.ndarray, name: str = "round") -> None:
+        """Fail unless every word is what rounding the exact rows gives."""
+        if self.layout is None:
+            return
+        want, exact = guard(np.zeros(self.words.shape, np.int32)), guard(y)
+        kernels.call(name, exact, want, len(want), exact.shape[1], want.shape[1])
+        used = self.layout.sums + self.layout.groups
+        np.testing.assert_array_equal(self.words[:, :used], want[:, :used])
 
 
 def nmse(actual: np.ndarray, expected: np.ndarray) -> float:

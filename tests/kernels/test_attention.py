@@ -14,12 +14,14 @@ import pytest
 from q35c.codegen.isa.x86 import V3, V4, V4_BF16, Isa
 from q35c.codegen.kernels.attention import attention, attention_combine, attention_shape
 from q35c.codegen.kernels.attention_prepare import attention_prepare
+from q35c.codegen.kernels.quantize import quantize_rows
 from q35c.codegen.kernels.rotary import rotary_table
 from q35c.ir import reference
 from tests.kernels.harness import (
     BEST,
     ISA,
     Kernels,
+    RoundedRows,
     assert_close,
     build_kernels,
     compile_only,
@@ -97,14 +99,21 @@ ALL = [*CASES, *INT8, *(pytest.param(heads, marks=needs_pairs) for heads in PAIR
 
 def functions(heads: Heads, isa) -> dict:
     """Generate all kernels of one case."""
-    made = {"combine": attention_combine(heads.Hq, heads.Hkv, heads.D, heads.dtype, SPLITS, isa)}
+    group = 0 if heads.D % 32 else 32
+    shape = (heads.Hq, heads.Hkv, heads.D, heads.dtype, SPLITS)
+    made = {
+        "combine": attention_combine(*shape, isa, group),
+        "round": quantize_rows(heads.Hq * heads.D, 32, isa),
+    }
     for rows, splits in (("sequence", 1), ("batch", SPLITS)):
         shape = {"Hq": heads.Hq, "Hkv": heads.Hkv, "D": heads.D, "rows": rows, **heads.cache}
         scale = heads.D**-0.5
         made[f"prepare_{rows}"] = attention_prepare(
             **shape, R=heads.R, eps=EPS, scale=scale, isa=isa
         )
-        made[f"attend_{rows}"] = attention(**shape, splits=splits, isa=isa)
+        made[f"attend_{rows}"] = attention(
+            **shape, splits=splits, isa=isa, group=group if rows == "sequence" else 0
+        )
     return made
 
 
@@ -147,14 +156,24 @@ class Problem:
         shape = attention_shape(h.Hq, h.Hkv, h.D, rows=rows, splits=splits, isa=h.isa, **h.cache)
         tasks = count * h.Hkv * splits if rows == "batch" else threads
         scratch = guard(np.zeros(shape.task_words * tasks, np.float32), poison=True)
+        rounded = RoundedRows(count, h.Hq * h.D, 0 if h.D % 32 else 32)
+        strides = (widths[0], h.Hq * h.D, rounded.words.shape[1])
         self.kernels.call(
-            f"attend_{rows}", q, part["q_gate"], state, slots, starts, y, scratch,
-            count, widths[0], h.Hq * h.D, threads=threads,
+            f"attend_{rows}", q, part["q_gate"], state, slots, starts, y, rounded.words, scratch,
+            count, *strides, threads=threads,
         )  # fmt: skip
         if rows == "batch":
             self.kernels.call(
-                "combine", scratch, part["q_gate"], y, count, widths[0], h.Hq * h.D, threads=threads
+                "combine",
+                scratch,
+                part["q_gate"],
+                y,
+                rounded.words,
+                count,
+                *strides,
+                threads=threads,
             )
+        rounded.check(self.kernels, y)
         return np.array(y)
 
     def clear(self) -> None:

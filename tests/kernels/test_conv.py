@@ -1,4 +1,4 @@
-"""The causal convolution with SiLU against float64: 64 shapes, both forms, sequences in any slots."""
+"""The causal convolution with SiLU against float64: 64 shapes, any slot; `test_gated_delta_step.py` has that of decode."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from tests.kernels.harness import EACH_ISA, Kernels, assert_close, build_kernels
 SHAPES = ((16, 4), (32, 2), (48, 3), (96, 4), (208, 2), (512, 3), (528, 4), (1072, 4))
 TOKENS = (1, 2, 3, 4, 5, 8, 17, 66)
 OFFSET = 192  # bytes of other state before this layer's
-SLOTS = np.array([5, 0, 3, 1, 4, 2, 7, 6])  # the sequence of each row, in no order
 
 
 @pytest.fixture(scope="module", params=EACH_ISA)
 def kernels(request: Any) -> Kernels:
     functions = {
-        f"{rows}_{channels}_{taps}": conv_update(channels, taps, OFFSET, rows, request.param)
+        f"{channels}_{taps}": conv_update(channels, taps, OFFSET, request.param)
         for channels, taps in SHAPES
-        for rows in ("sequence", "batch")
     }
     return build_kernels(functions, request.param)
 
@@ -50,13 +48,13 @@ class Problem:
         first = OFFSET // 4
         return region[first : first + self.state_words].reshape(-1, self.channels)
 
-    def run(self, kernels: Kernels, rows: str, slots: np.ndarray, threads: int) -> tuple[Any, Any]:
+    def run(self, kernels: Kernels, slots: np.ndarray, threads: int) -> tuple[Any, Any]:
         """Return output and all memory after one call."""
         tokens, memory = len(self.x), guard(self.memory)
         y = guard(np.zeros((tokens, self.ld_y), np.float32), poison=True)
         places = guard(slots.astype(np.int64) * self.slot_units)
         kernels.call(
-            f"{rows}_{self.channels}_{self.taps}", self.x, self.w, memory, places, y,
+            f"{self.channels}_{self.taps}", self.x, self.w, memory, places, y,
             tokens, self.ld_x, self.ld_y, threads=threads,
         )  # fmt: skip
         return y, memory
@@ -79,30 +77,11 @@ def test_a_run_continues_its_sequence(
     want, state = problem.expected(1, slice(None))
     outputs = []
     for threads in (1, 2, 3):
-        y, memory = problem.run(kernels, "sequence", np.array([1]), threads)
+        y, memory = problem.run(kernels, np.array([1]), threads)
         outputs.append(y.tobytes() + memory.tobytes())
     assert_close(y[:, : problem.channels], want)
     assert np.isnan(y[:, problem.channels :]).all(), "columns past the row changed"
     changed = problem.memory.copy()
     problem.of(changed[1])[...] = state
     np.testing.assert_array_equal(memory, changed)  # NaN where it was, others' state untouched
-    assert outputs[0] == outputs[1] == outputs[2]
-
-
-@pytest.mark.parametrize("tokens", [count for count in TOKENS if count <= len(SLOTS)])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rows_of_a_batch_are_sequences(
-    kernels: Kernels, shape: tuple[int, int], tokens: int
-) -> None:
-    problem = Problem(shape, tokens, sequences=len(SLOTS))
-    outputs = []
-    for threads in (1, 2, 3):
-        y, memory = problem.run(kernels, "batch", SLOTS[:tokens], threads)
-        outputs.append(y.tobytes() + memory.tobytes())
-    changed = problem.memory.copy()
-    for row, sequence in enumerate(SLOTS[:tokens]):
-        want, state = problem.expected(sequence, slice(row, row + 1))
-        assert_close(y[row : row + 1, : problem.channels], want, note=row)
-        problem.of(changed[sequence])[...] = state
-    np.testing.assert_array_equal(memory, changed)
     assert outputs[0] == outputs[1] == outputs[2]

@@ -18,7 +18,7 @@ CHANNELS, WIDTH = 2 * DIM + HEADS * DIM, HEADS * DIM
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    shape = (1, HEADS, DIM, DIM, EPS, 0, "sequence", ISA)
+    shape = (1, HEADS, DIM, DIM, EPS, 0, ISA)
     return build_kernels(
         {"steps": gated_delta(*shape, short_run=2**31), "scan": gated_delta(*shape)}
     )
@@ -50,14 +50,14 @@ def test_long_runs_do_not_drift(kernels: Kernels, rows, expected, form: str) -> 
     state = guard(np.zeros((HEADS, DIM, DIM), np.float32))
     a_log, dt_bias = guard(A_LOG), guard(np.zeros(HEADS, np.float32))
     norm_w, slots = guard(np.ones(DIM, np.float32)), guard(np.zeros(1, np.int64))
-    size = gated_delta_scratch_bytes(1, HEADS, DIM, DIM, "sequence", ISA)
-    scratch = guard(np.zeros(size // 4, np.float32))
+    size = gated_delta_scratch_bytes(1, HEADS, DIM, DIM, ISA)
+    scratch, unused = guard(np.zeros(size // 4, np.float32)), guard(np.zeros(1, np.int32))
     for first in range(0, TOKENS, PART):
         part = [guard(array[first : first + PART]) for array in rows.values()]
         y = guard(np.zeros((PART, WIDTH), np.float32), poison=True)
         kernels.call(
-            form, *part, a_log, dt_bias, norm_w, state, slots, y, scratch,
-            PART, CHANNELS, WIDTH, HEADS, HEADS, WIDTH,
+            form, *part, a_log, dt_bias, norm_w, state, slots, y, unused, scratch,
+            PART, CHANNELS, WIDTH, HEADS, HEADS, WIDTH, 1,
         )  # fmt: skip
         for head in range(HEADS):  # each alone: a large one would hide a small one's error
             columns = slice(head * DIM, (head + 1) * DIM)

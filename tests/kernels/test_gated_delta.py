@@ -9,10 +9,22 @@ import numpy as np
 import pytest
 
 from q35c.codegen.isa.x86 import V4, Isa, detect
-from q35c.codegen.kernels.gated_delta import gated_delta, gated_delta_scratch_bytes
+from q35c.codegen.kernels.gated_delta import (
+    gated_delta,
+    gated_delta_decode,
+    gated_delta_scratch_bytes,
+)
 from q35c.codegen.kernels.gated_delta_conv import conv_update
+from q35c.codegen.kernels.quantize import quantize_rows
 from q35c.ir import reference
-from tests.kernels.harness import EACH_ISA, Kernels, assert_close, build_kernels, guard
+from tests.kernels.harness import (
+    EACH_ISA,
+    Kernels,
+    RoundedRows,
+    assert_close,
+    build_kernels,
+    guard,
+)
 
 EPS, TAPS = 1e-6, 4
 LENGTHS = (1, 2, 3, 7, 8, 9, 15, 16, 31, 33, 63, 64, 65, 130)
@@ -42,7 +54,7 @@ class Net:
 
     def run(self, state: Any, start: int, stop: int, rows: str, threads: int = 1) -> np.ndarray:
         """Append tokens start..stop; the state is updated in place."""
-        key_heads, value_heads, key_dim, value_dim = self.shape
+        _, value_heads, _, value_dim = self.shape
         conv, delta = state
         count, width = stop - start, value_heads * value_dim
         part = {name: guard(array[start:stop]) for name, array in self.arrays.items()}
@@ -50,18 +62,33 @@ class Net:
         a_log, dt_bias, norm_w = (guard(self.weights[n]) for n in ("a_log", "dt_bias", "norm_w"))
         mixed = guard(np.zeros((count, self.channels), np.float32), poison=True)
         y = guard(np.zeros((count, width), np.float32), poison=True)
-        size = gated_delta_scratch_bytes(key_heads, value_heads, key_dim, value_dim, rows, self.isa)
-        scratch = guard(np.zeros(max(size, 64) * threads // 4, np.float32), poison=True)
+        size = gated_delta_scratch_bytes(*self.shape, self.isa)
+        scratch = guard(np.zeros(size * threads // 4, np.float32), poison=True)
         slots = guard(np.zeros(1, np.int64))
-        self.kernels.call(
-            f"conv_{rows}", part["qkv"], conv_w, conv, slots, mixed,
-            count, self.channels, self.channels, threads=threads,
-        )  # fmt: skip
-        self.kernels.call(
-            f"delta_{rows}", mixed, part["z"], part["b"], part["a"], a_log, dt_bias, norm_w,
-            delta, slots, y, scratch, count, self.channels, width, value_heads, value_heads, width,
-            threads=threads,
-        )  # fmt: skip
+        rounded = RoundedRows(count, width, group_of(value_dim))
+        step = [
+            part["z"],
+            part["b"],
+            part["a"],
+            a_log,
+            dt_bias,
+            norm_w,
+            delta,
+            slots,
+            y,
+            rounded.words,
+        ]
+        strides = [self.channels, width, value_heads, value_heads, width, rounded.words.shape[1]]
+        if rows == "batch":
+            self.kernels.call(
+                "decode", part["qkv"], conv_w, conv, mixed, *step, count, self.channels, *strides, threads=threads
+            )  # fmt: skip
+        else:
+            self.kernels.call(
+                "conv", part["qkv"], conv_w, conv, slots, mixed, count, self.channels, self.channels, threads=threads
+            )  # fmt: skip
+            self.kernels.call("delta", mixed, *step, scratch, count, *strides, threads=threads)
+        rounded.check(self.kernels, y)
         return np.array(y)
 
     def expected(self, start: int, stop: int, state: Any) -> tuple[np.ndarray, ...]:
@@ -77,14 +104,21 @@ class Net:
         )  # fmt: skip
 
 
+def group_of(value_dim: int) -> int:
+    """Return the group in which outputs are rounded: only whole ones of a head are."""
+    return 0 if value_dim % 32 else 32
+
+
 def functions(shape: tuple[int, int, int, int], isa: Any) -> dict[str, Any]:
     key_heads, value_heads, key_dim, value_dim = shape
     channels = 2 * key_heads * key_dim + value_heads * value_dim
-    made: dict[str, Any] = {}
-    for rows in ("sequence", "batch"):
-        made[f"conv_{rows}"] = conv_update(channels, TAPS, 0, rows, isa)
-        made[f"delta_{rows}"] = gated_delta(*shape, EPS, 0, rows, isa)
-    return made
+    group = group_of(value_dim)
+    return {
+        "conv": conv_update(channels, TAPS, 0, isa),
+        "delta": gated_delta(*shape, EPS, 0, isa, group=group),
+        "decode": gated_delta_decode(*shape, TAPS, EPS, 0, isa, group=group),
+        "round": quantize_rows(value_heads * value_dim, 32, isa),
+    }
 
 
 @pytest.fixture(scope="module", params=EACH_ISA)

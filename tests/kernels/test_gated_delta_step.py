@@ -1,18 +1,28 @@
-"""One token of the gated delta rule for each row of a batch, against float64: 60 shapes, any slots.
+"""One token of the gated delta net for each row of a batch, against float64: 60 shapes, any slots.
 
 `test_gated_delta.py` covers runs of tokens; here every row is another sequence, with its own state.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from q35c.codegen.kernels.gated_delta import gated_delta
+from q35c.codegen.kernels.gated_delta import gated_delta_decode
+from q35c.codegen.kernels.quantize import quantize_rows
 from q35c.ir import reference
-from tests.kernels.harness import EACH_ISA, Kernels, assert_close, build_kernels, guard
+from tests.kernels.harness import (
+    EACH_ISA,
+    Kernels,
+    RoundedRows,
+    assert_close,
+    build_kernels,
+    guard,
+)
 
 Shape = tuple[int, int, int, int]  # key heads, value heads, key dim, value dim
 SHAPES: tuple[Shape, ...] = (
@@ -34,11 +44,26 @@ SLOTS = np.array([5, 0, 3, 1, 4, 2, 7, 6])
 
 @pytest.fixture(scope="module", params=EACH_ISA)
 def kernels(request: Any) -> Kernels:
-    functions = {
-        str(index): gated_delta(*shape, EPS, OFFSET, "batch", request.param)
-        for index, shape in enumerate(SHAPES)
-    }
-    return build_kernels(functions, request.param)
+    widths = {shape[1] * shape[3] for shape in SHAPES}
+    return build_kernels(
+        {
+            str(index): gated_delta_decode(
+                *shape, taps_of(shape), EPS, OFFSET, request.param, group_of(shape)
+            )
+            for index, shape in enumerate(SHAPES)
+        }
+        | {f"round {width}": quantize_rows(width, 32, request.param) for width in widths},
+        request.param,
+    )
+
+
+def taps_of(shape: Shape) -> int:
+    return 2 + sum(shape) // 16 % 3
+
+
+def group_of(shape: Shape) -> int:
+    """Return the group in which outputs are rounded: only whole ones of a head are."""
+    return 0 if shape[3] % 32 else 32
 
 
 class Problem:
@@ -62,45 +87,50 @@ class Problem:
             "norm_w": 1 + 0.2 * rng.normal(size=value_dim),
         }
         self.weights = {name: guard(array.astype(np.float32)) for name, array in weights.items()}
-        self.state_words = value_heads * key_dim * value_dim
-        self.units = (4 * self.state_words + OFFSET) // 64 + 1  # slots count 64 bytes
-        self.memory = np.full((len(SLOTS), 16 * self.units), np.nan, np.float32)
+        taps = taps_of(shape)
+        self.conv_w = rng.normal(size=(channels, 1, taps)).astype(np.float32)
+        # A sequence's slot holds either state at the same offset: here of two memories.
+        self.states = ((value_heads, key_dim, value_dim), (taps - 1, channels))
+        most = max(math.prod(state) for state in self.states)
+        self.units = (4 * most + OFFSET) // 64 + 1  # slots count 64 bytes
+        empty = np.full((len(self.states), len(SLOTS), 16 * self.units), np.nan, np.float32)
+        self.memories = list(empty)
         for sequence in range(len(SLOTS)):
-            state = self.of(self.memory, sequence)
-            state[...] = rng.normal(size=state.shape)
+            for state in self.of(self.memories, sequence):
+                state[...] = rng.normal(size=state.shape)
 
-    def of(self, memory: np.ndarray, sequence: int) -> np.ndarray:
-        """Return one sequence's state [Hv, Dk, Dv]."""
-        _, value_heads, key_dim, value_dim = self.shape
-        part = memory[sequence, OFFSET // 4 :][: self.state_words]
-        return part.reshape(value_heads, key_dim, value_dim)
+    def of(self, memories: Sequence[np.ndarray], sequence: int) -> list[np.ndarray]:
+        """Return one sequence's states [Hv, Dk, Dv] and [K - 1, C]."""
+        return [
+            memory[sequence, OFFSET // 4 :][: math.prod(state)].reshape(state)
+            for memory, state in zip(memories, self.states, strict=True)
+        ]
 
-    def run(self, kernels: Kernels, count: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return output and all memory after one step of the first `count` slots."""
+    def run(self, kernels: Kernels, count: int, threads: int) -> tuple[np.ndarray, Any]:
+        """Return output and both memories after one step of the first `count` slots."""
         width = self.shape[1] * self.shape[3]
+        x, *others = self.rows.values()
+        mixed = guard(np.zeros((count, x.shape[1]), np.float32), poison=True)
         y = guard(np.zeros((count, width + 1), np.float32), poison=True)
-        memory = guard(self.memory)
-        scratch = guard(np.zeros(16, np.float32), poison=True)
-        kernels.call(
-            str(SHAPES.index(self.shape)), *self.rows.values(), *self.weights.values(), memory,
-            guard(SLOTS[:count].astype(np.int64) * self.units), y, scratch, count,
-            *(rows.shape[1] for rows in self.rows.values()), width + 1, threads=threads,
-        )  # fmt: skip
-        return y, memory
+        rounded = RoundedRows(count, width, group_of(self.shape))
+        delta, conv = (guard(memory) for memory in self.memories)
+        conv_w = guard(np.ascontiguousarray(self.conv_w[:, 0].T))
+        arrays = [x, conv_w, conv, mixed, *others, *self.weights.values(), delta]
+        arrays += [guard(SLOTS[:count].astype(np.int64) * self.units), y, rounded.words]
+        strides = [rows.shape[1] for rows in (x, mixed, *others, y, rounded.words)]
+        kernels.call(str(SHAPES.index(self.shape)), *arrays, count, *strides, threads=threads)
+        rounded.check(kernels, y, f"round {width}")
+        return y, (delta, conv)
 
-    def expected(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return output and new state in float64 of one row."""
-        key_heads, value_heads, key_dim, value_dim = self.shape
-        qkv, z, b, a = (self.exact[name][row : row + 1] for name in ("qkv", "z", "b", "a"))
-        a_log, dt_bias, norm_w = (weight.astype(np.float64) for weight in self.weights.values())
-        q, k, v = np.split(qkv, [key_heads * key_dim, 2 * key_heads * key_dim], -1)
-        q, k = (part.reshape(1, key_heads, key_dim) for part in (q, k))
-        decay = -np.exp(a_log) * reference.softplus(a + dt_bias)
-        state = self.of(self.memory, SLOTS[row]).astype(np.float64)
-        v = v.reshape(1, value_heads, value_dim)
-        out, state = reference.delta_rule(q, k, v, decay, reference.sigmoid(b), state)
-        gate = z.reshape(1, value_heads, value_dim)
-        return reference.gated_rms_norm(out, norm_w, gate, EPS).ravel(), state
+    def expected(self, row: int) -> tuple[np.ndarray, ...]:
+        """Return output and new states in float64 of one row."""
+        exact = [self.exact[name][row : row + 1] for name in ("qkv", "z", "b", "a")]
+        weights = [weight.astype(np.float64) for weight in (self.conv_w, *self.weights.values())]
+        delta, conv = (state.astype(np.float64) for state in self.of(self.memories, SLOTS[row]))
+        out, conv, delta = reference.gated_delta_net(
+            *exact, *weights, key_heads=self.shape[0], value_heads=self.shape[1], eps=EPS, conv=conv, delta=delta
+        )  # fmt: skip
+        return out.ravel(), delta, conv
 
 
 @pytest.mark.parametrize("count", SEQUENCES)
@@ -109,14 +139,16 @@ def test_rows_are_sequences(kernels: Kernels, shape: Shape, count: int) -> None:
     problem = Problem(shape, count)
     outputs = []
     for threads in (1, 2, 3):
-        y, memory = problem.run(kernels, count, threads)
-        outputs.append(y.tobytes() + memory.tobytes())
+        y, memories = problem.run(kernels, count, threads)
+        outputs.append(y.tobytes() + b"".join(memory.tobytes() for memory in memories))
     assert outputs[0] == outputs[1] == outputs[2]
     assert np.isnan(y[:, -1]).all(), "columns past the row changed"
-    left = np.array(memory)
+    left = [np.array(memory) for memory in memories]
     for row, sequence in enumerate(SLOTS[:count]):
-        out, state = problem.expected(row)
+        out, *states = problem.expected(row)
         assert_close(y[row, :-1], out, note=row)
-        assert_close(problem.of(left, sequence), state, note=row)
-        problem.of(left, sequence)[...] = problem.of(problem.memory, sequence)
-    np.testing.assert_array_equal(left, problem.memory)
+        before = problem.of(problem.memories, sequence)
+        for got, want, old in zip(problem.of(left, sequence), states, before, strict=True):
+            assert_close(got, want, note=row)
+            got[...] = old
+    np.testing.assert_array_equal(left, problem.memories)  # nothing else was touched

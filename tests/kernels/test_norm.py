@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
-from harness import EACH_ISA, assert_close, build_kernels, compile_only, guard
+from harness import EACH_ISA, RoundedRows, assert_close, build_kernels, compile_only, guard
 
 from q35c.codegen.isa.x86 import V4
 from q35c.codegen.kernels.norm import rms_norm
+from q35c.codegen.kernels.quantize import quantize_rows
 
 WIDTHS = (1, 7, 16, 33, 64, 72, 128, 1000, 1024, 2048)
+ROUNDED = ((64, 32), (64, 64), (128, 32), (1024, 64), (2048, 128))  # widths and groups
 TOKENS = (1, 2, 3, 5, 17, 64)
 EPS = 1e-6
 
@@ -16,6 +18,10 @@ EPS = 1e-6
 def kernels(request):
     isa = request.param
     functions = {f"norm{d}_{o}": rms_norm(d, EPS, float(o), isa) for d in WIDTHS for o in (0, 1)}
+    for d, group in ROUNDED:
+        for is_kept in (True, False):
+            functions[f"rounding{d}_{group}_{is_kept}"] = rms_norm(d, EPS, 1.0, isa, group, is_kept)
+        functions[f"round{d}_{group}"] = quantize_rows(d, group, isa)
     return build_kernels(functions, isa)
 
 
@@ -40,6 +46,28 @@ def test_norm(kernels, width, tokens):
         results.append(np.array(y[:, :width]))
     assert_close(results[0], reference(x[:, :width], w, offset))
     assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("width", "group"), ROUNDED)
+def test_norm_that_rounds(kernels, width, group, tokens):
+    """Its bits are those of norm and rounding one after the other."""
+    rng = np.random.default_rng(width + tokens)
+    ld_x = width + tokens % 3
+    x = guard(rng.normal(0, 3, (tokens, ld_x)).astype(np.float32))
+    w = guard(rng.normal(0, 1, width).astype(np.float32))
+    want = guard(np.zeros((tokens, width), np.float32), poison=True)
+    kernels.call(f"norm{width}_1", x, w, want, tokens, ld_x, width)
+    for threads in (1, 2, 3):
+        for is_kept in (True, False):
+            y = guard(np.zeros((tokens, width), np.float32), poison=True)
+            untouched, rounded = y.tobytes(), RoundedRows(tokens, width, group)
+            kernels.call(
+                f"rounding{width}_{group}_{is_kept}", x, w, y, rounded.words,
+                tokens, ld_x, width, rounded.words.shape[1], threads=threads,
+            )  # fmt: skip
+            rounded.check(kernels, want, f"round{width}_{group}")
+            assert y.tobytes() == (want.tobytes() if is_kept else untouched)
 
 
 def test_norm_in_place(kernels):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from harness import ISA, assert_close, build_kernels, guard, nmse
+from harness import ISA, RoundedRows, assert_close, build_kernels, guard, nmse
 
 from q35c.codegen.isa.x86 import ISAS, read_cpu_flags
 from q35c.codegen.kernels.embedding import embedding
@@ -66,7 +66,7 @@ def round_rows(kernels, x, width, group, threads=1, extra_words=0):
     layout = RowLayout(width, group)
     words = guard(np.zeros((len(x), layout.words + extra_words), np.int32), poison=True)
     strides = (len(x), x.shape[1], words.shape[1])
-    kernels.call(f"round_{width}_{group}", x, words, words, words, *strides, threads=threads)
+    kernels.call(f"round_{width}_{group}", x, words, *strides, threads=threads)
     return words
 
 
@@ -171,6 +171,35 @@ def test_what_is_not_finite_stays_so_in_its_row(kernels, value):
     assert y.shape == (9, outputs)
 
 
+@pytest.mark.parametrize("dtype", ["i4g64", "i5g32", "i8g128"])
+def test_swiglu_that_rounds(dtype):
+    """Its bits are those of the product and of rounding one after the other."""
+    inner, width, group = 384, 192, formats.integer_format(dtype).group
+    kernels = build_kernels(
+        {
+            "plain": linear(2 * inner, width, dtype, "swiglu", ISA),
+            "rounding": linear(2 * inner, width, dtype, "swiglu", ISA, group=group),
+            f"round_{width}_{group}": quantize_rows(width, group, ISA),
+            "round": quantize_rows(inner, group, ISA),
+        }
+    )
+    rng = np.random.default_rng(5)
+    w = pack(rng.normal(size=(2 * inner, width)).astype(np.float32), dtype, "swiglu")
+    for tokens in (1, 3, 8, 41):
+        x = guard(rng.normal(size=(tokens, width)).astype(np.float32))
+        x = round_rows(kernels, x, width, group, extra_words=16)
+        y = guard(np.zeros((tokens, inner), np.float32), poison=True)
+        kernels.call("plain", w, x, y, tokens, x.shape[1], inner)
+        for threads in (1, 2, 3):
+            rounded = RoundedRows(tokens, inner, group)
+            scratch = guard(np.zeros((threads, tokens, group), np.float32), poison=True)
+            strides = (x.shape[1], rounded.words.shape[1])
+            kernels.call(
+                "rounding", w, x, rounded.words, scratch, tokens, *strides, threads=threads
+            )
+            rounded.check(kernels, y)
+
+
 EXPERTS = ((3, 17, 33, 2, "i4g32"), (8, 64, 128, 3, "i8g64"), (6, 40, 96, 2, "i4g64"))
 
 
@@ -205,7 +234,7 @@ def test_experts(shape):
         assert_close(y1, (gate / (1 + np.exp(-gate)) * up).reshape(-1, inner))
         words = guard(np.zeros((tokens * top_k, RowLayout(inner, group).words), np.int32))
         strides = (tokens, inner, words.shape[1])
-        kernels.call(f"round_{inner}_{group}", y1, words, words, words, *strides, threads=2)
+        kernels.call(f"round_{inner}_{group}", y1, words, *strides, threads=2)
         y2 = guard(np.zeros((tokens * top_k, hidden), np.float32), poison=True)
         kernels.call("down", w_down, words, *groups, y2, tokens, words.shape[1], threads=2)
         rounded = row_values(words, inner, group).reshape(tokens, top_k, inner)

@@ -76,6 +76,23 @@ CASES: dict[str, tuple[str, dict[str, Any], Work, tuple[float, float, float, str
         DECODE,
         (2 * 2**20, 4 * (4096 + 6144 + 32), 7 * 2**18 + 12 * 2048, "f32"),
     ),
+    "decode also moves the conv state": (
+        "gated_delta_decode",
+        {**DELTA, "K": 4},
+        DECODE,
+        (
+            2 * 2**20 + 2 * 3 * 6144 * 4,
+            4 * (4096 + 6144 + 32) + 2 * 4 * 6144,
+            7 * 2**18 + 12 * 2048 + 6144 * (8 + 12),
+            "f32",
+        ),
+    ),
+    "a norm that rounds writes codes, scales and sums": (
+        "rms_norm",
+        {"D": 1024, "group": 64, "is_kept": False},
+        Work(2, (0,), 0),
+        (0, 2 * (4 * 1024 + 1024 + 8 * 16), 2 * 4 * 1024, "f32"),
+    ),
     "one token uses top_k experts": (
         "expert_down",
         {"E": 256, "I": 512, "H": 2048, "top_k": 8, "dtype": "i4g64", "rows": "q8g64"},

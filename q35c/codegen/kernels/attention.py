@@ -32,6 +32,7 @@ from q35c.codegen.kernels.attention_shape import (
     query_tokens,
 )
 from q35c.codegen.kernels.common import STACK, Expr, hmax, hsum, ramp, share, splat, vexp, vsigmoid
+from q35c.codegen.kernels.quantize import Rounding
 
 _VECTORS = 2  # vectors of a register tile, in keys or in dims
 
@@ -218,7 +219,7 @@ def store_head(shape, w, at, total, qg, y, row, head):
 
 
 @T.inline
-def run_sequence(shape, q, qg, state, slots, starts, y, w, tokens, tid, nt):
+def run_sequence(shape, q, qg, state, slots, starts, y, rounding, rounded, w, tokens, tid, nt):
     """Tasks are (tile of tokens, key head); the last tiles see most cells, so threads take them in turn."""
     groups: T.let[T.int64] = T.truncdiv(
         tokens + (shape.query_tokens - 1), T.int64(shape.query_tokens)
@@ -244,6 +245,7 @@ def run_sequence(shape, q, qg, state, slots, starts, y, w, tokens, tid, nt):
             head: T.let[T.int64] = kv_head * shape.group + row - token * shape.group
             row_at: T.let[T.int64] = at + row * shape.row_words
             store_head(shape, w, row_at, w[row_at + shape.D + 1], qg, y, first + token, head)
+            rounding.columns(y, first + token, rounded, head * shape.D, shape.D)
 
 
 @T.inline
@@ -287,15 +289,17 @@ def merge_split(shape, w, part, best, merged):
 
 def attention(
     Hq: int, Hkv: int, D: int, kv_dtype: str, context: int, k_offset_bytes: int, v_offset_bytes: int,
-    rows: str, splits: int, isa: Isa,
+    rows: str, splits: int, isa: Isa, group: int = 0,
 ) -> PrimFunc:  # fmt: skip
     """Make the kernel (Q f32 [T, Hq * D] scaled, QG f32 [T, Hq * 2D], STATE, SLOTS i64 [B], STARTS i32 [B],
-    Y f32 [T, Hq * D], SCRATCH, T, ld_qg, ld_y, tid, nt). In "batch" it leaves Y to `attention_combine`.
+    Y f32 [T, Hq * D], ROUNDED, SCRATCH, T, ld_qg, ld_y, ld_rounded, tid, nt). In "batch" it leaves Y to
+    `attention_combine`. With a `group`, of which D is a multiple, ROUNDED gets what `quantize_rows` makes of Y.
     """
     shape = attention_shape(
         Hq, Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes, rows, splits, isa
     )
     is_batch = rows == "batch"
+    rounding = Rounding(Hq * D, group, isa)
 
     @T.prim_func(private=True, s_tir=True)
     def attention_kernel(
@@ -305,10 +309,12 @@ def attention(
         SLOTS: T.handle("int64"),
         STARTS: T.handle("int32"),
         Y: T.handle("float32"),
+        ROUNDED: T.handle("int32"),
         SCRATCH: T.handle("float32"),
         tokens: T.int64,
         ld_qg: T.int64,
         ld_y: T.int64,
+        ld_rounded: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
@@ -319,29 +325,38 @@ def attention(
         slots = T.decl_buffer((tokens,), "int64", data=SLOTS)
         starts = T.decl_buffer((tokens,), "int32", data=STARTS)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
+        rounded = T.decl_buffer((tokens, ld_rounded), "int32", data=ROUNDED)
         w = T.decl_buffer((T.int64(1) << 40,), "float32", data=SCRATCH)
         if is_batch:
             run_batch(shape, q, state, slots, starts, w, tokens, tid, nt)
         else:
-            run_sequence(shape, q, qg, state, slots, starts, y, w, tokens, tid, nt)
+            run_sequence(
+                shape, q, qg, state, slots, starts, y, rounding, rounded, w, tokens, tid, nt
+            )
         return T.int32(0)
 
     return attention_kernel
 
 
-def attention_combine(Hq: int, Hkv: int, D: int, kv_dtype: str, splits: int, isa: Isa) -> PrimFunc:
-    """Make the kernel (SCRATCH, QG, Y, T, ld_qg, ld_y, tid, nt) that merges the splits of each (row, head)."""
+def attention_combine(
+    Hq: int, Hkv: int, D: int, kv_dtype: str, splits: int, isa: Isa, group: int = 0
+) -> PrimFunc:
+    """Make the kernel (SCRATCH, QG, Y, ROUNDED, T, ld_qg, ld_y, ld_rounded, tid, nt) that merges the splits of each
+    (row, head). `group` and ROUNDED are those of `attention`.
+    """
     shape = attention_shape(Hq, Hkv, D, kv_dtype, CELLS, 0, 0, "batch", splits, isa)
-    L = isa.lanes
+    L, rounding = isa.lanes, Rounding(Hq * D, group, isa)
 
     @T.prim_func(private=True, s_tir=True)
     def attention_combine_kernel(
         SCRATCH: T.handle("float32"),
         QG: T.handle("float32"),
         Y: T.handle("float32"),
+        ROUNDED: T.handle("int32"),
         tokens: T.int64,
         ld_qg: T.int64,
         ld_y: T.int64,
+        ld_rounded: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
@@ -349,6 +364,7 @@ def attention_combine(Hq: int, Hkv: int, D: int, kv_dtype: str, splits: int, isa
         w = T.decl_buffer((T.int64(1) << 40,), "float32", data=SCRATCH)
         qg = T.decl_buffer((tokens, ld_qg), "float32", data=QG)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
+        rounded = T.decl_buffer((tokens, ld_rounded), "int32", data=ROUNDED)
         first: T.let[T.int64] = share(tokens * Hq, tid, nt)
         merged = T.alloc_buffer((D,), "float32", annotations=STACK)
         best = T.alloc_buffer((2,), "float32")
@@ -371,6 +387,7 @@ def attention_combine(Hq: int, Hkv: int, D: int, kv_dtype: str, splits: int, isa
                 if w[part + D] != T.float32(LOWEST):  # else the split has no cell, and no sums
                     merge_split(shape, w, part, best, merged)
             store_head(shape, merged, T.int64(0), best[1], qg, y, row, head)
+            rounding.columns(y, row, rounded, head * D, D)
         return T.int32(0)
 
     return attention_combine_kernel

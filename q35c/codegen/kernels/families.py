@@ -10,7 +10,11 @@ from q35c.codegen.kernels.attention import attention, attention_combine, attenti
 from q35c.codegen.kernels.attention_prepare import attention_prepare
 from q35c.codegen.kernels.bf16_rows import round_rows
 from q35c.codegen.kernels.embedding import embedding
-from q35c.codegen.kernels.gated_delta import gated_delta, gated_delta_scratch_bytes
+from q35c.codegen.kernels.gated_delta import (
+    gated_delta,
+    gated_delta_decode,
+    gated_delta_scratch_bytes,
+)
 from q35c.codegen.kernels.gated_delta_conv import conv_update
 from q35c.codegen.kernels.linear import linear
 from q35c.codegen.kernels.moe import combine, expert_down, expert_gate_up, group_by_expert, route
@@ -31,6 +35,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "expert_down": expert_down,
     "expert_gate_up": expert_gate_up,
     "gated_delta": gated_delta,
+    "gated_delta_decode": gated_delta_decode,
     "group_by_expert": group_by_expert,
     "linear": linear,
     "quantize_rows": quantize_rows,
@@ -44,7 +49,9 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 def scratch_bytes(family: str, target: Target, max_tokens: int, parameters: dict[str, Any]) -> int:
     """Return the bytes of scratch that a kernel needs for all threads and rows."""
     if family == "gated_delta":
-        names = ("Hk", "Hv", "Dk", "Dv", "rows")
+        names = ("Hk", "Hv", "Dk", "Dv")
         one = gated_delta_scratch_bytes(**{n: parameters[n] for n in names}, isa=target.isa)
         return max(one, 64) * target.max_threads
+    if family == "linear":
+        return 4 * max_tokens * parameters["group"] * target.max_threads
     return attention_scratch_bytes(target, max_tokens, parameters)

@@ -1,9 +1,9 @@
-"""Gated delta network kernels: causal convolution, and the recurrence with its gated norm.
+"""Gated delta network kernels: the recurrence with its gated norm, and in decode the causal convolution before it.
 
-`gated_delta` has two forms. "batch": row b is one token of sequence b, one step per (row, head). "sequence": all rows
-continue sequence 0, each head's run in order; runs of SHORT_RUN tokens or more take the chunk scan, shorter ones the
-same step as decode, so a run of one token equals a decode step bit for bit. Threads share (row, head) pairs or heads,
-never a sum, so results do not depend on their number.
+`gated_delta_decode` takes row b as one token of sequence b: convolution, SiLU and one step for each (row, key head).
+In `gated_delta` all rows continue sequence 0, behind `conv_update`, each head's run in order; runs of SHORT_RUN tokens or
+more take the chunk scan, shorter ones the same step as decode, so a run of one token equals a decode step bit for bit.
+Threads share (row, key head) pairs or heads, never a sum, so results do not depend on their number.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import share
+from q35c.codegen.kernels.gated_delta_conv import ConvShape, convolve_run
 from q35c.codegen.kernels.gated_delta_scan import (
     pack_state,
     scan_chunk,
@@ -25,6 +26,7 @@ from q35c.codegen.kernels.gated_delta_step import (
     recurrent_step,
     vector_of_row,
 )
+from q35c.codegen.kernels.quantize import Rounding
 
 SHORT_RUN = 8  # below this many tokens one step per token is faster than the scan
 
@@ -36,56 +38,51 @@ def gated_delta(
     Dv: int,
     eps: float,
     slot_offset_bytes: int,
-    rows: str,
     isa: Isa,
     short_run: int = SHORT_RUN,
+    group: int = 0,
 ) -> tirx.PrimFunc:
-    """Build the recurrence kernel; a "sequence" of `short_run` tokens or more takes the scan.
+    """Build the recurrence kernel; `short_run` tokens or more take the scan.
 
     Params: QKV f32[T, 2*Hk*Dk + Hv*Dv] (after convolution and SiLU), Z f32[T, Hv*Dv], B and A f32[T, Hv],
-    A_LOG and DT_BIAS f32[Hv], NORM_W f32[Dv], STATE, SLOTS i64[B], Y f32[T, Hv*Dv], SCRATCH, T, then the row strides
-    ld_qkv, ld_z, ld_b, ld_a, ld_y, then tid, nt.
+    A_LOG and DT_BIAS f32[Hv], NORM_W f32[Dv], STATE, SLOTS i64[1], Y f32[T, Hv*Dv], ROUNDED, SCRATCH, T, then the row
+    strides ld_qkv, ld_z, ld_b, ld_a, ld_y, ld_rounded, then tid, nt. With a `group`, of which Dv is a multiple, ROUNDED gets
+    what `quantize_rows` makes of Y.
     """
     shape = DeltaShape(Hk, Hv, Dk, Dv, eps, slot_offset_bytes // 4, isa)
-    return _kernel(shape, rows == "batch", short_run)
+    return _sequence_kernel(shape, Rounding(Hv * Dv, group, isa), short_run)
 
 
-def gated_delta_scratch_bytes(Hk: int, Hv: int, Dk: int, Dv: int, rows: str, isa: Isa) -> int:
-    """Return the scratch bytes of one thread."""
-    return 0 if rows == "batch" else 4 * scan_shape(DeltaShape(Hk, Hv, Dk, Dv, 0.0, 0, isa)).total
+def gated_delta_scratch_bytes(Hk: int, Hv: int, Dk: int, Dv: int, isa: Isa) -> int:
+    """Return the scratch bytes of one thread of `gated_delta`."""
+    return 4 * scan_shape(DeltaShape(Hk, Hv, Dk, Dv, 0.0, 0, isa)).total
 
 
-@T.inline
-def run_batch(shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, tokens, tid, nt):
-    """One step for each (row, head) of this thread's share."""
-    lo: T.let[T.int64] = share(tokens * shape.Hv, tid, nt)
-    for task in T.serial(share(tokens * shape.Hv, tid + 1, nt) - lo):
-        row: T.let[T.int64] = T.truncdiv(lo + task, T.int64(shape.Hv))
-        head: T.let[T.int64] = lo + task - row * shape.Hv
-        base: T.let[T.int64] = shape.state(slots[row], head)
-        recurrent_step(shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, base, y, row, head)
+def gated_delta_decode(
+    Hk: int,
+    Hv: int,
+    Dk: int,
+    Dv: int,
+    K: int,
+    eps: float,
+    slot_offset_bytes: int,
+    isa: Isa,
+    group: int = 0,
+) -> tirx.PrimFunc:
+    """Build the kernel of one token for each sequence, with a convolution of K taps.
+
+    Params: X f32[B, C = 2*Hk*Dk + Hv*Dv], CONV_W f32[K, C], CONV_STATE, MIXED f32[B, C] (a temporary), then those of
+    `gated_delta` from Z on without SCRATCH, with SLOTS i64[B], T, ld_x, ld_mixed, ld_z, ld_b, ld_a, ld_y, ld_rounded, tid, nt.
+    """
+    shape = DeltaShape(Hk, Hv, Dk, Dv, eps, slot_offset_bytes // 4, isa)
+    conv = ConvShape(shape.channels, K, isa.lanes, slot_offset_bytes // 4)
+    return _decode_kernel(shape, conv, Rounding(Hv * Dv, group, isa))
 
 
 @T.inline
 def run_sequence(
-    shape,
-    scan,
-    short_run,
-    qkv,
-    z,
-    b,
-    a,
-    a_log,
-    dt_bias,
-    norm_w,
-    state,
-    slots,
-    y,
-    w,
-    tokens,
-    tid,
-    nt,
-):
+    shape, scan, short_run, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, rounding, rounded, w, tokens, tid, nt
+):  # fmt: skip
     """All rows, for each head of this thread's share."""
     lo: T.let[T.int64] = share(shape.Hv, tid, nt)
     for task in T.serial(share(shape.Hv, tid + 1, nt) - lo):
@@ -96,6 +93,7 @@ def run_sequence(
                 recurrent_step(
                     shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, base, y, row, head
                 )
+                rounding.columns(y, row, rounded, head * shape.Dv, shape.Dv)
         else:
             pack_state(scan, w, state, base)
             for chunk in T.serial(T.truncdiv(tokens + (scan.rows - 1), T.int64(scan.rows))):
@@ -108,14 +106,15 @@ def run_sequence(
                         vector_of_row(y, first + i, head * shape.Dv, shape.lanes),
                         z, norm_w, y, first + i, head,
                     )  # fmt: skip
+                    rounding.columns(y, first + i, rounded, head * shape.Dv, shape.Dv)
             unpack_state(scan, w, state, base)
 
 
-def _kernel(shape: DeltaShape, is_batch: bool, short_run: int) -> tirx.PrimFunc:
+def _sequence_kernel(shape: DeltaShape, rounding: Rounding, short_run: int) -> tirx.PrimFunc:
     scan = scan_shape(shape)
 
     @T.prim_func(private=True, s_tir=True)
-    def gated_delta(
+    def gated_delta_kernel(
         QKV: T.handle("float32"),
         Z: T.handle("float32"),
         B: T.handle("float32"),
@@ -126,6 +125,7 @@ def _kernel(shape: DeltaShape, is_batch: bool, short_run: int) -> tirx.PrimFunc:
         STATE: T.handle("float32"),
         SLOTS: T.handle("int64"),
         Y: T.handle("float32"),
+        ROUNDED: T.handle("int32"),
         SCRATCH: T.handle("float32"),
         tokens: T.int64,
         ld_qkv: T.int64,
@@ -133,6 +133,7 @@ def _kernel(shape: DeltaShape, is_batch: bool, short_run: int) -> tirx.PrimFunc:
         ld_b: T.int64,
         ld_a: T.int64,
         ld_y: T.int64,
+        ld_rounded: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
@@ -145,16 +146,91 @@ def _kernel(shape: DeltaShape, is_batch: bool, short_run: int) -> tirx.PrimFunc:
         dt_bias = T.decl_buffer((shape.Hv,), "float32", data=DT_BIAS)
         norm_w = T.decl_buffer((shape.Dv,), "float32", data=NORM_W)
         state = T.decl_buffer((T.int64(1) << 48,), "float32", data=STATE)
-        slots = T.decl_buffer((tokens,), "int64", data=SLOTS)
+        slots = T.decl_buffer((1,), "int64", data=SLOTS)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
+        rounded = T.decl_buffer((tokens, ld_rounded), "int32", data=ROUNDED)
         w = T.decl_buffer((scan.total,), "float32", data=SCRATCH, elem_offset=tid * scan.total)
-        if is_batch:
-            run_batch(shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, tokens, tid, nt)
-        else:
-            run_sequence(
-                shape, scan, short_run, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, w,
-                tokens, tid, nt,
-            )  # fmt: skip
+        run_sequence(
+            shape, scan, short_run, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, rounding, rounded, w,
+            tokens, tid, nt,
+        )  # fmt: skip
         return T.int32(0)
 
-    return gated_delta
+    return gated_delta_kernel
+
+
+@T.inline
+def convolve_key_head(shape, conv, x, w, state, base, y, row, key_head):
+    """Convolve what one key head and its value heads read of a row: queries, keys, values."""
+    for part in T.serial(T.int64(3)):
+        begin: T.let[T.int64] = T.Select(
+            part == 2,
+            shape.v(key_head * shape.ratio),
+            part * (shape.Hk * shape.Dk) + key_head * shape.Dk,
+        )
+        width: T.let[T.int64] = T.Select(
+            part == 2, T.int64(shape.ratio * shape.Dv), T.int64(shape.Dk)
+        )
+        vectors: T.let[T.int64] = T.truncdiv(width, T.int64(shape.lanes))
+        convolve_run(conv, x, w, state, base, y, row, T.int64(1), begin, vectors)
+
+
+def _decode_kernel(shape: DeltaShape, conv: ConvShape, rounding: Rounding) -> tirx.PrimFunc:
+    @T.prim_func(private=True, s_tir=True)
+    def gated_delta_decode_kernel(
+        X: T.handle("float32"),
+        CONV_W: T.handle("float32"),
+        CONV_STATE: T.handle("float32"),
+        MIXED: T.handle("float32"),
+        Z: T.handle("float32"),
+        B: T.handle("float32"),
+        A: T.handle("float32"),
+        A_LOG: T.handle("float32"),
+        DT_BIAS: T.handle("float32"),
+        NORM_W: T.handle("float32"),
+        STATE: T.handle("float32"),
+        SLOTS: T.handle("int64"),
+        Y: T.handle("float32"),
+        ROUNDED: T.handle("int32"),
+        tokens: T.int64,
+        ld_x: T.int64,
+        ld_mixed: T.int64,
+        ld_z: T.int64,
+        ld_b: T.int64,
+        ld_a: T.int64,
+        ld_y: T.int64,
+        ld_rounded: T.int64,
+        tid: T.int32,
+        nt: T.int32,
+    ) -> T.int32:
+        T.func_attr({"tirx.noalias": True})
+        x = T.decl_buffer((tokens, ld_x), "float32", data=X)
+        conv_w = T.decl_buffer((conv.taps, conv.channels), "float32", data=CONV_W)
+        conv_state = T.decl_buffer((T.int64(1) << 48,), "float32", data=CONV_STATE)
+        mixed = T.decl_buffer((tokens, ld_mixed), "float32", data=MIXED)
+        z = T.decl_buffer((tokens, ld_z), "float32", data=Z)
+        b = T.decl_buffer((tokens, ld_b), "float32", data=B)
+        a = T.decl_buffer((tokens, ld_a), "float32", data=A)
+        a_log = T.decl_buffer((shape.Hv,), "float32", data=A_LOG)
+        dt_bias = T.decl_buffer((shape.Hv,), "float32", data=DT_BIAS)
+        norm_w = T.decl_buffer((shape.Dv,), "float32", data=NORM_W)
+        state = T.decl_buffer((T.int64(1) << 48,), "float32", data=STATE)
+        slots = T.decl_buffer((tokens,), "int64", data=SLOTS)
+        y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
+        rounded = T.decl_buffer((tokens, ld_rounded), "int32", data=ROUNDED)
+        first: T.let[T.int64] = share(tokens * shape.Hk, tid, nt)
+        for task in T.serial(share(tokens * shape.Hk, tid + 1, nt) - first):
+            row: T.let[T.int64] = T.truncdiv(first + task, T.int64(shape.Hk))
+            key_head: T.let[T.int64] = first + task - row * shape.Hk
+            conv_base: T.let[T.int64] = slots[row] * 16 + conv.slot_offset
+            convolve_key_head(shape, conv, x, conv_w, conv_state, conv_base, mixed, row, key_head)
+            for member in T.serial(T.int64(shape.ratio)):
+                head: T.let[T.int64] = key_head * shape.ratio + member
+                base: T.let[T.int64] = shape.state(slots[row], head)
+                recurrent_step(
+                    shape, mixed, z, b, a, a_log, dt_bias, norm_w, state, base, y, row, head
+                )
+                rounding.columns(y, row, rounded, head * shape.Dv, shape.Dv)
+        return T.int32(0)
+
+    return gated_delta_decode_kernel

@@ -105,15 +105,13 @@ def convolve_run(shape, x, w, state, base, y, first, count, begin, vectors):
             )(i)
 
 
-def conv_update(C: int, K: int, slot_offset_bytes: int, rows: str, isa: Isa) -> tirx.PrimFunc:
+def conv_update(C: int, K: int, slot_offset_bytes: int, isa: Isa) -> tirx.PrimFunc:
     """Build the convolution kernel; C is a multiple of 16, K is 2 to 4.
 
-    Params: X f32[T, C], W f32[K, C], STATE, SLOTS i64[B], Y f32[T, C] (not X), T, ld_x, ld_y, tid, nt. The state of a
-    sequence is f32[K-1, C], oldest row first. rows "sequence": all rows continue sequence 0; "batch": row b is the
-    next token of sequence b.
+    Params: X f32[T, C], W f32[K, C], STATE, SLOTS i64[1], Y f32[T, C] (not X), T, ld_x, ld_y, tid, nt. The state of a
+    sequence is f32[K-1, C], oldest row first. All rows continue sequence 0; in decode, `gated_delta_decode` convolves.
     """
     shape = ConvShape(C, K, isa.lanes, slot_offset_bytes // 4)
-    is_batch = rows == "batch"
 
     @T.prim_func(private=True, s_tir=True)
     def conv_update_kernel(
@@ -132,7 +130,8 @@ def conv_update(C: int, K: int, slot_offset_bytes: int, rows: str, isa: Isa) -> 
         x = T.decl_buffer((tokens, ld_x), "float32", data=X)
         w = T.decl_buffer((K, C), "float32", data=W)
         state = T.decl_buffer((T.int64(1) << 48,), "float32", data=STATE)
-        slots = T.decl_buffer((tokens,), "int64", data=SLOTS)
+        slots = T.decl_buffer((1,), "int64", data=SLOTS)
+        base: T.let[T.int64] = slots[0] * 16 + shape.slot_offset
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         low: T.let[T.int64] = share(C // GRAIN, tid, nt) * GRAIN
         high: T.let[T.int64] = share(C // GRAIN, tid + 1, nt) * GRAIN
@@ -143,13 +142,7 @@ def conv_update(C: int, K: int, slot_offset_bytes: int, rows: str, isa: Isa) -> 
             vectors: T.let[T.int64] = T.truncdiv(
                 T.min(high - begin, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
             )
-            if is_batch:
-                for row in T.serial(tokens):
-                    base: T.let[T.int64] = slots[row] * 16 + shape.slot_offset
-                    convolve_run(shape, x, w, state, base, y, row, T.int64(1), begin, vectors)
-            else:
-                base: T.let[T.int64] = slots[0] * 16 + shape.slot_offset
-                convolve_run(shape, x, w, state, base, y, T.int64(0), tokens, begin, vectors)
+            convolve_run(shape, x, w, state, base, y, T.int64(0), tokens, begin, vectors)
         return T.int32(0)
 
     return conv_update_kernel

@@ -60,9 +60,14 @@ class DeltaShape:
         """Return the width of one qkv row."""
         return 2 * self.Hk * self.Dk + self.Hv * self.Dv
 
+    @property
+    def ratio(self) -> int:
+        """Return how many value heads share a key head."""
+        return self.Hv // self.Hk
+
     def q(self, head: Expr) -> Expr:
         """Return the first qkv column of the query that value head `head` uses."""
-        return T.truncdiv(head, self.Hv // self.Hk) * self.Dk
+        return T.truncdiv(head, self.ratio) * self.Dk
 
     def k(self, head: Expr) -> Expr:
         """Return the first qkv column of the key that value head `head` uses."""

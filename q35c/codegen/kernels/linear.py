@@ -12,25 +12,34 @@ and adds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import Expr, share
+from q35c.codegen.kernels.common import BLOCK, Expr, ramp, share
 from q35c.codegen.kernels.matmul import make_product
 from q35c.codegen.kernels.product import Operands, Product
+from q35c.codegen.kernels.quantize import Rounding, round_group
 
 _FEW_BLOCKS = 2  # too few to split among threads
 
 
-def linear(N: int, K: int, dtype: str, epilogue: str, isa: Isa, rows: str = "f32") -> PrimFunc:
+def linear(
+    N: int, K: int, dtype: str, epilogue: str, isa: Isa, rows: str = "f32", group: int = 0
+) -> PrimFunc:
     """Make the kernel (W, X, Y, [R], T, ld_x, ld_y, [ld_r], tid, nt) for X f32 [T, K].
 
     W holds N rows packed as f32, bf16 pairs or integers; swiglu counts gate and up rows in N and writes
     N/2 columns. Integer weights read X as `quantize_rows` leaves it, and bf16 weights as `round_rows` does when
-    `rows` is "bf16". R and ld_r exist only with "residual"; R may be Y itself. Strides are in elements of 4 bytes.
+    `rows` is "bf16". R and ld_r exist only with "residual"; R may be Y itself. With "swiglu" and a `group`, of which N/2
+    is a multiple, (W, X, Q, SCRATCH f32 [nt, T, group], T, ld_x, ld_q, tid, nt): only Q remains, what `quantize_rows` makes
+    of Y. Strides are in elements of 4 bytes.
     """
     matmul = make_product(N, K, dtype, epilogue, isa, rows)
+    if group:
+        return _rounding(matmul, Rounding(N // 2, group, isa))
     return _with_residual(matmul) if epilogue == "residual" else _plain(matmul)
 
 
@@ -79,6 +88,46 @@ def _with_residual(matmul: Product) -> PrimFunc:
         return T.int32(0)
 
     return linear_residual_kernel
+
+
+def _rounding(matmul: Product, rounding: Rounding) -> PrimFunc:
+    """Make the kernel that rounds: a thread keeps a group's columns in L2 until its blocks are done."""
+    layout, group, isa = rounding.layout, rounding.group, rounding.isa
+    span = group // (BLOCK // 2)
+
+    def vector(y: Expr, row: Expr) -> Callable[[int], Expr]:
+        return lambda k: y[row, ramp(k, isa.lanes)]
+
+    @T.prim_func(private=True, s_tir=True)
+    def linear_rounding_kernel(
+        W: T.handle(matmul.element),
+        X: T.handle(matmul.x_element),
+        Q: T.handle("int32"),
+        SCRATCH: T.handle("float32"),
+        tokens: T.int64,
+        ld_x: T.int64,
+        ld_q: T.int64,
+        tid: T.int32,
+        nt: T.int32,
+    ) -> T.int32:
+        T.func_attr({"tirx.noalias": True})
+        w = matmul.weights(W)
+        x = T.decl_buffer((tokens, ld_x), matmul.x_element, data=X)
+        y = T.decl_buffer(
+            (tokens, group), "float32", data=SCRATCH, elem_offset=tid * tokens * group
+        )
+        q = T.decl_buffer((tokens, ld_q), "int32", data=Q)
+        first: T.let[T.int64] = share(layout.groups, tid, nt)
+        for item in T.serial(share(layout.groups, tid + 1, nt) - first):
+            number: T.let[T.int64] = first + item
+            for at in T.serial(T.int64(span)):
+                block: T.let[T.int64] = number * span + at
+                matmul.sweep(Operands(w, x, y, y, block, at, _same, _same), T.int64(0), tokens)
+            for row in T.serial(tokens):
+                round_group(layout, isa, vector(y, row), row, q, number)
+        return T.int32(0)
+
+    return linear_rounding_kernel
 
 
 def _blocks(

@@ -10,6 +10,7 @@ infinity gets such a scale, so what is not finite stays so. The limit is the ban
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tvm.script import tirx as T
@@ -64,90 +65,92 @@ class RowLayout:
         return ceil_div(self.sums + self.groups, LINE_WORDS) * LINE_WORDS
 
 
-@dataclass(frozen=True)
-class RowBuffers:
-    """Hold rounded rows under three types: bytes, int32 and f32 words, all [rows, ..]."""
-
-    codes: Expr
-    words: Expr
-    scales: Expr
-
-
 def quantize_rows(K: int, group: int, isa: Isa, pairs: int = 1) -> PrimFunc:
-    """Make the kernel (X f32 [T * pairs, K], Q8, QI, QF, T, ld_x, ld_q, tid, nt).
-
-    Q8, QI and QF are one address under three types: rows of `RowLayout`, `ld_q` words apart.
-    """
+    """Make the kernel (X f32 [T * pairs, K], Q i32 [T * pairs, ..] in rows of `RowLayout`, T, ld_x, ld_q, tid, nt)."""
     layout = RowLayout(K, group)
 
     @T.prim_func(private=True, s_tir=True)
     def quantize_rows_kernel(
         X: T.handle("float32"),
-        Q8: T.handle("int8"),
-        QI: T.handle("int32"),
-        QF: T.handle("float32"),
+        Q: T.handle("int32"),
         tokens: T.int64,
         ld_x: T.int64,
         ld_q: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
-        # No noalias: the three are one.
+        T.func_attr({"tirx.noalias": True})
         rows: T.let[T.int64] = tokens * pairs
         x = T.decl_buffer((rows, ld_x), "float32", data=X)
-        codes = T.decl_buffer((rows, ld_q * 4), "int8", data=Q8)
-        words = T.decl_buffer((rows, ld_q), "int32", data=QI)
-        scales = T.decl_buffer((rows, ld_q), "float32", data=QF)
+        q = T.decl_buffer((rows, ld_q), "int32", data=Q)
         first: T.let[T.int64] = share(rows * layout.groups, tid, nt)
         last: T.let[T.int64] = share(rows * layout.groups, tid + 1, nt)
         for item in T.serial(last - first):
             row: T.let[T.int64] = T.truncdiv(first + item, T.int64(layout.groups))
             number: T.let[T.int64] = first + item - row * layout.groups
-            quantize_group(layout, isa, x, row, RowBuffers(codes, words, scales), number)
+            quantize_group(layout, isa, x, row, q, number)
         return T.int32(0)
 
     return quantize_rows_kernel
 
 
-def quantize_group(
-    layout: RowLayout, isa: Isa, x: Expr, row: Expr, out: RowBuffers, number: Expr
-) -> None:
+def quantize_group(layout: RowLayout, isa: Isa, x: Expr, row: Expr, q: Expr, number: Expr) -> None:
     """Emit the rounding of one group of a row; call it as a statement inside TVMScript."""
     rest = layout.K % layout.group
     if not rest:
-        _round_group(layout, isa, lambda at: x[row, number * layout.group + at], row, out, number)
+        start = number * layout.group
+        round_group(layout, isa, lambda at: x[row, ramp(start + at, isa.lanes)], row, q, number)
         return
     with T.If(number < layout.groups - 1):
         with T.Then():
-            _round_group(
-                layout, isa, lambda at: x[row, number * layout.group + at], row, out, number
-            )
+            start = number * layout.group
+            round_group(layout, isa, lambda at: x[row, ramp(start + at, isa.lanes)], row, q, number)
         with T.Else():
             padded = T.alloc_buffer((layout.group,), "float32", annotations=STACK)
             for v in range(0, layout.group, isa.lanes):
                 T.buffer_store(padded, splat(0.0, isa.lanes), [ramp(v, isa.lanes)])
             with T.serial(rest) as k:
                 T.buffer_store(padded, x[row, number * layout.group + k], [k])
-            _round_group(layout, isa, lambda at: padded[at], row, out, number)
+            round_group(layout, isa, lambda at: padded[ramp(at, isa.lanes)], row, q, number)
 
 
-def _round_group(
-    layout: RowLayout, isa: Isa, load, row: Expr, out: RowBuffers, number: Expr
+@dataclass(frozen=True)
+class Rounding:
+    """Let a kernel round the rows of K values that it writes, part by part; with group 0 it rounds nothing."""
+
+    K: int
+    group: int
+    isa: Isa
+
+    @property
+    def layout(self) -> RowLayout:
+        return RowLayout(self.K, self.group)
+
+    def columns(self, y: Expr, row: Expr, q: Expr, begin: Expr, count: int) -> None:
+        """Emit the rounding of `count` columns of row y[row] from `begin`, both multiples of the group."""
+        if self.group:
+            first = T.Bind(T.truncdiv(begin, T.int64(self.group)))
+            with T.serial(T.int64(count // self.group)) as number:
+                quantize_group(self.layout, self.isa, y, row, q, first + number)
+
+
+def round_group(
+    layout: RowLayout, isa: Isa, load: Callable[[int], Expr], row: Expr, q: Expr, number: Expr
 ) -> None:
-    """Emit largest magnitude, scale, codes and their sum."""
+    """Emit largest magnitude, scale, codes and their sum of one group; load(k) is its vector from value k on."""
     L = isa.lanes
-    vectors = [ramp(v, L) for v in range(0, layout.group, L)]
-    top = T.Bind(largest_magnitude([load(at) for at in vectors], L))
+    vectors = [T.Bind(load(k)) for k in range(0, layout.group, L)]
+    top = T.Bind(largest_magnitude(vectors, L))
     inverse = T.Bind(splat(T.Select(top == T.float32(0), T.float32(0), T.float32(127) / top), L))
-    T.buffer_store(out.scales, top * T.float32(1 / 127), [row, layout.scales + number])
+    T.buffer_store(q, bits(top * T.float32(1 / 127), 1), [row, layout.scales + number])
     total = T.alloc_buffer((1, L), "int32")
     T.buffer_store(total, splat_int(0, L), [0, ramp(0, L)])
-    for place, at in enumerate(vectors):
-        shifted = load(at) * inverse + splat(_ROUND, L)
+    for place, x in enumerate(vectors):
+        shifted = x * inverse + splat(_ROUND, L)
         code = T.Bind(bits(shifted, L) - splat_int(_ROUND_BITS, L))
         T.buffer_store(total, total[0, ramp(0, L)] + code, [0, ramp(0, L)])
-        column = number * layout.group + place * L
-        T.buffer_store(out.codes, T.cast(code, vector("int8", L)), [row, ramp(column, L)])
+        words = T.reinterpret(T.cast(code, vector("int8", L)), dtype=vector("int32", L // 4))
+        T.buffer_store(q, words, [row, ramp(number * (layout.group // 4) + place * L // 4, L // 4)])
     add = T.llvm_lookup_intrinsic_id("llvm.vector.reduce.add")
     whole = T.call_llvm_pure_intrin(add, total[0, ramp(0, L)], dtype="int32")
-    T.buffer_store(out.words, T.int32(SUM_FACTOR) * whole, [row, layout.sums + number])
+    T.buffer_store(q, T.int32(SUM_FACTOR) * whole, [row, layout.sums + number])
