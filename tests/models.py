@@ -53,9 +53,11 @@ _KINDS: dict[str, dict[str, Any]] = {
         "num_experts": 8,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 48,
-        "shared_expert_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
     },
 }
+# A shared expert of another size than the routed ones is computed apart from them.
+_KINDS["moe-apart"] = {**_KINDS["moe"], "shared_expert_intermediate_size": 32}
 Layout = Literal["text", "multimodal"]
 
 

@@ -15,6 +15,7 @@ from q35c.codegen.kernels.quantize import RowLayout
 from q35c.codegen.pack import PackedWeight
 from q35c.codegen.program import Int, Tokens
 from q35c.codegen.schedule import Buffer, Schedule, StateRef, Step, StepArgument, View, WeightRef
+from q35c.codegen.shared_expert import find_shared_experts
 from q35c.codegen.target import Target
 from q35c.errors import LoweringError
 from q35c.ir.formats import integer_format
@@ -94,6 +95,8 @@ class Lowering:
         for op in graph.ops:
             for value in op.operands:
                 self.readers.setdefault(value, []).append(op)
+        self.shared_experts = find_shared_experts(graph)
+        self.folded = {value for expert in self.shared_experts.values() for value in expert.results}
         (self.logits,) = graph.outputs
 
     def run(self) -> Schedule:
@@ -101,6 +104,8 @@ class Lowering:
         for value in self.graph.inputs:
             self.views[value] = View(value.name, 0, Tokens())
         for op in self.graph.ops:
+            if op.results[0] in self.folded:
+                continue  # the mixture's experts do it
             rule = RULES.get(op.kind)
             if rule is None:
                 raise LoweringError(
@@ -373,19 +378,25 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
     shared, view, top_k = low.shared, low.views, op.attrs["top_k"]
     experts, hidden, inner = (int(d) for d in down.type.shape)  # type: ignore[arg-type]
     rows = row_count(op.result)
+    ups, downs = [gate_up], [down]
+    router = {"E": experts, "top_k": top_k}
+    if folded := low.shared_experts.get(op.result):
+        # The shared expert is the last one, and every token's last choice.
+        ups, downs = [gate_up, folded.gate, folded.up], [down, folded.down]
+        experts, top_k = experts + 1, top_k + 1
     ids, weights, order = (low.temporary(name, top_k, rows) for name in ("ids", "weights", "order"))
     active, offsets, number = (low.temporary(n, s, Int(1)) for n, s in (("active", experts), ("offsets", experts + 1), ("count", 1)))  # fmt: skip
     groups = [order, active, offsets, number]
 
-    args = [view[logits], ids, weights, rows, stride(view[logits])]
-    low.call(("route", {"E": experts, "top_k": top_k}), args, [ids, weights])
+    args = [view[logits], view[gate], ids, weights, rows, stride(view[logits]), stride(view[gate])]
+    low.call(("route", {**router, "has_shared": folded is not None}), args, [ids, weights])
     low.call(("group_by_expert", {"E": experts, "top_k": top_k}), [ids, *groups, rows], groups)
 
     dtype = op.operands[0].type.dtype
     shape = {"E": experts, "I": inner, "H": hidden, "top_k": top_k, "rows": dtype}
     activated = low.temporary("activated", top_k * inner, rows)
     args = [
-        shared.weight("experts_swiglu", gate_up),
+        shared.weight("experts_swiglu", *ups),
         view[x],
         *groups,
         activated,
@@ -398,7 +409,7 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
         activated = low.rounded(activated, inner, dtype, pairs=top_k)
     outputs = low.temporary("outputs", top_k * hidden, rows)
     args = [
-        shared.weight("experts", down),
+        shared.weight("experts", *downs),
         activated,
         *groups,
         outputs,
@@ -408,9 +419,11 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
     low.call(("expert_down", {**shape, "dtype": down.type.dtype}), args, [outputs])
 
     y = low.output(op.result)
-    inputs = [view[shared_out], view[gate], view[residual]]
+    # Without a shared expert beside the others, combine reads no shared rows: any take their place.
+    inputs = [view[residual if folded else shared_out], view[gate], view[residual]]
     args = [outputs, weights, *inputs, y, rows, *(stride(v) for v in (*inputs, y))]
-    low.call(("combine", {"H": hidden, "top_k": top_k}), args, [y])
+    parameters = {"H": hidden, "top_k": top_k, "has_shared": folded is None}
+    low.call(("combine", parameters), args, [y])
 
 
 def lower_quantize_rows(low: Lowering, op: Op) -> None:

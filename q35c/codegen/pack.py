@@ -34,7 +34,7 @@ class PackedWeight:
 
     layouts: `vector` (as it is, f32), `conv` ([C,1,K] -> f32 [K, C]), `linear` (sources stacked along
     rows), `swiglu` (16 gate rows then 16 up rows per block), `experts` and `experts_swiglu` (one
-    block matrix per expert of a source [E, N, K]).
+    block matrix per expert of a source [E, N, K], and one more if other sources hold a shared expert: [N, K], or gate and up).
     """
 
     name: str
@@ -58,8 +58,13 @@ class PackedWeight:
         if self.layout == "conv":
             channels, _, taps = self.source_shapes[0]
             return taps, channels
-        experts = self.source_shapes[0][:1] if self.layout.startswith("experts") else ()
+        experts = (self.experts,) if self.layout.startswith("experts") else ()
         return (*experts, self.blocks, *self._block_shape(self.inputs))
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, a shared one included."""
+        return self.source_shapes[0][0] + (len(self.sources) > 1)
 
     def _block_shape(self, inputs: int) -> tuple[int, ...]:
         if form := integer_format(self.dtype):
@@ -99,7 +104,7 @@ class PackedWeight:
                 read(self.sources[0], 0, self.source_shapes[0][0])[:, 0, :].T
             )
         elif self.layout.startswith("experts"):
-            for expert in range(self.source_shapes[0][0]):
+            for expert in range(self.experts):
                 yield partial(self._pack_expert, read, pack, expert)
         else:
             for first in range(0, self.blocks, self._slice_blocks):
@@ -121,15 +126,20 @@ class PackedWeight:
 
     def _pack_expert(self, read: Read, pack: Pack, expert: int) -> np.ndarray:
         """Pack one expert: it is read whole, because a checkpoint may store it in one piece."""
-        whole = read(self.sources[0], expert, expert + 1)[0]
-        half = whole.shape[0] // 2
+        if expert < self.source_shapes[0][0]:
+            whole = read(self.sources[0], expert, expert + 1)[0]
+            matrices = [whole] if self.layout == "experts" else np.split(whole, 2)
+        else:
+            shared = zip(self.sources[1:], self.source_shapes[1:], strict=True)
+            matrices = [read(name, 0, shape[0]) for name, shape in shared]
         parts = []
         for first in range(0, self.blocks, self._slice_blocks):
             count = min(self._slice_blocks, self.blocks - first)
             if self.layout == "experts":
-                rows = stack([whole], first * BLOCK, count * BLOCK)
+                rows = stack(matrices, first * BLOCK, count * BLOCK)
             else:
-                rows = interleave(whole[:half], whole[half:], first, count)
+                gate, up = matrices
+                rows = interleave(gate, up, first, count)
             parts.append(pack(rows, self.dtype))
         return np.concatenate(parts)
 

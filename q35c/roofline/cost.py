@@ -11,7 +11,8 @@
   of rounded rows by int8 or bf16, those with a bf16 cache by bf16, the rest by f32. An int8 cache meets integers of 16 bits,
   at half of the int8 peak: each product counts twice. Element-wise formulas count roughly; they hardly ever bound.
 - The weight of a step is the largest that it reads; norm vectors beside it are not counted.
-- Of experts those that some token chose: k of E for one token, E (1 - (1 - k/E)^T) for T, as if choices were random.
+- Of experts those that some token chose: k of E for one token, E (1 - (1 - k/E)^T) for T, as if choices were random. A
+  shared expert that is one of them, and every token's choice, counts like the others.
 
 A kernel that no rule here understands costs its weight's bytes and no operations, and says so.
 """
@@ -211,7 +212,8 @@ def expert_bytes(p: Parameters, work: Work) -> float:
 
 
 def combine(p: Parameters, work: Work) -> Cost:
-    return elementwise(work, (p["top_k"] + 3) * p["H"], (2 * p["top_k"] + 4) * p["H"])
+    terms = p["top_k"] + p.get("has_shared", True)
+    return elementwise(work, (terms + 2) * p["H"], (2 * terms + 2) * p["H"])
 
 
 def elementwise(work: Work, words: float, operations: float) -> Cost:

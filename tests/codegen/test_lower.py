@@ -47,6 +47,13 @@ def test_every_size_lowers(name: str) -> None:
             assert {family_name for family_name, _ in shared.kernels} <= set(FAMILIES)
             # All layers of a kind share their kernels, so more layers would not add any.
             assert len(shared.kernels) <= 40
+            if config.is_moe:  # the shared expert is one of them
+                experts = {
+                    dict(parameters)["E"]
+                    for name, parameters in shared.kernels
+                    if "expert_" in name
+                }
+                assert experts - {config.num_experts} == {config.num_experts + 1}
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 32, 64])

@@ -108,6 +108,18 @@ def test_experts(name: str, inputs: int, dtype: str) -> None:
         check_matrix(got[expert], layout, dtype, [whole] if layout == "experts" else halves)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "i4g32"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_shared_expert_is_the_last(name: str, dtype: str) -> None:
+    layout, rows = EXPERTS[name]
+    shared = ((rows, 40),) if layout == "experts" else ((rows // 2, 40),) * 2
+    weight, arrays = random_weight(layout, dtype, ((3, rows, 40), *shared))
+    alone, _ = random_weight(layout, dtype, ((4, rows, 40),))
+    joined = np.concatenate([arrays[0], np.concatenate(arrays[1:])[None]])
+    assert weight.shape == alone.shape and weight.values == alone.values
+    np.testing.assert_array_equal(packed(weight, arrays), packed(alone, [joined]))
+
+
 def unpack_integers(
     block: np.ndarray, dtype: str, inputs: int, lane: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,9 @@ def kernels(request):
     isa = request.param
     functions = {}
     for experts, top_k in ROUTES:
-        functions[f"route_{experts}_{top_k}"] = route(experts, top_k, isa)
+        for has_shared in (False, True):
+            name = f"route_{experts}_{top_k}_{has_shared}"
+            functions[name] = route(experts, top_k, isa, has_shared)
     for experts, top_k in {*ROUTES, *((e, k) for e, _, _, k in EXPERTS)}:
         functions[f"group_{experts}_{top_k}"] = group_by_expert(experts, top_k)
     for shape in EXPERTS:
@@ -44,7 +46,9 @@ def kernels(request):
             functions[f"up_{name}"] = expert_gate_up(experts, inner, hidden, top_k, dtype, isa)
             functions[f"down_{name}"] = expert_down(experts, hidden, inner, top_k, dtype, isa)
     for hidden, top_k in COMBINES:
-        functions[f"combine_{hidden}_{top_k}"] = combine(hidden, top_k, isa)
+        for has_shared in (False, True):
+            name = f"combine_{hidden}_{top_k}_{has_shared}"
+            functions[name] = combine(hidden, top_k, isa, has_shared)
     return build_kernels(functions, isa)
 
 
@@ -63,16 +67,24 @@ def top_experts(logits, top_k):
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("shape", ROUTES, ids=str)
 @pytest.mark.parametrize("with_ties", [False, True])
-def test_route(kernels, shape, tokens, with_ties):
+@pytest.mark.parametrize("has_shared", [False, True])
+def test_route(kernels, shape, tokens, with_ties, has_shared):
     experts, top_k = shape
     rng = np.random.default_rng(experts * 100 + tokens)
     ld = experts + tokens % 4
     logits = rng.normal(0, 3, (tokens, ld)).astype(np.float32)
     logits = guard(np.round(logits / 2) * 2 if with_ties else logits)
     ids, weights = top_experts(logits[:, :experts], top_k)
+    gate = guard(rng.normal(size=(tokens, 1 + tokens % 2)).astype(np.float32))
+    if has_shared:
+        ids = np.concatenate([ids, np.full((tokens, 1), experts)], 1)
+        weights = np.concatenate([weights, 1 / (1 + np.exp(-gate[:, :1].astype(np.float64)))], 1)
     for threads in (1, 2, 3):
-        got_ids, got = poisoned((tokens, top_k), np.int32), poisoned((tokens, top_k))
-        kernels.call(f"route_{experts}_{top_k}", logits, got_ids, got, tokens, ld, threads=threads)
+        got_ids, got = poisoned(ids.shape, np.int32), poisoned(ids.shape)
+        kernels.call(
+            f"route_{experts}_{top_k}_{has_shared}", logits, gate, got_ids, got,
+            tokens, ld, gate.shape[1], threads=threads,
+        )  # fmt: skip
         np.testing.assert_array_equal(got_ids, ids)
         assert_close(got, weights)
 
@@ -82,7 +94,8 @@ def test_route_gives_valid_ids_for_invalid_logits(kernels, value):
     logits = np.zeros((3, 64), np.float32)
     logits[0], logits[1, 5], logits[2, 60:] = value, value, value
     ids, weights = poisoned((3, 4), np.int32), poisoned((3, 4))
-    kernels.call("route_64_4", guard(logits), ids, weights, 3, 64)
+    logits = guard(logits)
+    kernels.call("route_64_4_False", logits, logits, ids, weights, 3, 64, 64)
     assert ((ids >= 0) & (ids < 64)).all()
 
 
@@ -148,7 +161,8 @@ def test_experts(kernels, shape, dtype, skew):
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("shape", COMBINES, ids=str)
-def test_combine(kernels, shape, tokens):
+@pytest.mark.parametrize("has_shared", [False, True])
+def test_combine(kernels, shape, tokens, has_shared):
     hidden, top_k = shape
     rng = np.random.default_rng(hidden + tokens)
     strides = [hidden + 3, 1 + tokens % 2, hidden, hidden + tokens % 3]  # shared, gate, residual, y
@@ -158,19 +172,19 @@ def test_combine(kernels, shape, tokens):
     weights = guard(rng.random((tokens, top_k)).astype(np.float32))
     routed = np.einsum("ts,tsh->th", weights.astype(np.float64), y2.reshape(tokens, top_k, hidden))
     sigmoid = 1 / (1 + np.exp(-gate[:, :1].astype(np.float64)))
-    expected = residual + routed + sigmoid * shared[:, :hidden]
+    expected = residual + routed + has_shared * sigmoid * shared[:, :hidden]
     outputs = []
     for threads in (1, 2, 3):
         y = poisoned((tokens, strides[3]))
         arguments = (y2, weights, shared, gate, residual, y, tokens, *strides)
-        kernels.call(f"combine_{hidden}_{top_k}", *arguments, threads=threads)
+        kernels.call(f"combine_{hidden}_{top_k}_{has_shared}", *arguments, threads=threads)
         assert np.isnan(y[:, hidden:]).all(), "columns past the row changed"
         outputs.append(y.tobytes())
     assert_close(y[:, :hidden], expected)
     assert outputs[0] == outputs[1] == outputs[2]
     in_place = guard(residual)
     arguments = (y2, weights, shared, gate, in_place, in_place, tokens, *strides[:3], strides[2])
-    kernels.call(f"combine_{hidden}_{top_k}", *arguments, threads=2)
+    kernels.call(f"combine_{hidden}_{top_k}_{has_shared}", *arguments, threads=2)
     np.testing.assert_array_equal(in_place, y[:, :hidden])
 
 

@@ -121,7 +121,7 @@ ROUNDED = [(name, "f32") for name in ("bf16", "w8", "w4", "w4-small")]
 
 
 @pytest.mark.parametrize(("precision", "cache"), [*ROUNDED, ("f32", "int8"), ("w8", "int8")])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "moe-apart"])
 def test_rounding_equals_the_interpreter(
     kind: str, precision: str, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,8 @@
     expert_down     y2[p] = down_e y1[p]
     combine         y = residual + sum_s weight_s y2[s] + sigmoid(shared gate) * shared
 
-A pair is numbered token * top_k + choice, and results stay at the pair's row: no kernel scatters
+A shared expert of the others' size is one of them: its weights lie behind theirs, and `route` chooses it last for every
+token, with sigmoid(shared gate) as its weight. Then `combine` has no other, and all experts share every region. A pair is numbered token * top_k + choice, and results stay at the pair's row: no kernel scatters
 sums. The weights of the experts in use are read once each; that is the limit at few tokens, the
 FMA rate at many. Sorting is done by one thread: 2 us for 512 pairs.
 """
@@ -38,29 +39,33 @@ _BLOCK_COST_ROWS = 8
 _COLUMNS = 64  # columns of one work item of combine
 
 
-def route(E: int, top_k: int, isa: Isa) -> PrimFunc:
-    """Make the kernel (LOGITS f32 [T, E], IDS i32 [T, k], WEIGHTS f32 [T, k], T, ld_logits, tid, nt).
+def route(E: int, top_k: int, isa: Isa, has_shared: bool = False) -> PrimFunc:
+    """Make the kernel (LOGITS f32 [T, E], GATE [T, 1], IDS i32 [T, k], WEIGHTS f32 [T, k], T, ld_logits, ld_gate, tid, nt).
 
     Softmax over all experts, the top_k largest in falling order (of equals the lowest id), divided
-    by their sum. Ids are valid whatever the logits are. Threads split the tokens.
+    by their sum; k is top_k. With `has_shared` k is one more, expert E with weight sigmoid(GATE); else GATE is not read.
+    Ids are valid whatever the logits are. Threads split the tokens.
     """
-    L = isa.lanes
+    L, choices = isa.lanes, top_k + has_shared
     vectors = ceil_div(E, L)
 
     @T.prim_func(private=True, s_tir=True)
     def route_kernel(
         LOGITS: T.handle("float32"),
+        GATE: T.handle("float32"),
         IDS: T.handle("int32"),
         WEIGHTS: T.handle("float32"),
         tokens: T.int64,
         ld_logits: T.int64,
+        ld_gate: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
         logits = T.decl_buffer((tokens, ld_logits), "float32", data=LOGITS)
-        ids = T.decl_buffer((tokens, top_k), "int32", data=IDS)
-        weights = T.decl_buffer((tokens, top_k), "float32", data=WEIGHTS)
+        gate = T.decl_buffer((tokens, ld_gate), "float32", data=GATE)
+        ids = T.decl_buffer((tokens, choices), "int32", data=IDS)
+        weights = T.decl_buffer((tokens, choices), "float32", data=WEIGHTS)
         first: T.let[T.int64] = share(tokens, tid, nt)
         last: T.let[T.int64] = share(tokens, tid + 1, nt)
         scores = T.alloc_buffer((vectors * L,), "float32", annotations=STACK)
@@ -98,6 +103,9 @@ def route(E: int, top_k: int, isa: Isa) -> PrimFunc:
                 total[0] = total[0] + weights[row, choice]
             for choice in T.serial(top_k):
                 weights[row, choice] = weights[row, choice] / total[0]
+            if has_shared:
+                ids[row, top_k] = T.int32(E)
+                weights[row, top_k] = vsigmoid(gate[row, 0], 1)
         return T.int32(0)
 
     return route_kernel
@@ -289,11 +297,11 @@ def _wide(value: Expr) -> Expr:
     return T.cast(value, "int64")
 
 
-def combine(H: int, top_k: int, isa: Isa) -> PrimFunc:
+def combine(H: int, top_k: int, isa: Isa, has_shared: bool = True) -> PrimFunc:
     """Make the kernel (Y2 f32 [T*k, H], WEIGHTS f32 [T, k], SHARED [T, H], GATE [T, 1], RESIDUAL [T, H],
     Y [T, H], T, ld_shared, ld_gate, ld_residual, ld_y, tid, nt).
 
-    Y may be RESIDUAL itself. Threads split (token, 64 columns) items.
+    Y may be RESIDUAL itself. Without `has_shared` SHARED and GATE are not read. Threads split (token, 64 columns) items.
     """
     L = isa.lanes
     chunks = ceil_div(H, _COLUMNS)
@@ -326,14 +334,19 @@ def combine(H: int, top_k: int, isa: Isa) -> PrimFunc:
             row: T.let[T.int64] = T.truncdiv(first + item, chunks)
             begin: T.let[T.int64] = T.truncmod(first + item, chunks) * _COLUMNS
             width: T.let[T.int64] = T.min(T.int64(_COLUMNS), H - begin)
-            gate: T.let[T.float32] = vsigmoid(gates[row, 0], 1)
+            gate: T.let[T.float32] = vsigmoid(gates[row, 0], 1) if has_shared else T.float32(0)
             for v in T.serial(T.truncdiv(width, L)):
                 y[row, ramp(begin + v * L, L)] = _combined(
-                    (y2, weights, shared, residual), row, begin + v * L, gate, top_k, L
+                    (y2, weights, shared if has_shared else None, residual),
+                    row,
+                    begin + v * L,
+                    gate,
+                    top_k,
+                    L,
                 )
             for c in T.serial(T.truncmod(width, L)):
                 y[row, begin + T.truncdiv(width, L) * L + c] = _combined(
-                    (y2, weights, shared, residual),
+                    (y2, weights, shared if has_shared else None, residual),
                     row,
                     begin + T.truncdiv(width, L) * L + c,
                     gate,
@@ -346,7 +359,7 @@ def combine(H: int, top_k: int, isa: Isa) -> PrimFunc:
 
 
 def _combined(
-    buffers: tuple[Expr, Expr, Expr, Expr],
+    buffers: tuple[Expr, Expr, Expr | None, Expr],
     row: Expr,
     column: Expr,
     gate: Expr,
@@ -356,7 +369,9 @@ def _combined(
     """Return `lanes` columns of a combined row."""
     y2, weights, shared, residual = buffers
     columns = ramp(column, lanes)
-    total = residual[row, columns] + shared[row, columns] * splat(gate, lanes)
+    total = residual[row, columns]
+    if shared is not None:
+        total = total + shared[row, columns] * splat(gate, lanes)
     for s in range(top_k):
         total = total + y2[row * top_k + s, columns] * splat(weights[row, s], lanes)
     return total
