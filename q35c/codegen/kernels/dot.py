@@ -56,8 +56,8 @@ def look_up(table: Sequence[int], indices: Expr, lanes: int) -> Expr:
     return T.reinterpret(found, dtype=f"int32x{lanes}")
 
 
-def look_up_wide(table: Sequence[int], indices: Expr) -> Expr:
-    """Return the bytes of a table of 32 at the low 5 bits of every byte of 16 words, with VBMI."""
+def look_up_modulo(table: Sequence[int], indices: Expr) -> Expr:
+    """Return the bytes of a table of 16, 32 or 64 at the indices in every byte of 16 words, modulo its size; with VBMI."""
     permute = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.permvar.qi.512")
     operands = (_repeated(table, 16), as_bytes(indices, 16))
     found = T.call_llvm_pure_intrin(permute, *operands, dtype="int8x64")

@@ -25,7 +25,7 @@ from q35c.codegen.kernels.common import (
     splat_int,
     vector,
 )
-from q35c.codegen.kernels.dot import as_bytes, high_halves, look_up, look_up_wide, low_halves
+from q35c.codegen.kernels.dot import as_bytes, high_halves, look_up, look_up_modulo, low_halves
 from q35c.ir.formats import IntegerFormat
 
 SCALE_WORDS = BLOCK // 4  # a byte for each output
@@ -191,8 +191,8 @@ def unpack_part(layout: IntegerLayout, lines: Sequence[Expr], part: int) -> Expr
     form, lanes = layout.form, layout.isa.lanes
     if form.bits == 8:
         return lines[part]
-    if form.bits == 5 and layout.isa.has_vbmi:
-        return _look_up_5_bits(form, lines, part)
+    if layout.isa.has_vbmi:
+        return _permuted(form, lines, part)
     first = 1 if form.bits == 5 else 0
     low = (high_halves if part % 2 else low_halves)(lines[first + part // 2], lanes)
     unsigned = [level + form.zero_point for level in form.levels]
@@ -205,14 +205,18 @@ def unpack_part(layout: IntegerLayout, lines: Sequence[Expr], part: int) -> Expr
     return T.reinterpret(T.Select(is_high, *both), dtype=f"int32x{lanes}")
 
 
-def _look_up_5_bits(form: IntegerFormat, lines: Sequence[Expr], part: int) -> Expr:
-    """Return the unsigned levels with one permutation, which ignores what lies above the 5 bits of an index."""
-    high, low = lines[0], lines[1 + part // 2]
+def _permuted(form: IntegerFormat, lines: Sequence[Expr], part: int) -> Expr:
+    """Return the unsigned levels with one permutation, which ignores what lies above the bits of a code."""
+    table = [level + form.zero_point for level in form.levels]
+    low = lines[(1 if form.bits == 5 else 0) + part // 2]
     if part % 2:
         low = low >> splat_int(4, 16)
-    # Bit `part` of every byte becomes its bit 4.
+    if form.bits == 4:
+        return look_up_modulo(table, low)
+    # Bit `part` of every byte of the first line becomes its bit 4.
+    high = lines[0]
     if part != 4:
         distance = splat_int(abs(part - 4), 16)
         high = high << distance if part < 4 else high >> distance
-    indices = (low & splat_int(0x0F0F0F0F, 16)) | (high & splat_int(-0x0F0F0F10, 16))
-    return look_up_wide([level + form.zero_point for level in form.levels], indices)
+    codes = (low & splat_int(0x0F0F0F0F, 16)) | (high & splat_int(-0x0F0F0F10, 16))
+    return look_up_modulo(table, codes)
