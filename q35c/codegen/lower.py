@@ -302,7 +302,6 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     channels, _, taps = conv_w.type.shape
     _, value_heads, key_dim, value_dim = delta.type.shape
     shared, view = low.shared, low.views
-    mixed = low.temporary("conv", int(channels), row_count(op.result))  # type: ignore[arg-type]
     x, conv_weight, conv_state = view[qkv], shared.weight("conv", conv_w), shared.state(conv)
     shape = {
         "Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim, "eps": op.attrs["eps"],
@@ -311,21 +310,19 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     vectors = [shared.weight("vector", w) for w in (a_log, dt_bias, norm_w)]
     y, rounded = low.output(op.result), low.fused_rounding(op.result, int(value_dim))  # type: ignore[arg-type]
     shape["group"], q = (rounded.group, rounded.rows) if rounded else (0, y)
-    inputs = [view[z], view[b], view[a]]
+    inputs = [x, view[z], view[b], view[a]]
     step = [*inputs, *vectors, shared.state(delta), view[slots], y, q]
     written = [y, q] if rounded else [y]
+    strides = [stride(v) for v in (*inputs, y, q)]
     if op.attrs["rows"] == "batch":
-        strides = [stride(v) for v in (x, mixed, *inputs, y, q)]
-        args = [x, conv_weight, conv_state, mixed, *step, y.rows, *strides]
-        kernel = ("gated_delta_decode", {**shape, "K": taps})
-        low.call(kernel, args, [mixed, *written], [conv, delta])
+        args = [conv_weight, conv_state, *step, y.rows, *strides]
+        low.call(("gated_delta_decode", {**shape, "K": taps}), args, [x, *written], [conv, delta])
         return
-    args = [x, conv_weight, conv_state, view[slots], mixed, mixed.rows, stride(x), stride(mixed)]
     parameters = {"C": channels, "K": taps, "slot_offset_bytes": 0}
-    low.call(("conv_update", parameters), args, [mixed], [conv])
+    args = [x, conv_weight, conv_state, view[slots], y.rows, stride(x)]
+    low.call(("conv_update", parameters), args, [x], [conv])
     scratch = low.scratch("gated_delta", **shape)
-    strides = [stride(v) for v in (mixed, *inputs, y, q)]
-    args = [mixed, *step, scratch, y.rows, *strides]
+    args = [*step, scratch, y.rows, *strides]
     low.call(("gated_delta", shape), args, [*written, scratch], [delta])
 
 

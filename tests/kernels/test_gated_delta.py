@@ -60,34 +60,21 @@ class Net:
         part = {name: guard(array[start:stop]) for name, array in self.arrays.items()}
         conv_w = guard(np.ascontiguousarray(self.weights["conv_w"][:, 0].T))
         a_log, dt_bias, norm_w = (guard(self.weights[n]) for n in ("a_log", "dt_bias", "norm_w"))
-        mixed = guard(np.zeros((count, self.channels), np.float32), poison=True)
         y = guard(np.zeros((count, width), np.float32), poison=True)
         size = gated_delta_scratch_bytes(*self.shape, self.isa)
         scratch = guard(np.zeros(size * threads // 4, np.float32), poison=True)
         slots = guard(np.zeros(1, np.int64))
         rounded = RoundedRows(count, width, group_of(value_dim))
-        step = [
-            part["z"],
-            part["b"],
-            part["a"],
-            a_log,
-            dt_bias,
-            norm_w,
-            delta,
-            slots,
-            y,
-            rounded.words,
-        ]
+        inputs = [part[name] for name in ("qkv", "z", "b", "a")]
+        step = [*inputs, a_log, dt_bias, norm_w, delta, slots, y, rounded.words]
         strides = [self.channels, width, value_heads, value_heads, width, rounded.words.shape[1]]
         if rows == "batch":
-            self.kernels.call(
-                "decode", part["qkv"], conv_w, conv, mixed, *step, count, self.channels, *strides, threads=threads
-            )  # fmt: skip
+            self.kernels.call("decode", conv_w, conv, *step, count, *strides, threads=threads)
         else:
             self.kernels.call(
-                "conv", part["qkv"], conv_w, conv, slots, mixed, count, self.channels, self.channels, threads=threads
-            )  # fmt: skip
-            self.kernels.call("delta", mixed, *step, scratch, count, *strides, threads=threads)
+                "conv", inputs[0], conv_w, conv, slots, count, self.channels, threads=threads
+            )
+            self.kernels.call("delta", *step, scratch, count, *strides, threads=threads)
         rounded.check(self.kernels, y)
         return np.array(y)
 

@@ -109,15 +109,14 @@ class Problem:
     def run(self, kernels: Kernels, count: int, threads: int) -> tuple[np.ndarray, Any]:
         """Return output and both memories after one step of the first `count` slots."""
         width = self.shape[1] * self.shape[3]
-        x, *others = self.rows.values()
-        mixed = guard(np.zeros((count, x.shape[1]), np.float32), poison=True)
+        qkv, *others = self.rows.values()
         y = guard(np.zeros((count, width + 1), np.float32), poison=True)
         rounded = RoundedRows(count, width, group_of(self.shape))
         delta, conv = (guard(memory) for memory in self.memories)
         conv_w = guard(np.ascontiguousarray(self.conv_w[:, 0].T))
-        arrays = [x, conv_w, conv, mixed, *others, *self.weights.values(), delta]
+        arrays = [conv_w, conv, guard(qkv), *others, *self.weights.values(), delta]
         arrays += [guard(SLOTS[:count].astype(np.int64) * self.units), y, rounded.words]
-        strides = [rows.shape[1] for rows in (x, mixed, *others, y, rounded.words)]
+        strides = [rows.shape[1] for rows in (qkv, *others, y, rounded.words)]
         kernels.call(str(SHAPES.index(self.shape)), *arrays, count, *strides, threads=threads)
         rounded.check(kernels, y, f"round {width}")
         return y, (delta, conv)

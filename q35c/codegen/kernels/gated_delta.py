@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import share
-from q35c.codegen.kernels.gated_delta_conv import ConvShape, convolve_run
+from q35c.codegen.kernels.gated_delta_conv import BLOCK_CHANNELS, ConvShape, convolve_run
 from q35c.codegen.kernels.gated_delta_scan import (
     pack_state,
     scan_chunk,
@@ -71,8 +71,8 @@ def gated_delta_decode(
 ) -> tirx.PrimFunc:
     """Build the kernel of one token for each sequence, with a convolution of K taps.
 
-    Params: X f32[B, C = 2*Hk*Dk + Hv*Dv], CONV_W f32[K, C], CONV_STATE, MIXED f32[B, C] (a temporary), then those of
-    `gated_delta` from Z on without SCRATCH, with SLOTS i64[B], T, ld_x, ld_mixed, ld_z, ld_b, ld_a, ld_y, ld_rounded, tid, nt.
+    Params: CONV_W f32[K, C], CONV_STATE, then those of `gated_delta` without SCRATCH, with QKV before the convolution, which
+    replaces it, and SLOTS i64[B].
     """
     shape = DeltaShape(Hk, Hv, Dk, Dv, eps, slot_offset_bytes // 4, isa)
     conv = ConvShape(shape.channels, K, isa.lanes, slot_offset_bytes // 4)
@@ -160,7 +160,7 @@ def _sequence_kernel(shape: DeltaShape, rounding: Rounding, short_run: int) -> t
 
 
 @T.inline
-def convolve_key_head(shape, conv, x, w, state, base, y, row, key_head):
+def convolve_key_head(shape, conv, x, w, state, base, row, key_head):
     """Convolve what one key head and its value heads read of a row: queries, keys, values."""
     for part in T.serial(T.int64(3)):
         begin: T.let[T.int64] = T.Select(
@@ -171,17 +171,20 @@ def convolve_key_head(shape, conv, x, w, state, base, y, row, key_head):
         width: T.let[T.int64] = T.Select(
             part == 2, T.int64(shape.ratio * shape.Dv), T.int64(shape.Dk)
         )
-        vectors: T.let[T.int64] = T.truncdiv(width, T.int64(shape.lanes))
-        convolve_run(conv, x, w, state, base, y, row, T.int64(1), begin, vectors)
+        for block in T.serial(T.truncdiv(width + (BLOCK_CHANNELS - 1), T.int64(BLOCK_CHANNELS))):
+            start: T.let[T.int64] = block * BLOCK_CHANNELS
+            vectors: T.let[T.int64] = T.truncdiv(
+                T.min(width - start, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
+            )
+            convolve_run(conv, x, w, state, base, row, T.int64(1), begin + start, vectors)
 
 
 def _decode_kernel(shape: DeltaShape, conv: ConvShape, rounding: Rounding) -> tirx.PrimFunc:
     @T.prim_func(private=True, s_tir=True)
     def gated_delta_decode_kernel(
-        X: T.handle("float32"),
         CONV_W: T.handle("float32"),
         CONV_STATE: T.handle("float32"),
-        MIXED: T.handle("float32"),
+        QKV: T.handle("float32"),
         Z: T.handle("float32"),
         B: T.handle("float32"),
         A: T.handle("float32"),
@@ -193,8 +196,7 @@ def _decode_kernel(shape: DeltaShape, conv: ConvShape, rounding: Rounding) -> ti
         Y: T.handle("float32"),
         ROUNDED: T.handle("int32"),
         tokens: T.int64,
-        ld_x: T.int64,
-        ld_mixed: T.int64,
+        ld_qkv: T.int64,
         ld_z: T.int64,
         ld_b: T.int64,
         ld_a: T.int64,
@@ -204,10 +206,9 @@ def _decode_kernel(shape: DeltaShape, conv: ConvShape, rounding: Rounding) -> ti
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
-        x = T.decl_buffer((tokens, ld_x), "float32", data=X)
         conv_w = T.decl_buffer((conv.taps, conv.channels), "float32", data=CONV_W)
         conv_state = T.decl_buffer((T.int64(1) << 48,), "float32", data=CONV_STATE)
-        mixed = T.decl_buffer((tokens, ld_mixed), "float32", data=MIXED)
+        qkv = T.decl_buffer((tokens, ld_qkv), "float32", data=QKV)
         z = T.decl_buffer((tokens, ld_z), "float32", data=Z)
         b = T.decl_buffer((tokens, ld_b), "float32", data=B)
         a = T.decl_buffer((tokens, ld_a), "float32", data=A)
@@ -223,12 +224,12 @@ def _decode_kernel(shape: DeltaShape, conv: ConvShape, rounding: Rounding) -> ti
             row: T.let[T.int64] = T.truncdiv(first + task, T.int64(shape.Hk))
             key_head: T.let[T.int64] = first + task - row * shape.Hk
             conv_base: T.let[T.int64] = slots[row] * 16 + conv.slot_offset
-            convolve_key_head(shape, conv, x, conv_w, conv_state, conv_base, mixed, row, key_head)
+            convolve_key_head(shape, conv, qkv, conv_w, conv_state, conv_base, row, key_head)
             for member in T.serial(T.int64(shape.ratio)):
                 head: T.let[T.int64] = key_head * shape.ratio + member
                 base: T.let[T.int64] = shape.state(slots[row], head)
                 recurrent_step(
-                    shape, mixed, z, b, a, a_log, dt_bias, norm_w, state, base, y, row, head
+                    shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, base, y, row, head
                 )
                 rounding.columns(y, row, rounded, head * shape.Dv, shape.Dv)
         return T.int32(0)

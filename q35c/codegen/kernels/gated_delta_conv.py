@@ -1,10 +1,10 @@
-"""Causal depthwise convolution with SiLU, continuing from the last K-1 inputs of the sequence.
+"""Causal depthwise convolution with SiLU, in place, continuing from the last K-1 inputs of the sequence.
 
     y[t, c] = silu(sum over j < K of w[j, c] * u[t + j, c])      u = the state's K-1 rows, then x
 
-The state becomes the last K-1 rows of u. Threads split the channels, so nothing is shared between them. Channels are
-walked in blocks whose weights and window stay in L1; x is read once from memory and y written once: that is the limit,
-after the exponential of SiLU.
+y takes the place of x: rows are walked from the last to the first, so what a row needs is still there. The state becomes the last K-1 rows of u.
+Threads split the channels, so nothing is shared between them. Channels are walked in blocks whose weights and window stay in
+L1; x is read once and written once: that is the limit, after the exponential of SiLU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import Expr, ramp, share, vsilu
+from q35c.codegen.kernels.common import STACK, Expr, ramp, share, vsilu
 
 GRAIN = 16  # channels that threads share out: one cache line
 BLOCK_CHANNELS = 512  # 2 KiB of each of K weight rows and of the rows in use
@@ -68,48 +68,55 @@ class ConvShape:
 
 
 @T.inline
-def convolve_rows(shape, x, w, y, first, rows, begin, vectors):
+def convolve_rows(shape, x, w, first, rows, begin, vectors):
     """Convolve `rows` rows (a Python int) that have K-1 rows of x before them."""
+    done = T.alloc_buffer((rows, shape.lanes), "float32")
     for v in T.serial(vectors):
+        channel: T.let[T.int64] = begin + v * shape.lanes
         for r in T.unroll(rows):
-            channel: T.let[T.int64] = begin + v * shape.lanes
-            y[first + r, ramp(channel, shape.lanes)] = vsilu(
+            done[r, ramp(0, shape.lanes)] = vsilu(
                 shape.dot(w, channel, shape.rows_of_x(x, first + r, channel)), shape.lanes
             )
+        for r in T.unroll(rows):
+            x[first + r, ramp(channel, shape.lanes)] = done[r, ramp(0, shape.lanes)]
 
 
 @T.inline
-def convolve_run(shape, x, w, state, base, y, first, count, begin, vectors):
-    """Convolve `count` rows from `first`, and their state, in `vectors` vectors of channels from `begin`."""
-    for t in T.serial(T.min(count, T.int64(shape.taps - 1))):
+def convolve_run(shape, x, w, state, base, first, count, begin, vectors):
+    """Convolve `count` rows from `first`, and their state, in up to BLOCK_CHANNELS channels from `begin`."""
+    saved = T.alloc_buffer((shape.taps - 1, BLOCK_CHANNELS), "float32", annotations=STACK)
+    for i in T.serial(T.int64(shape.taps - 1)):
         for v in T.serial(vectors):
             channel: T.let[T.int64] = begin + v * shape.lanes
-            y[first + t, ramp(channel, shape.lanes)] = vsilu(
-                shape.dot(w, channel, shape.rows_of_both(x, first, t, state, base, channel)),
-                shape.lanes,
-            )
-    rest: T.let[T.int64] = T.max(count - (shape.taps - 1), T.int64(0))
-    groups: T.let[T.int64] = T.truncdiv(rest, T.int64(GROUP_ROWS))
-    after_groups: T.let[T.int64] = first + (shape.taps - 1) + groups * GROUP_ROWS
-    for t in T.serial(groups):
-        convolve_rows(
-            shape, x, w, y, first + (shape.taps - 1) + t * GROUP_ROWS, GROUP_ROWS, begin, vectors
-        )
-    for t in T.serial(rest - groups * GROUP_ROWS):
-        convolve_rows(shape, x, w, y, after_groups + t, 1, begin, vectors)
-    for i in T.serial(T.int64(shape.taps - 1)):  # oldest first: reads stay ahead of writes
-        for v in T.serial(vectors):
-            channel: T.let[T.int64] = begin + v * shape.lanes
-            state[ramp(base + i * shape.channels + channel, shape.lanes)] = shape.rows_of_both(
+            saved[i, ramp(v * shape.lanes, shape.lanes)] = shape.rows_of_both(
                 x, first, count, state, base, channel
             )(i)
+    rest: T.let[T.int64] = T.max(count - (shape.taps - 1), T.int64(0))
+    groups: T.let[T.int64] = T.truncdiv(rest, T.int64(GROUP_ROWS))
+    single: T.let[T.int64] = rest - groups * GROUP_ROWS
+    for t in T.serial(groups):
+        convolve_rows(shape, x, w, first + count - (t + 1) * GROUP_ROWS, GROUP_ROWS, begin, vectors)
+    for t in T.serial(single):
+        convolve_rows(shape, x, w, first + (shape.taps - 1) + (single - 1 - t), 1, begin, vectors)
+    for t in T.serial(count - rest):
+        for v in T.serial(vectors):
+            channel: T.let[T.int64] = begin + v * shape.lanes
+            row: T.let[T.int64] = count - rest - 1 - t
+            x[first + row, ramp(channel, shape.lanes)] = vsilu(
+                shape.dot(w, channel, shape.rows_of_both(x, first, row, state, base, channel)),
+                shape.lanes,
+            )
+    for i in T.serial(T.int64(shape.taps - 1)):
+        for v in T.serial(vectors):
+            at: T.let[T.int64] = base + i * shape.channels + begin + v * shape.lanes
+            state[ramp(at, shape.lanes)] = saved[i, ramp(v * shape.lanes, shape.lanes)]
 
 
 def conv_update(C: int, K: int, slot_offset_bytes: int, isa: Isa) -> tirx.PrimFunc:
     """Build the convolution kernel; C is a multiple of 16, K is 2 to 4.
 
-    Params: X f32[T, C], W f32[K, C], STATE, SLOTS i64[1], Y f32[T, C] (not X), T, ld_x, ld_y, tid, nt. The state of a
-    sequence is f32[K-1, C], oldest row first. All rows continue sequence 0; in decode, `gated_delta_decode` convolves.
+    Params: X f32[T, C], which is replaced, W f32[K, C], STATE, SLOTS i64[1], T, ld_x, tid, nt. The state of a sequence is
+    f32[K-1, C], oldest row first. All rows continue sequence 0; in decode, `gated_delta_decode` convolves.
     """
     shape = ConvShape(C, K, isa.lanes, slot_offset_bytes // 4)
 
@@ -119,10 +126,8 @@ def conv_update(C: int, K: int, slot_offset_bytes: int, isa: Isa) -> tirx.PrimFu
         W: T.handle("float32"),
         STATE: T.handle("float32"),
         SLOTS: T.handle("int64"),
-        Y: T.handle("float32"),
         tokens: T.int64,
         ld_x: T.int64,
-        ld_y: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
@@ -132,7 +137,6 @@ def conv_update(C: int, K: int, slot_offset_bytes: int, isa: Isa) -> tirx.PrimFu
         state = T.decl_buffer((T.int64(1) << 48,), "float32", data=STATE)
         slots = T.decl_buffer((1,), "int64", data=SLOTS)
         base: T.let[T.int64] = slots[0] * 16 + shape.slot_offset
-        y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         low: T.let[T.int64] = share(C // GRAIN, tid, nt) * GRAIN
         high: T.let[T.int64] = share(C // GRAIN, tid + 1, nt) * GRAIN
         for block in T.serial(
@@ -142,7 +146,7 @@ def conv_update(C: int, K: int, slot_offset_bytes: int, isa: Isa) -> tirx.PrimFu
             vectors: T.let[T.int64] = T.truncdiv(
                 T.min(high - begin, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
             )
-            convolve_run(shape, x, w, state, base, y, T.int64(0), tokens, begin, vectors)
+            convolve_run(shape, x, w, state, base, T.int64(0), tokens, begin, vectors)
         return T.int32(0)
 
     return conv_update_kernel
