@@ -80,7 +80,7 @@ class IntegerFormat:
 
     @property
     def bits_per_weight(self) -> float:
-        """Return the stored bits of one value, its share of the scale included; a row's power of two is 8 more."""
+        """Return the stored bits of one value, its share of the scale included, but not the row's exponent."""
         return self.bits + SCALE_BITS / self.group
 
     def groups(self, inputs: int) -> int:
@@ -123,7 +123,7 @@ def split_groups(rows: Array, group: int) -> Array:
     return rows.reshape(*rows.shape[:-1], -1, group)
 
 
-def scale_unit(form: IntegerFormat) -> float:
+def scale_bound(form: IntegerFormat) -> float:
     """Return what a row's largest magnitude is multiplied by to bound its scales, rounding included."""
     return (1 + 1 / 32) / (min(map(abs, TOP_SHARES[form.bits])) * form.zero_point)
 
@@ -131,7 +131,7 @@ def scale_unit(form: IntegerFormat) -> float:
 def row_exponents(rows: Array, form: IntegerFormat) -> Array:
     """Return the biased f32 exponents int32 [..] of the least scale of rows [.., K]; what is not finite does not count."""
     magnitude = np.abs(rows, where=np.isfinite(rows), out=np.zeros(rows.shape, np.float32))
-    largest = magnitude.max(-1) * np.float32(scale_unit(form))
+    largest = magnitude.max(-1) * np.float32(scale_bound(form))
     return np.clip((largest.view(np.int32) >> 23) - 7, 1, 247)
 
 

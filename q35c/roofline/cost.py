@@ -91,8 +91,10 @@ def row_bytes(width: int, dtype: str) -> float:
 
 def linear(p: Parameters, work: Work) -> Cost:
     outputs = p["N"] // 2 if p["epilogue"] == "swiglu" else p["N"]
-    written = outputs * _F32 * (2 if p["epilogue"] == "residual" else 1)
-    cache = work.tokens * (row_bytes(p["K"], p["rows"]) + written + fused_rounding(p, outputs))
+    written = fused_rounding(p, outputs) or outputs * _F32 * (
+        2 if p["epilogue"] == "residual" else 1
+    )
+    cache = work.tokens * (row_bytes(p["K"], p["rows"]) + written)
     return Cost(work.weight_bytes, cache, 2 * work.tokens * p["N"] * p["K"], peak_of(p["rows"]))
 
 

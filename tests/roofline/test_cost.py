@@ -76,6 +76,19 @@ CASES: dict[str, tuple[str, dict[str, Any], Work, tuple[float, float, float, str
         DECODE,
         (2 * 2**20, 4 * (4096 + 6144 + 32), 7 * 2**18 + 12 * 2048, "f32"),
     ),
+    "swiglu that rounds writes codes, scales and sums": (
+        "linear",
+        {
+            "N": 7168,
+            "K": 1024,
+            "dtype": "i4g64",
+            "rows": "q8g64",
+            "epilogue": "swiglu",
+            "group": 64,
+        },
+        Work(2, (0,), 3584 * 1024),
+        (3584 * 1024, 2 * (1024 + 8 * 16 + 3584 + 8 * 56), 2 * 2 * 7168 * 1024, "int8"),
+    ),
     "decode also moves the conv state": (
         "gated_delta_decode",
         {**DELTA, "K": 4},

@@ -28,7 +28,7 @@ from q35c.codegen.kernels.common import (
 )
 from q35c.codegen.kernels.integer_weights import scale_of
 from q35c.codegen.kernels.quantized_tile import IntegerProduct
-from q35c.ir.formats import TOP_SHARES, scale_unit
+from q35c.ir.formats import TOP_SHARES, scale_bound
 
 _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
@@ -117,7 +117,7 @@ def choose_exponent(
         magnitude = T.Bind(T.bitwise_and(bits(x[row, k], 1), 0x7FFFFFFF))
         finite = T.Select(magnitude < 0x7F800000, magnitude, 0)
         T.buffer_store(largest, T.max(largest[0], finite), [0])
-    bound = bits(from_bits(largest[0], 1) * T.float32(scale_unit(product.form)), 1)
+    bound = bits(from_bits(largest[0], 1) * T.float32(scale_bound(product.form)), 1)
     exponent = T.shift_right(bound, 23) - 7
     T.buffer_store(exponents, T.max(T.min(exponent, 247), 1), [place])
 
