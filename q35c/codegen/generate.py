@@ -13,7 +13,8 @@ from q35c.codegen.build import build_shared
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.attention_shape import stored_shape
 from q35c.codegen.kernels.probe import probes
-from q35c.codegen.lower import Lowering, Shared
+from q35c.codegen.lower import lower
+from q35c.codegen.lowering import Shared
 from q35c.codegen.pack import BLOCK, PackedWeight
 from q35c.codegen.program import Pointer, Tokens, program_entry
 from q35c.codegen.schedule import Places, Schedule, WeightRef
@@ -65,7 +66,7 @@ def generate(
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
     shared = Shared(target, limits.context, tokens, offsets)
     schedules = [
-        Lowering(graph, shared, entry["max_tokens"]).run()
+        lower(graph, shared, entry["max_tokens"])
         for graph, entry in zip(module, entries, strict=True)
     ]
     for entry, schedule in zip(entries, schedules, strict=True):

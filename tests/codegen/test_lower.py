@@ -13,7 +13,8 @@ from q35c import family
 from q35c.artifact import layout
 from q35c.codegen.generate import Limits, describe_entries, describe_state
 from q35c.codegen.kernels.families import FAMILIES
-from q35c.codegen.lower import Lowering, Shared
+from q35c.codegen.lower import lower
+from q35c.codegen.lowering import Shared
 from q35c.codegen.target import find_target
 from q35c.frontend.importer import import_program
 from q35c.frontend.tensors import expected_tensors
@@ -40,7 +41,7 @@ def test_every_size_lowers(name: str) -> None:
             tokens = max(entry["max_tokens"] for entry in entries)
             shared = Shared(target, CONTEXT, tokens, offsets)
             for graph, entry in zip(module, entries, strict=True):
-                schedule = Lowering(graph, shared, entry["max_tokens"]).run()
+                schedule = lower(graph, shared, entry["max_tokens"])
                 assert 0 < schedule.plan().bytes < 1 << 30
             used = {source for weight in shared.weights.values() for source in weight.sources}
             assert used == set(expected_tensors(config))
