@@ -23,15 +23,12 @@ class SharedExpert:
 def find_shared_experts(graph: Graph) -> dict[Value, SharedExpert]:
     """Return the shared expert of each mixture whose experts it can join, by the mixture's result."""
     made_by, uses = producers(graph), use_counts(graph)
-    found = {
+    return {
         op.result: shared
         for op in graph.ops
-        if op.kind in MOE_KINDS and (shared := _match(made_by, op)) is not None
-    }
-    return {
-        result: shared
-        for result, shared in found.items()
-        if all(uses[value] == 1 for value in shared.results)
+        if op.kind in MOE_KINDS
+        and (shared := _match(made_by, op)) is not None
+        and all(uses[value] == 1 for value in shared.results)
     }
 
 

@@ -7,7 +7,9 @@
     combine         y = residual + sum_s weight_s y2[s] + sigmoid(shared gate) * shared
 
 A shared expert of the others' size is one of them: its weights lie behind theirs, and `route` chooses it last for every
-token, with sigmoid(shared gate) as its weight. Then `combine` has no other, and all experts share every region. A pair is numbered token * top_k + choice, and results stay at the pair's row: no kernel scatters
+token, with sigmoid(shared gate) as its weight. Then `combine` has no other, and all experts share every region.
+
+A pair is numbered token * top_k + choice, and results stay at the pair's row: no kernel scatters
 sums. The weights of the experts in use are read once each; that is the limit at few tokens, the
 FMA rate at many. Sorting is done by one thread: 2 us for 512 pairs.
 """

@@ -10,12 +10,12 @@ computed with it nor on the number of threads.
 
 A block of 32 output columns begins with the columns' exponents; then come, for each pair of groups, its scales, a byte
 each (ir/formats.py), and lines of 32 words, a word for each column: one stream, which a header with all scales would
-break (one row: up to 40 % slower). 16 inputs take 4 lines of 8 bits, or 2 of 4 bits (low halves first); 5 bits are
+break (measured: a w4 model decoded at 55 % of its speed). 16 inputs take 4 lines of 8 bits, or 2 of 4 bits (low halves first); 5 bits are
 stored as a line with the high bits of 32 inputs and their low 4 bits (codegen/pack.py). One row reads it as one stream:
 the limit is memory bandwidth. Many
 rows: the limit is one byte-product instruction a cycle. A tall tile unpacks 4 bits beside its products, at no cost that
-shows; for 5 bits, which take more instructions, many tall tiles share what was unpacked once (measured on Zen 4: 13 %
-faster, while 4 bits would be 5 % slower); so do the tiles of 4 bits on AVX2, which are half as tall.
+shows; for 5 bits, which take more instructions, many tall tiles share what was unpacked once (measured on Zen 4: 4 %
+faster with VBMI and 13 % without, while 4 bits would be 5 % slower); so do the tiles of 4 bits on AVX2, which are half as tall.
 """
 
 from __future__ import annotations
