@@ -13,10 +13,11 @@ from q35c.codegen.build import build_shared
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.attention_shape import stored_shape
 from q35c.codegen.kernels.probe import probes
+from q35c.codegen.kernels.sync import BARRIER_BYTES
 from q35c.codegen.lower import lower
 from q35c.codegen.lowering import Shared
 from q35c.codegen.pack import BLOCK, PackedWeight
-from q35c.codegen.program import Pointer, Tokens, program_entry
+from q35c.codegen.program import ELEMENT_BYTES, Pointer, Tokens, program_entry
 from q35c.codegen.schedule import Places, Schedule, WeightRef
 from q35c.codegen.target import Target
 from q35c.ir.graph import Module, Value
@@ -97,6 +98,7 @@ def generate(
         "entries": entries,
         "arena_bytes": max(plan.bytes for plan in plans),
         "max_threads": target.max_threads,
+        "barrier_bytes": layout.align(BARRIER_BYTES + ELEMENT_BYTES * shared.counters),
         "state": state,
         "kernels": describe_kernels(shared),
         "probes": [probe.describe() for probe in measuring],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from q35c.codegen.lowering import Lowering, Shared, row_count, stride, width
 from q35c.codegen.program import Int
-from q35c.codegen.schedule import Schedule, View
+from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
+from q35c.ir.formats import integer_format
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import count
 
@@ -29,8 +31,6 @@ def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
 
 
 # --- one rule per op ------------------------------------------------------------------------------
-
-_GROUPS_PER_THREAD = 3
 
 
 def lower_embedding(low: Lowering, op: Op) -> None:
@@ -56,13 +56,12 @@ def lower_matrix(
     residual = [low.views[op.operands[1]]] if epilogue == "residual" else []
     weight = low.shared.weight(layout, *weights)
     if epilogue == "swiglu":
-        # Threads share whole groups then: of few they would get unequal parts.
-        least = _GROUPS_PER_THREAD * low.shared.target.max_threads
-        rounded = low.fused_rounding(op.result, width(op.result), least)
+        rounded = low.fused_rounding(op.result, width(op.result))
         if rounded and not rounded.is_read_exact:
             parameters["group"], q = rounded.group, rounded.rows
             scratch = low.scratch("linear", **parameters)
-            args = [weight, x, q, scratch, q.rows, stride(x), stride(q)]
+            arrivals = low.shared.arrivals(width(op.result) // rounded.group)
+            args = [weight, x, q, scratch, arrivals, q.rows, stride(x), stride(q)]
             low.call(("linear", parameters), args, [q, scratch])
             return
     y = low.output(op.result)
@@ -126,7 +125,8 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     channels, _, taps = conv_w.type.shape
     _, value_heads, key_dim, value_dim = delta.type.shape
     shared, view = low.shared, low.views
-    x, conv_weight, conv_state = view[qkv], shared.weight("conv", conv_w), shared.state(conv)
+    x = overwritten(low, op, qkv)  # by their convolution
+    conv_weight, conv_state = shared.weight("conv", conv_w), shared.state(conv)
     shape = {
         "Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim, "eps": op.attrs["eps"],
         "slot_offset_bytes": 0,
@@ -148,6 +148,28 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     scratch = low.scratch("gated_delta", **shape)
     args = [*step, scratch, y.rows, *strides]
     low.call(("gated_delta", shape), args, [*written, scratch], [delta])
+
+
+def overwritten(low: Lowering, op: Op, value: Value) -> View:
+    """Return the rows of an operand that a kernel overwrites, or raise LoweringError if another op reads them too."""
+    others = list(low.readers[value])
+    others.remove(op)
+    made_by = low.made_by.get(value)
+    if made_by is not None and made_by.kind == "slice":
+        first, stop = made_by.attrs["start"], made_by.attrs["stop"]
+        for other in low.readers[made_by.operands[0]]:
+            is_apart = other.kind == "slice" and (
+                other.attrs["stop"] <= first or stop <= other.attrs["start"]
+            )
+            if other is not made_by and not is_apart:
+                others.append(other)
+    if others:
+        raise LoweringError(
+            "another op reads rows that this one overwrites",
+            where=f"entry {low.graph.name}, {op.kind}", got=[other.kind for other in others],
+            hint="give each reader a value of its own",
+        )  # fmt: skip
+    return low.views[value]
 
 
 def lower_gated_attention(low: Lowering, op: Op) -> None:
@@ -214,20 +236,15 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
     low.call(("group_by_expert", {"E": experts, "top_k": top_k}), [ids, *groups, rows], groups)
 
     dtype = op.operands[0].type.dtype
-    shape = {"E": experts, "I": inner, "H": hidden, "top_k": top_k, "rows": dtype}
-    activated = low.temporary("activated", top_k * inner, rows)
-    args = [
-        shared.weight("experts_swiglu", *ups),
-        view[x],
-        *groups,
-        activated,
-        rows,
-        stride(view[x]),
-    ]
-    low.call(("expert_gate_up", {**shape, "dtype": gate_up.type.dtype}), args, [activated])
-    if dtype != "f32":
-        # One row for each pair of token and choice: the kernel sees top_k times as many tokens.
-        activated = low.rounded(activated, inner, dtype, pairs=top_k)
+    shape = {
+        "E": experts,
+        "I": inner,
+        "H": hidden,
+        "top_k": top_k,
+        "rows": dtype,
+        "dtype": gate_up.type.dtype,
+    }
+    activated = lower_gate_up(low, shape, view[x], shared.weight("experts_swiglu", *ups), groups)
     outputs = low.temporary("outputs", top_k * hidden, rows)
     args = [
         shared.weight("experts", *downs),
@@ -245,6 +262,27 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
     args = [outputs, weights, *inputs, y, rows, *(stride(v) for v in (*inputs, y))]
     parameters = {"H": hidden, "top_k": top_k, "has_shared": folded is None}
     low.call(("combine", parameters), args, [y])
+
+
+def lower_gate_up(
+    low: Lowering, shape: dict[str, Any], x: View, weight: WeightRef, groups: list[View]
+) -> View:
+    """Return the experts' inner rows, one for each pair of token and choice, as the product with `down` reads them."""
+    inner, top_k, dtype = shape["I"], shape["top_k"], shape["rows"]
+    args = [weight, x, *groups]
+    form = integer_format(dtype)
+    if form is None or inner % form.group:
+        activated = low.temporary("activated", top_k * inner, x.rows)
+        low.call(("expert_gate_up", shape), [*args, activated, x.rows, stride(x)], [activated])
+        # The kernel that rounds sees top_k times as many tokens.
+        return activated if dtype == "f32" else low.rounded(activated, inner, dtype, pairs=top_k)
+    shape = {**shape, "group": form.group}
+    q = low.temporary("rounded", top_k * low.row_words(dtype, inner), x.rows)
+    scratch = low.scratch("expert_gate_up", **shape)
+    arrivals = low.shared.arrivals(shape["E"] * inner // form.group)
+    args += [q, scratch, arrivals, x.rows, stride(x), Int(q.stride // top_k)]
+    low.call(("expert_gate_up", shape), args, [q, scratch])
+    return q
 
 
 def lower_quantize_rows(low: Lowering, op: Op) -> None:

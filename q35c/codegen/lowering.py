@@ -14,12 +14,21 @@ from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
 from q35c.codegen.kernels.quantize import RowLayout
 from q35c.codegen.pack import PackedWeight
 from q35c.codegen.program import Int, Tokens
-from q35c.codegen.schedule import Buffer, Schedule, StateRef, Step, StepArgument, View, WeightRef
+from q35c.codegen.schedule import (
+    Arrivals,
+    Buffer,
+    Schedule,
+    StateRef,
+    Step,
+    StepArgument,
+    View,
+    WeightRef,
+)
 from q35c.codegen.shared_expert import find_shared_experts
 from q35c.codegen.target import Target
 from q35c.errors import LoweringError
 from q35c.ir.formats import integer_format
-from q35c.ir.graph import Graph, Op, Value
+from q35c.ir.graph import Graph, Op, Value, producers
 from q35c.ir.types import SymDim
 
 
@@ -33,6 +42,7 @@ class Shared:
     state_offsets: Mapping[str, int]
     kernels: dict[tuple, str] = field(default_factory=dict)
     weights: dict[str, PackedWeight] = field(default_factory=dict)
+    counters: int = 0  # the most that a kernel needs at once
 
     def kernel(self, family: str, **parameters: Any) -> str:
         """Return the name of a kernel; equal requests share one."""
@@ -42,6 +52,11 @@ class Shared:
     def state(self, tensor: Value) -> StateRef:
         """Return where a state tensor starts in every sequence's region."""
         return StateRef(self.state_offsets[tensor.name])
+
+    def arrivals(self, counters: int) -> Arrivals:
+        """Request counters for a kernel whose threads meet at groups."""
+        self.counters = max(self.counters, counters)
+        return Arrivals()
 
     def functions(self, progress: Callable[[float], None]) -> dict[str, Any]:
         """Generate every requested kernel; `progress` hears which part of them is done."""
@@ -95,6 +110,7 @@ class Lowering:
         for op in graph.ops:
             for value in op.operands:
                 self.readers.setdefault(value, []).append(op)
+        self.made_by = producers(graph)
         self.shared_experts = find_shared_experts(graph)
         self.folded = {value for expert in self.shared_experts.values() for value in expert.results}
         (self.logits,) = graph.outputs
@@ -112,14 +128,14 @@ class Lowering:
             self.views[value] = View(self.buffer(value.name, words, rows), words, rows)
         return self.views[value]
 
-    def fused_rounding(self, value: Value, part: int, least: int = 1) -> FusedRounding | None:
+    def fused_rounding(self, value: Value, part: int) -> FusedRounding | None:
         """Return the int8 rows that the kernel which makes `value` shall round beside it.
 
-        It writes `part` columns at a time: whole groups, and at least so many.
+        It writes `part` columns at a time, which must be whole groups. The rows are then the rounding op's output.
         """
         for op in self.readers.get(value, ()):
             form = integer_format(op.attrs["dtype"]) if op.kind == "quantize_rows" else None
-            if form and part % form.group == 0 and part // form.group >= least:
+            if form and part % form.group == 0:
                 return FusedRounding(
                     form.group, self.output(op.result), len(self.readers[value]) > 1
                 )

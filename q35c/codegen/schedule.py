@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from q35c.codegen.kernels.sync import BARRIER_BYTES
 from q35c.codegen.program import Argument, Barrier, Call, Int, Nt, Pointer, Tid, Tokens
 from q35c.passes.plan_memory import Lifetime, MemoryPlan, plan_memory
 
@@ -46,7 +47,12 @@ class StateRef:
     offset: int
 
 
-StepArgument = View | WeightRef | StateRef | Tokens | Int
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Counters behind the barrier's words, zero between kernels; all kernels use the same."""
+
+
+StepArgument = View | WeightRef | StateRef | Arrivals | Tokens | Int
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,8 @@ def resolve(argument: StepArgument, plan: MemoryPlan, places: Places) -> Argumen
         return Pointer("weights", places.weights[argument.name])
     if isinstance(argument, StateRef):
         return Pointer("state", argument.offset)
+    if isinstance(argument, Arrivals):
+        return Pointer("barrier", BARRIER_BYTES)
     if not isinstance(argument, View):
         return argument
     blob, start, _ = extent_of(argument, plan, places)
@@ -131,6 +139,7 @@ class Hazards:
         reads = {extent_of(view, self.plan, self.places) for view in step.reads}
         writes = {extent_of(view, self.plan, self.places) for view in step.writes}
         writes |= {(f"state {name}", 0, 1) for name in step.state}
+        writes |= {("arrivals", 0, 1) for argument in step.args if isinstance(argument, Arrivals)}
         needed = (
             overlap(reads, self.written)
             or overlap(writes, self.written)

@@ -197,7 +197,8 @@ def group_by_expert(p: Parameters, work: Work) -> Cost:
 
 def expert_gate_up(p: Parameters, work: Work) -> Cost:
     pairs = work.tokens * p["top_k"]
-    cache = pairs * (row_bytes(p["H"], p["rows"]) + p["I"] * _F32)
+    written = fused_rounding(p, p["I"]) or p["I"] * _F32
+    cache = pairs * (row_bytes(p["H"], p["rows"]) + written)
     return Cost(expert_bytes(p, work), cache, 4 * pairs * p["I"] * p["H"], peak_of(p["rows"]))
 
 

@@ -16,10 +16,13 @@ from q35c.codegen.kernels.families import FAMILIES
 from q35c.codegen.lower import lower
 from q35c.codegen.lowering import Shared
 from q35c.codegen.target import find_target
+from q35c.errors import LoweringError
 from q35c.frontend.importer import import_program
 from q35c.frontend.tensors import expected_tensors
 from q35c.frontend.trace import trace_model
+from q35c.ir.graph import Attrs, Op, Value, producers
 from q35c.ir.precision import POLICIES
+from q35c.ir.types import TensorType
 from q35c.passes.pipeline import run_pipeline
 
 LAYERS, CONTEXT, BATCH = 4, 4096, 4
@@ -55,6 +58,31 @@ def test_every_size_lowers(name: str) -> None:
                     if "expert_" in name
                 }
                 assert experts - {config.num_experts} == {config.num_experts + 1}
+
+
+@pytest.mark.parametrize("reader", ["the rows", "a slice of them", "the whole linear"])
+def test_rows_that_a_convolution_overwrites_have_no_other_reader(reader: str) -> None:
+    full = family.load("qwen3.5-0.8b")
+    config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
+    module = run_pipeline(import_program(trace_model(config)), POLICIES["f32"])
+    graph = module.entries[0]
+    delta_net = next(op for op in graph.ops if op.kind == "stateful_gated_delta_net")
+    qkv = delta_net.operands[0]
+    made_by = producers(graph)[qkv]
+    read, attrs = {
+        "the rows": (qkv, {"start": 0, "stop": 1}),
+        "a slice of them": (made_by.operands[0], {"start": 5, "stop": 6}),
+        "the whole linear": (made_by.operands[0], None),
+    }[reader]
+    result = Value("other", TensorType("f32", (qkv.type.shape[0], 1)))
+    kind = "slice" if attrs else "last_token"
+    other = Op(kind, (read,), Attrs.of({"axis": -1, "step": 1, **(attrs or {})}), (result,))
+    target = find_target("cpu:x86-64-v3")
+    state = layout.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target.isa))
+    offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
+    lower(graph, Shared(target, CONTEXT, 8, offsets), 8)
+    with pytest.raises(LoweringError, match="overwrites"):
+        lower(replace(graph, ops=(*graph.ops, other)), Shared(target, CONTEXT, 8, offsets), 8)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 32, 64])

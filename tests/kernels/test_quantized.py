@@ -6,8 +6,9 @@ from harness import ISA, RoundedRows, assert_close, build_kernels, guard, nmse
 
 from q35c.codegen.isa.x86 import ISAS, read_cpu_flags
 from q35c.codegen.kernels.embedding import embedding
+from q35c.codegen.kernels.experts import expert_down, expert_gate_up
 from q35c.codegen.kernels.linear import linear
-from q35c.codegen.kernels.moe import expert_down, expert_gate_up, group_by_expert
+from q35c.codegen.kernels.moe import group_by_expert
 from q35c.codegen.kernels.quantize import RowLayout, quantize_rows
 from q35c.codegen.pack import PackedWeight
 from q35c.ir import formats
@@ -190,17 +191,20 @@ def test_swiglu_that_rounds(dtype):
         x = round_rows(kernels, x, width, group, extra_words=16)
         y = guard(np.zeros((tokens, inner), np.float32), poison=True)
         kernels.call("plain", w, x, y, tokens, x.shape[1], inner)
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 5, 16):  # from 5 on boundaries of threads cut groups, some twice
             rounded = RoundedRows(tokens, inner, group)
-            scratch = guard(np.zeros((threads, tokens, group), np.float32), poison=True)
+            parts = (threads + inner // group) * tokens
+            scratch = guard(np.zeros((parts, group), np.float32), poison=True)
+            arrivals = guard(np.zeros(inner // group, np.int32))
+            args = (w, x, rounded.words, scratch, arrivals, tokens)
             strides = (x.shape[1], rounded.words.shape[1])
-            kernels.call(
-                "rounding", w, x, rounded.words, scratch, tokens, *strides, threads=threads
-            )
+            kernels.call("rounding", *args, *strides, threads=threads)
             rounded.check(kernels, y)
+            assert not arrivals.any()
 
 
 EXPERTS = ((3, 17, 33, 2, "i4g32"), (8, 64, 128, 3, "i8g64"), (6, 40, 96, 2, "i4g64"))
+ROUNDING_EXPERTS = ((5, 64, 96, 2, "i8g64"), (9, 192, 64, 3, "i4g64"), (4, 256, 33, 2, "i5g128"))
 
 
 @pytest.mark.parametrize("shape", EXPERTS, ids=str)
@@ -240,6 +244,43 @@ def test_experts(shape):
         rounded = row_values(words, inner, group).reshape(tokens, top_k, inner)
         want = np.einsum("tsk,tsnk->tsn", rounded, formats.stored(down, dtype)[ids].astype(np.float64))  # fmt: skip
         assert_close(y2, want.reshape(-1, hidden))
+
+
+@pytest.mark.parametrize("shape", ROUNDING_EXPERTS, ids=str)
+def test_experts_that_round(shape):
+    """Their bits are those of the products and of rounding one after the other."""
+    experts, inner, hidden, top_k, dtype = shape
+    group = formats.integer_format(dtype).group
+    kernels = build_kernels(
+        {
+            "group": group_by_expert(experts, top_k),
+            "plain": expert_gate_up(experts, inner, hidden, top_k, dtype, ISA),
+            "rounding": expert_gate_up(experts, inner, hidden, top_k, dtype, ISA, group=group),
+            f"round_{hidden}_{group}": quantize_rows(hidden, group, ISA),
+            "round": quantize_rows(inner, group, ISA),
+        }
+    )
+    rng = np.random.default_rng(experts)
+    weights = rng.normal(size=(experts, 2 * inner, hidden)).astype(np.float32)
+    w = pack(weights, dtype, "experts_swiglu")
+    for tokens in (1, 3, 20):
+        ids = np.argsort(rng.random((tokens, experts)))[:, :top_k].astype(np.int32)
+        groups = [guard(np.zeros(n, np.int32)) for n in (tokens * top_k, experts, experts + 1, 1)]
+        kernels.call("group", guard(ids), *groups, tokens)
+        x = guard(rng.normal(size=(tokens, hidden)).astype(np.float32))
+        x = round_rows(kernels, x, hidden, group)
+        y = guard(np.zeros((tokens * top_k, inner), np.float32), poison=True)
+        kernels.call("plain", w, x, *groups, y, tokens, x.shape[1], threads=2)
+        for threads in (1, 2, 3, 16):  # boundaries of threads cut groups, some more than once
+            rounded = RoundedRows(tokens * top_k, inner, group)
+            parts = tokens * (threads + top_k * inner // group)
+            scratch = guard(np.zeros((parts, group), np.float32), poison=True)
+            arrivals = guard(np.zeros(experts * inner // group, np.int32))
+            args = (w, x, *groups, rounded.words, scratch, arrivals, tokens)
+            strides = (x.shape[1], rounded.words.shape[1])
+            kernels.call("rounding", *args, *strides, threads=threads)
+            rounded.check(kernels, y)
+            assert not arrivals.any()
 
 
 @pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i5g32", "i5g64", "i8g64"])

@@ -10,6 +10,7 @@ from q35c.codegen.kernels.attention import attention, attention_combine, attenti
 from q35c.codegen.kernels.attention_prepare import attention_prepare
 from q35c.codegen.kernels.bf16_rows import round_rows
 from q35c.codegen.kernels.embedding import embedding
+from q35c.codegen.kernels.experts import expert_down, expert_gate_up
 from q35c.codegen.kernels.gated_delta import (
     gated_delta,
     gated_delta_decode,
@@ -17,7 +18,7 @@ from q35c.codegen.kernels.gated_delta import (
 )
 from q35c.codegen.kernels.gated_delta_conv import conv_update
 from q35c.codegen.kernels.linear import linear
-from q35c.codegen.kernels.moe import combine, expert_down, expert_gate_up, group_by_expert, route
+from q35c.codegen.kernels.moe import combine, group_by_expert, route
 from q35c.codegen.kernels.norm import rms_norm
 from q35c.codegen.kernels.quantize import quantize_rows
 from q35c.codegen.kernels.rotary import rotary_table
@@ -52,6 +53,9 @@ def scratch_bytes(family: str, target: Target, max_tokens: int, parameters: dict
         names = ("Hk", "Hv", "Dk", "Dv")
         one = gated_delta_scratch_bytes(**{n: parameters[n] for n in names}, isa=target.isa)
         return max(one, 64) * target.max_threads
-    if family == "linear":
-        return 4 * max_tokens * parameters["group"] * target.max_threads
+    if family in ("linear", "expert_gate_up"):  # rows that they round: rounded_blocks.py
+        columns = (
+            parameters["top_k"] * parameters["I"] if "I" in parameters else parameters["N"] // 2
+        )
+        return 4 * max_tokens * (parameters["group"] * target.max_threads + columns)
     return attention_scratch_bytes(target, max_tokens, parameters)

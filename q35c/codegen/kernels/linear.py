@@ -12,16 +12,15 @@ and adds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import BLOCK, Expr, ramp, share
+from q35c.codegen.kernels.common import Expr, share
 from q35c.codegen.kernels.matmul import make_product
 from q35c.codegen.kernels.product import Operands, Product
-from q35c.codegen.kernels.quantize import Rounding, round_group
+from q35c.codegen.kernels.quantize import Rounding
+from q35c.codegen.kernels.rounded_blocks import RoundedRows, sweep_rounded
 
 _FEW_BLOCKS = 2  # too few to split among threads
 
@@ -34,8 +33,8 @@ def linear(
     W holds N rows packed as f32, bf16 pairs or integers; swiglu counts gate and up rows in N and writes
     N/2 columns. Integer weights read X as `quantize_rows` leaves it, and bf16 weights as `round_rows` does when
     `rows` is "bf16". R and ld_r exist only with "residual"; R may be Y itself. With "swiglu" and a `group`, of which N/2
-    is a multiple, (W, X, Q, SCRATCH f32 [nt, T, group], T, ld_x, ld_q, tid, nt): only Q remains, what `quantize_rows` makes
-    of Y. Strides are in elements of 4 bytes.
+    is a multiple, (W, X, Q, SCRATCH f32 [nt T + T N/2 / group, group], ARRIVALS i32 [N/2 / group] of zeros, T, ld_x, ld_q, tid, nt):
+    only Q remains, what `quantize_rows` makes of Y. Strides are in elements of 4 bytes.
     """
     matmul = make_product(N, K, dtype, epilogue, isa, rows)
     if group:
@@ -91,12 +90,7 @@ def _with_residual(matmul: Product) -> PrimFunc:
 
 
 def _rounding(matmul: Product, rounding: Rounding) -> PrimFunc:
-    """Make the kernel that rounds: a thread keeps a group's columns in L2 until its blocks are done."""
-    layout, group, isa = rounding.layout, rounding.group, rounding.isa
-    span = group // (BLOCK // 2)
-
-    def vector(y: Expr, row: Expr) -> Callable[[int], Expr]:
-        return lambda k: y[row, ramp(k, isa.lanes)]
+    groups = rounding.layout.groups
 
     @T.prim_func(private=True, s_tir=True)
     def linear_rounding_kernel(
@@ -104,27 +98,29 @@ def _rounding(matmul: Product, rounding: Rounding) -> PrimFunc:
         X: T.handle(matmul.x_element),
         Q: T.handle("int32"),
         SCRATCH: T.handle("float32"),
+        ARRIVALS: T.handle("int32"),
         tokens: T.int64,
         ld_x: T.int64,
         ld_q: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
-        T.func_attr({"tirx.noalias": True})
+        # No noalias: other threads write to SCRATCH.
         w = matmul.weights(W)
         x = T.decl_buffer((tokens, ld_x), matmul.x_element, data=X)
-        y = T.decl_buffer(
-            (tokens, group), "float32", data=SCRATCH, elem_offset=tid * tokens * group
-        )
         q = T.decl_buffer((tokens, ld_q), "int32", data=Q)
-        first: T.let[T.int64] = share(layout.groups, tid, nt)
-        for item in T.serial(share(layout.groups, tid + 1, nt) - first):
-            number: T.let[T.int64] = first + item
-            for at in T.serial(T.int64(span)):
-                block: T.let[T.int64] = number * span + at
-                matmul.sweep(Operands(w, x, y, y, block, at, _same, _same), T.int64(0), tokens)
-            for row in T.serial(tokens):
-                round_group(layout, isa, vector(y, row), row, q, number)
+        scratch = T.decl_buffer((tokens * (nt + groups), rounding.group), "float32", data=SCRATCH)
+        arrivals = T.decl_buffer((groups,), "int32", data=ARRIVALS)
+        first: T.let[T.int64] = share(matmul.blocks, tid, nt)
+        last: T.let[T.int64] = share(matmul.blocks, tid + 1, nt)
+        sweep_rounded(
+            matmul,
+            rounding,
+            Operands(w, x, scratch, scratch, T.int64(0), T.int64(0), _same, _same),
+            RoundedRows(q, scratch, tid * tokens, nt * tokens, arrivals, T.int64(0), _same),
+            (first, last),
+            (T.int64(0), tokens),
+        )
         return T.int32(0)
 
     return linear_rounding_kernel

@@ -10,8 +10,7 @@ A shared expert of the others' size is one of them: its weights lie behind their
 token, with sigmoid(shared gate) as its weight. Then `combine` has no other, and all experts share every region.
 
 A pair is numbered token * top_k + choice, and results stay at the pair's row: no kernel scatters
-sums. The weights of the experts in use are read once each; that is the limit at few tokens, the
-FMA rate at many. Sorting is done by one thread: 2 us for 512 pairs.
+sums. The two products are in experts.py. Sorting is done by one thread: 2 us for 512 pairs.
 """
 
 from __future__ import annotations
@@ -33,11 +32,7 @@ from q35c.codegen.kernels.common import (
     vexp,
     vsigmoid,
 )
-from q35c.codegen.kernels.matmul import make_product
-from q35c.codegen.kernels.product import Operands, Product
 
-# Reading one block of weights from memory costs about as much as computing this many rows.
-_BLOCK_COST_ROWS = 8
 _COLUMNS = 64  # columns of one work item of combine
 
 
@@ -164,139 +159,6 @@ def group_by_expert(E: int, top_k: int) -> PrimFunc:
         return T.int32(0)
 
     return group_by_expert_kernel
-
-
-def expert_gate_up(
-    E: int,
-    I: int,  # noqa: E741
-    H: int,
-    top_k: int,
-    dtype: str,
-    isa: Isa,
-    rows: str = "f32",
-) -> PrimFunc:
-    """Make the kernel (W, X f32 [T, H], ORDER, ACTIVE, OFFSETS, COUNT, Y f32 [T*k, I], T, ld_x, tid, nt).
-
-    W holds the packed swiglu blocks of expert 0, then of expert 1 and so on. Row p of Y belongs to
-    pair p.
-    """
-    matmul = make_product(2 * I, H, dtype, "swiglu", isa, rows)
-
-    @T.prim_func(private=True, s_tir=True)
-    def expert_gate_up_kernel(
-        W: T.handle(matmul.element),
-        X: T.handle(matmul.x_element),
-        ORDER: T.handle("int32"),
-        ACTIVE: T.handle("int32"),
-        OFFSETS: T.handle("int32"),
-        COUNT: T.handle("int32"),
-        Y: T.handle("float32"),
-        tokens: T.int64,
-        ld_x: T.int64,
-        tid: T.int32,
-        nt: T.int32,
-    ) -> T.int32:
-        T.func_attr({"tirx.noalias": True})
-        w = matmul.weights(W, E)
-        x = T.decl_buffer((tokens, ld_x), matmul.x_element, data=X)
-        y = T.decl_buffer((tokens * top_k, I), "float32", data=Y)
-        order = T.decl_buffer((tokens * top_k,), "int32", data=ORDER)
-        active = T.decl_buffer((E,), "int32", data=ACTIVE)
-        offsets = T.decl_buffer((E + 1,), "int32", data=OFFSETS)
-        count = T.decl_buffer((1,), "int32", data=COUNT)
-        _experts(matmul, (w, x, y), (order, active, offsets, count), top_k, tid, nt)
-        return T.int32(0)
-
-    return expert_gate_up_kernel
-
-
-def expert_down(
-    E: int,
-    H: int,
-    I: int,  # noqa: E741
-    top_k: int,
-    dtype: str,
-    isa: Isa,
-    rows: str = "f32",
-) -> PrimFunc:
-    """Make the kernel (W, Y1 [T*k, I], ORDER, ACTIVE, OFFSETS, COUNT, Y2 f32 [T*k, H], T, ld_y1, tid, nt).
-
-    W holds the packed blocks of H rows of expert 0, then of expert 1 and so on. Rows are pairs.
-    """
-    matmul = make_product(H, I, dtype, "none", isa, rows)
-
-    @T.prim_func(private=True, s_tir=True)
-    def expert_down_kernel(
-        W: T.handle(matmul.element),
-        Y1: T.handle(matmul.x_element),
-        ORDER: T.handle("int32"),
-        ACTIVE: T.handle("int32"),
-        OFFSETS: T.handle("int32"),
-        COUNT: T.handle("int32"),
-        Y2: T.handle("float32"),
-        tokens: T.int64,
-        ld_y1: T.int64,
-        tid: T.int32,
-        nt: T.int32,
-    ) -> T.int32:
-        T.func_attr({"tirx.noalias": True})
-        w = matmul.weights(W, E)
-        x = T.decl_buffer((tokens * top_k, ld_y1), matmul.x_element, data=Y1)
-        y = T.decl_buffer((tokens * top_k, H), "float32", data=Y2)
-        order = T.decl_buffer((tokens * top_k,), "int32", data=ORDER)
-        active = T.decl_buffer((E,), "int32", data=ACTIVE)
-        offsets = T.decl_buffer((E + 1,), "int32", data=OFFSETS)
-        count = T.decl_buffer((1,), "int32", data=COUNT)
-        _experts(matmul, (w, x, y), (order, active, offsets, count), 1, tid, nt)
-        return T.int32(0)
-
-    return expert_down_kernel
-
-
-def _experts(
-    matmul: Product,
-    data: tuple[Expr, Expr, Expr],
-    groups: tuple[Expr, Expr, Expr, Expr],
-    pairs_per_row: int,
-    tid: Expr,
-    nt: Expr,
-) -> None:
-    """Emit this thread's share of the (active expert, block) products; x row = pair // pairs_per_row.
-
-    An expert costs its rows and a constant for each block; the sum over the experts before it is
-    OFFSETS plus that constant times their number. Thread boundaries lie at equal parts of the
-    whole cost, so that neither many experts with a row nor one with all of them leaves threads idle.
-    """
-    (w, x, y), (order, active, offsets, count) = data, groups
-    blocks = matmul.blocks
-    experts = T.Bind(T.cast(count[0], "int64"))
-    whole = T.Bind((_wide(offsets[count[0]]) + experts * _BLOCK_COST_ROWS) * blocks)
-    low, high = T.Bind(share(whole, tid, nt)), T.Bind(share(whole, tid + 1, nt))
-
-    def pair(position: Expr) -> Expr:
-        return _wide(order[position])
-
-    def x_row(position: Expr) -> Expr:
-        return T.truncdiv(pair(position), pairs_per_row)
-
-    with T.serial(experts) as a:
-        begin, end = T.Bind(_wide(offsets[a])), T.Bind(_wide(offsets[a + 1]))
-        cost = T.Bind(end - begin + _BLOCK_COST_ROWS)
-        before = T.Bind((begin + a * _BLOCK_COST_ROWS) * blocks)
-        first, last = (T.Bind(_blocks_before(t, before, cost, blocks)) for t in (low, high))
-        base = T.Bind(_wide(active[a]) * blocks)
-        with T.serial(last - first) as item:
-            block = T.Bind(first + item)
-            matmul.sweep(Operands(w, x, y, y, base + block, block, x_row, pair), begin, end)
-
-
-def _blocks_before(boundary: Expr, before: Expr, cost: Expr, blocks: int) -> Expr:
-    """Return how many of an expert's blocks lie before a boundary in cost."""
-    return T.min(T.truncdiv(T.max(boundary - before, T.int64(0)), cost), T.int64(blocks))
-
-
-def _wide(value: Expr) -> Expr:
-    return T.cast(value, "int64")
 
 
 def combine(H: int, top_k: int, isa: Isa, has_shared: bool = True) -> PrimFunc:

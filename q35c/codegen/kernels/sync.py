@@ -3,6 +3,7 @@
 - the barrier between two kernels of a program, and flush-to-zero for the threads that run one;
 - the fixed-order sum of a vector's lanes;
 - products of bf16 pairs and what goes with them, where the instruction set has them;
+- the meeting of threads that end parts of one group (rounded_blocks.py);
 - the clock: where asked, thread 0 notes the processor's cycle counter before each kernel;
 - an empty stand-in for the one function that TVM's argument checks import, so that the shared object
   has no undefined symbol: a failed check is seen by its return code.
@@ -13,9 +14,9 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-BARRIER_BYTES = (
-    128  # two cache lines: int32 arrivals at 0, generation at 64, sleepers at 68; starts as zeros
-)
+# Two cache lines: int32 arrivals at 0, generation at 64, sleepers at 68. They and what follows in the block, counters of
+# `q35c_arrive`, start as zeros.
+BARRIER_BYTES = 128
 CYCLES_BEFORE_SLEEP = 200_000  # about 70 us; then another thread may need this core
 _FUTEX, _WAIT, _WAKE = 202, 128, 129  # the Linux system call and its process-private operations
 
@@ -98,6 +99,23 @@ sleep:
   %one_less = atomicrmw sub ptr %sleepers, i32 1 seq_cst
   br label %look
 done:
+  ret i32 0
+}}
+
+define linkonce_odr hidden i32 @q35c_arrive(ptr %counter, i32 %count, i32 %whole) alwaysinline {{
+  %alone = icmp eq i32 %count, %whole
+  br i1 %alone, label %complete, label %meet
+meet:
+  %before = atomicrmw add ptr %counter, i32 %count acq_rel, align 4
+  %now = add i32 %before, %count
+  %is_last = icmp eq i32 %now, %whole
+  br i1 %is_last, label %reset, label %others
+reset:
+  store atomic i32 0, ptr %counter monotonic, align 4
+  br label %complete
+complete:
+  ret i32 1
+others:
   ret i32 0
 }}
 
