@@ -41,7 +41,7 @@ _NORMAL_LEVELS = {
 TOP_SHARES: dict[int, tuple[float, ...]] = {
     4: (-1.0, -0.93, -1.07, 0.9, 1.0),
     5: (-1.0, -0.95, -1.05, 0.88, 1.0),
-    8: (-127 / 128, -123 / 128),  # two, as rounding a scale down would clip
+    8: (-1.0, -0.97, -0.94),  # scales are 3 to 6 % apart, and what is rounded down clips
 }
 
 

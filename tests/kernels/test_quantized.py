@@ -80,7 +80,7 @@ def row_values(words, width, group):
     sums = words[:, layout.sums : layout.sums + layout.groups]
     assert (codes[:, width:] == 0).all()
     grouped = codes.reshape(len(words), layout.groups, group)
-    np.testing.assert_array_equal(sums, -8 * grouped.sum(-1))
+    np.testing.assert_array_equal(sums, -64 * grouped.sum(-1))
     return (grouped * scales[..., None]).reshape(len(words), -1)[:, :width]
 
 

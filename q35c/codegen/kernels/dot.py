@@ -10,12 +10,6 @@ from tvm.script import tirx as T
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import Expr, splat_int
 
-_MULTIPLY_ADD = {  # lanes -> (u8 x s8 pairs to saturated s16, s16 pairs to s32)
-    8: ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
-    16: ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"),
-}
-
-
 _SHUFFLE = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
 
 
@@ -31,9 +25,9 @@ def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr, largest: int)
         operands = (total, as_bytes(unsigned, lanes), as_bytes(signed, lanes))
         return T.call_llvm_pure_intrin(intrinsic, *operands, dtype=f"int32x{lanes}")
     if largest <= 127:
-        return total + _pairs(lanes, unsigned, signed, 1)
-    low, high = low_halves(unsigned, lanes), high_halves(unsigned, lanes)
-    return total + _pairs(lanes, low, signed, 1) + _pairs(lanes, high, signed, 16)
+        return _add_pairs(lanes, total, unsigned, signed, 1)
+    total = _add_pairs(lanes, total, low_halves(unsigned, lanes), signed, 1)
+    return _add_pairs(lanes, total, high_halves(unsigned, lanes), signed, 16)
 
 
 def low_halves(words: Expr, lanes: int) -> Expr:
@@ -76,10 +70,7 @@ def as_bytes(words: Expr, lanes: int) -> Expr:
     return T.reinterpret(words, dtype=f"int8x{4 * lanes}")
 
 
-def _pairs(lanes: int, unsigned: Expr, signed: Expr, factor: int) -> Expr:
-    to_words, to_sums = (T.llvm_lookup_intrinsic_id(name) for name in _MULTIPLY_ADD[lanes])
-    words = T.call_llvm_pure_intrin(
-        to_words, as_bytes(unsigned, lanes), as_bytes(signed, lanes), dtype=f"int16x{2 * lanes}"
-    )
-    factors = T.broadcast(T.int16(factor), 2 * lanes)
-    return T.call_llvm_pure_intrin(to_sums, words, factors, dtype=f"int32x{lanes}")
+def _add_pairs(lanes: int, total: Expr, unsigned: Expr, signed: Expr, factor: int) -> Expr:
+    factors = splat_int(factor * 0x10001, lanes)
+    operands = (total, unsigned, signed, factors)
+    return T.call_pure_extern(f"int32x{lanes}", f"q35c_dot_bytes_x{lanes}", *operands)

@@ -4,7 +4,7 @@
 
 w is the level that a code stands for. The instruction multiplies unsigned by signed bytes, so u = w + z takes its place:
 codes of 8 bits are u, those of 4 and 5 are looked up in a register (byte shuffle) after they are unpacked. Then
-sum(q w) = sum(q u) - z sum(q), and the last sum, times -8, comes ready with the rows (quantize.py). Inner sums are
+sum(q w) = sum(q u) - z sum(q), and the last sum, times -64, comes ready with the rows (quantize.py). Inner sums are
 exact int32; the outer sum runs over the groups in order, so a row's result depends neither on how many rows are
 computed with it nor on the number of threads.
 
@@ -39,7 +39,7 @@ from q35c.codegen.kernels.product import (
     store_sums,
     sums_buffer,
 )
-from q35c.codegen.kernels.quantize import RowLayout
+from q35c.codegen.kernels.quantize import SUM_FACTOR, RowLayout
 from q35c.ir.formats import IntegerFormat, integer_format
 
 _CHUNK = 512  # inputs that are unpacked at once: 16 KiB, half of L1
@@ -174,8 +174,8 @@ def _add_group(
     inner = accumulators(product, len(x_rows), vectors, "int32")
     for i, row in enumerate(x_rows):
         start = splat_int(x[row, rows.sums + group], size)
-        # Rows bring -8 times their sum, this takes -z times.
-        start = start << splat_int(form.zero_point.bit_length() - 4, size)
+        if form.zero_point != -SUM_FACTOR:
+            start = start << splat_int((form.zero_point // -SUM_FACTOR).bit_length() - 1, size)
         for j in range(len(vectors)):
             T.buffer_store(inner, start, [i, j, lanes])
     largest = form.levels[-1] + form.zero_point

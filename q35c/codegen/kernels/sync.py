@@ -2,6 +2,7 @@
 
 - the barrier between two kernels of a program, and flush-to-zero for the threads that run one;
 - the fixed-order sum of a vector's lanes;
+- products of bytes where no instruction adds them up (dot.py);
 - products of bf16 pairs and what goes with them, where the instruction set has them;
 - the meeting of threads that end parts of one group (rounded_blocks.py);
 - the clock: where asked, thread 0 notes the processor's cycle counter before each kernel;
@@ -23,12 +24,31 @@ _FUTEX, _WAIT, _WAKE = 202, 128, 129  # the Linux system call and its process-pr
 # Flush-to-zero (bit 15) and denormals-are-zero (bit 6) of MXCSR: decayed state makes denormals, which are slow.
 _FLUSH_BITS = 0x8040
 
+
+def _dot_bytes(lanes: int) -> str:
+    """Return the function that adds to int32 lanes the products of four u8 by four s8, times a factor in 16 bits.
+
+    As one block of assembly: LLVM would add pairs of products before it adds them to the sum, and with so many values alive
+    spill sums that fit 16 registers (measured on Zen 3: tiles 3 to 10 % faster).
+    """
+    kind = f"<{lanes} x i32>"
+    steps = "\\0A".join(("vpmaddubsw $3, $2, $1", "vpmaddwd $4, $1, $1", "vpaddd $1, $0, $0"))
+    return f"""
+define linkonce_odr hidden {kind} @q35c_dot_bytes_x{lanes}({kind} %sum, {kind} %u, {kind} %s, {kind} %factors) alwaysinline {{
+  %r = call {{ {kind}, {kind} }} asm "{steps}", "=v,=&v,v,v,v,0"({kind} %u, {kind} %s, {kind} %factors, {kind} %sum)
+  %total = extractvalue {{ {kind}, {kind} }} %r, 0
+  ret {kind} %total
+}}
+"""
+
+
 # Generation barrier: the last thread to arrive clears the count before it opens the next generation, so the
 # words are ready again, for any number of threads. Who has spun long enough sleeps on the generation; measured:
 # yielding instead lets a spinner keep the core that the thread it waits for was woken on, for milliseconds.
 # The wait is bounded by time and has no `pause`: under a hypervisor each may cost an exit, 2,000 of them milliseconds.
 # Either the opener sees the sleeper's count, or the kernel sees the new generation and does not let it sleep.
 SUPPORT_IR = f"""
+{_dot_bytes(8)}{_dot_bytes(16)}
 declare i64 @llvm.readcyclecounter()
 declare void @llvm.x86.sse.stmxcsr(ptr)
 declare void @llvm.x86.sse.ldmxcsr(ptr)
