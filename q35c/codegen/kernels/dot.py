@@ -10,6 +10,7 @@ from tvm.script import tirx as T
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import Expr, splat_int
 
+_SIGN = "llvm.x86.avx2.psign.b"  # 16 words have no such instruction
 _SHUFFLE = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
 
 
@@ -28,6 +29,19 @@ def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr, largest: int)
         return _add_pairs(lanes, total, unsigned, signed, 1)
     total = _add_pairs(lanes, total, low_halves(unsigned, lanes), signed, 1)
     return _add_pairs(lanes, total, high_halves(unsigned, lanes), signed, 16)
+
+
+def dot_levels(total: Expr, levels: Expr, signed: Expr) -> Expr:
+    """Return total + the four products of each of 8 int32 lanes of s8 levels, -128 among them, and s8 from -127 to 127.
+
+    A level's magnitude, 128 at most, is the unsigned factor, and its sign moves to the other: two products fit 16 bits.
+    """
+    sign = T.llvm_lookup_intrinsic_id(_SIGN)
+    level = as_bytes(levels, 8)
+    magnitude = T.call_llvm_pure_intrin(sign, level, level, dtype="int8x32")
+    moved = T.call_llvm_pure_intrin(sign, as_bytes(signed, 8), level, dtype="int8x32")
+    words = (T.reinterpret(value, dtype="int32x8") for value in (magnitude, moved))
+    return _add_pairs(8, total, *words, 1)
 
 
 def low_halves(words: Expr, lanes: int) -> Expr:

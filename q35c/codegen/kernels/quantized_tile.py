@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from q35c.codegen.kernels.common import Expr, ceil_div, ramp, splat, splat_int
-from q35c.codegen.kernels.dot import dot_bytes
+from q35c.codegen.kernels.dot import dot_bytes, dot_levels
 from q35c.codegen.kernels.integer_weights import IntegerLayout, Packed, Weights, unpack_groups
 from q35c.codegen.kernels.product import (
     Operands,
@@ -42,6 +42,7 @@ from q35c.codegen.kernels.product import (
 from q35c.codegen.kernels.quantize import SUM_FACTOR, RowLayout
 from q35c.ir.formats import IntegerFormat, integer_format
 
+_SIGN_BITS = -0x7F7F7F80  # 0x80 in every byte: takes 128 from an unsigned one
 _CHUNK = 512  # inputs that are unpacked at once: 16 KiB, half of L1
 _TILES = 32  # most tiles that share them; their sums, 32 KiB, pass once a chunk
 _SHARING_TILES = 8  # fewest: up to 6, each tile unpacking for itself is as fast or faster
@@ -89,6 +90,11 @@ class IntegerProduct(Product):
         if len(self.vectors) == 2 or rows == 1:
             return (self.vectors,)
         return (self.vectors[:2], self.vectors[2:])
+
+    @property
+    def moves_signs(self) -> bool:
+        """Whether levels are multiplied as signed bytes: half the products, where there is no VNNI (dot.py)."""
+        return self.form.bits == 8 and self.isa.lanes == 8
 
     @property
     def unpacks_slowly(self) -> bool:
@@ -173,26 +179,40 @@ def _add_group(
     lanes = ramp(0, size)
     inner = accumulators(product, len(x_rows), vectors, "int32")
     for i, row in enumerate(x_rows):
-        start = splat_int(x[row, rows.sums + group], size)
-        if form.zero_point != -SUM_FACTOR:
-            start = start << splat_int((form.zero_point // -SUM_FACTOR).bit_length() - 1, size)
+        start = _first_sum(product, x, row, group)
         for j in range(len(vectors)):
             T.buffer_store(inner, start, [i, j, lanes])
-    largest = form.levels[-1] + form.zero_point
     with T.serial(layout.sets) as number:
         parts = weights.parts(group, number, vectors)
         column = group * (form.group // 4) + number * layout.set_words
         for part in range(layout.set_words):
             words = [T.Bind(word) for word in parts(part)]
+            if product.moves_signs:
+                words = [T.Bind(word ^ splat_int(_SIGN_BITS, size)) for word in words]
             for i, row in enumerate(x_rows):
                 signed = T.Bind(splat_int(x[row, column + part], size))
-                for j, unsigned in enumerate(words):
+                for j, word in enumerate(words):
                     at = [i, j, lanes]
-                    value = dot_bytes(product.isa, inner[*at], unsigned, signed, largest)
-                    T.buffer_store(inner, value, at)
+                    T.buffer_store(inner, _add_products(product, inner[*at], word, signed), at)
     scales = [T.Bind(scale) for scale in weights.scales(group, vectors)]
     for i, row in enumerate(x_rows):
         scale = T.Bind(splat(T.reinterpret(x[row, rows.scales + group], dtype="float32"), size))
         for j, column_scale in enumerate(scales):
             value = T.cast(inner[i, j, lanes], f"float32x{size}") * scale
             T.buffer_store(acc, acc[i, j, lanes] + value * column_scale, [i, j, lanes])
+
+
+def _first_sum(product: IntegerProduct, x: Expr, row: Expr, group: Expr) -> Expr:
+    """Return what a group's sum starts with: -z times the row's own sum, or 0 where levels are multiplied with their sign."""
+    size, factor = product.isa.lanes, product.form.zero_point // -SUM_FACTOR
+    if product.moves_signs:
+        return splat_int(0, size)
+    start = splat_int(x[row, product.rows.sums + group], size)
+    return start << splat_int(factor.bit_length() - 1, size) if factor > 1 else start
+
+
+def _add_products(product: IntegerProduct, total: Expr, word: Expr, signed: Expr) -> Expr:
+    if product.moves_signs:
+        return dot_levels(total, word, signed)
+    largest = product.form.levels[-1] + product.form.zero_point
+    return dot_bytes(product.isa, total, word, signed, largest)
