@@ -4,7 +4,8 @@
  *
  * Reading goes over a buffer larger than any cache, by 64-byte loads into sums that nothing waits for.
  * The int8 loop multiplies u8 by s8 into 24 registers and touches no memory: 64 products and sums an
- * instruction, counted as 128 operations. Without AVX512-VNNI the second figure is 0.
+ * instruction, counted as 128 operations. Without AVX512-VNNI three instructions of AVX2 do 32 of them, into 12
+ * registers; without AVX2 the second figure is 0.
  */
 #define _GNU_SOURCE
 #include <pthread.h>
@@ -69,6 +70,29 @@ static double int8_rate(void) {
             DOT(16) DOT(17) DOT(18) DOT(19) DOT(20) DOT(21) DOT(22) DOT(23)
         }
         done += 20000.0 * 24 * 128;
+        end = now();
+    } while (end - begin < limit);
+    return done / (end - begin);
+}
+#elif defined(__AVX2__)
+typedef long long half_vector __attribute__((vector_size(32)));
+
+static double int8_rate(void) {
+    double begin = now(), end;
+    half_vector sum[12], pairs, x = {1}, y = {2}, ones = {0x0001000100010001ll};
+#pragma GCC unroll 12
+    for (int i = 0; i < 12; i++) sum[i] = (half_vector){0};
+    double done = 0;
+    do {
+        for (int i = 0; i < 20000; i++) {
+#define DOT(k)                                                                                      \
+    __asm__ volatile("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"            \
+                     : "+x"(sum[k]), "=&x"(pairs)                                                   \
+                     : "x"(x), "x"(y), "x"(ones));
+            DOT(0) DOT(1) DOT(2) DOT(3) DOT(4) DOT(5)
+            DOT(6) DOT(7) DOT(8) DOT(9) DOT(10) DOT(11)
+        }
+        done += 20000.0 * 12 * 64;
         end = now();
     } while (end - begin < limit);
     return done / (end - begin);

@@ -160,12 +160,16 @@ def hmin_int(x: Expr, lanes: int) -> Expr:
     return _reduce("smin", x, "int32")
 
 
+def magnitude(x: Expr, lanes: int) -> Expr:
+    """Return |x| of an f32 vector as integers, which compare as floats do; NaN is the largest."""
+    return bits(x, lanes) & splat_int(0x7FFFFFFF, lanes)
+
+
 def largest_magnitude(vectors: Sequence[Expr], lanes: int) -> Expr:
     """Return the largest |x| of f32 vectors; NaN if one of them holds NaN."""
-    # As integers, magnitudes compare as they do as floats, and NaN is the largest.
-    largest, *others = (bits(x, lanes) & splat_int(0x7FFFFFFF, lanes) for x in vectors)
-    for magnitude in others:
-        largest = T.max(largest, magnitude)
+    largest, *others = (magnitude(x, lanes) for x in vectors)
+    for one in others:
+        largest = T.max(largest, one)
     return from_bits(_reduce("smax", largest, "int32"), 1)
 
 

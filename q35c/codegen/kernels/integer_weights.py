@@ -198,9 +198,9 @@ def unpack_part(layout: IntegerLayout, lines: Sequence[Expr], part: int) -> Expr
     unsigned = [level + form.zero_point for level in form.levels]
     if form.bits == 4:
         return look_up(unsigned, low, lanes)
-    bit = int.from_bytes(bytes([1 << part]) * 4, "little", signed=True)
-    high_bits = as_bytes(lines[0] & splat_int(bit, lanes), lanes)
-    is_high = high_bits != T.broadcast(T.int8(0), 4 * lanes)
+    # As the sign of its byte, the fifth bit is what a blend of bytes looks at.
+    signs = as_bytes(lines[0] << splat_int(7 - part, lanes) if part < 7 else lines[0], lanes)
+    is_high = signs < T.broadcast(T.int8(0), 4 * lanes)
     both = [as_bytes(look_up(half, low, lanes), lanes) for half in (unsigned[16:], unsigned[:16])]
     return T.reinterpret(T.Select(is_high, *both), dtype=f"int32x{lanes}")
 

@@ -75,8 +75,8 @@ def _rounding(D: int, eps: float, offset: float, rounding: Rounding, is_kept: bo
 
     def normed(
         x: Expr, w: Expr, y: Expr, row: Expr, scale: Expr, begin: Expr
-    ) -> Callable[[int], Expr]:
-        def vector(k: int) -> Expr:
+    ) -> Callable[[Expr], Expr]:
+        def vector(k: Expr) -> Expr:
             at = ramp(begin + k, isa.lanes)
             value = x[row, at] * splat(scale, isa.lanes) * (w[at] + splat(offset, isa.lanes))
             if is_kept:

@@ -127,24 +127,33 @@ def choose_scale(
 ) -> None:
     """Emit best = the code of the scale with the least squared error, the row's exponent given."""
     L, form = product.isa.lanes, product.form
-    places = [ramp(v, L) for v in range(0, form.group, L)]
-    high, low = values[places[0]], values[places[0]]
-    for at in places[1:]:
-        high, low = T.max(high, values[at]), T.min(low, values[at])
-    high, low = T.Bind(_reduce("fmax", high)), T.Bind(_reduce("fmin", low))
-    top = T.Bind(T.Select(high >= T.float32(0) - low, high, low))
+    extremes = T.alloc_buffer((2, L), "float32")
+    high, low = (extremes[i, ramp(0, L)] for i in range(2))
+    for i in range(2):
+        T.buffer_store(extremes, values[ramp(0, L)], [i, ramp(0, L)])
+    with T.serial(form.group // L) as v:
+        at = values[ramp(v * L, L)]
+        T.buffer_store(extremes, T.max(high, at), [0, ramp(0, L)])
+        T.buffer_store(extremes, T.min(low, at), [1, ramp(0, L)])
+    largest, smallest = T.Bind(_reduce("fmax", high)), T.Bind(_reduce("fmin", low))
+    top = T.Bind(T.Select(largest >= T.float32(0) - smallest, largest, smallest))
     T.buffer_store(least, T.float32(float("inf")), [0])
     T.buffer_store(best, T.int32(0), [0])
-    for part in TOP_SHARES[form.bits]:
-        code = T.Bind(_nearest_code(top * T.float32(1 / (part * form.zero_point)), exponent))
+    factors = [1 / (part * form.zero_point) for part in TOP_SHARES[form.bits]]
+    table = T.alloc_buffer((len(factors),), "float32", annotations=STACK)
+    for number, factor in enumerate(factors):
+        T.buffer_store(table, T.float32(factor), [number])
+    # Loops, not code for each share and vector: that took LLVM half a minute.
+    with T.serial(len(factors)) as trial:
+        code = T.Bind(_nearest_code(top * table[trial], exponent))
         scale = T.Bind(_scale(code, exponent))
         inverse = T.Bind(splat(T.float32(1) / scale, L))
         wide = T.Bind(splat(scale, L))
         total = T.alloc_buffer((1, L), "float32")
         T.buffer_store(total, splat(0.0, L), [0, ramp(0, L)])
-        for at in places:
-            level = _level(product, values[at], inverse)
-            error = T.Bind(values[at] - level * wide)
+        with T.serial(form.group // L) as v:
+            x = T.Bind(values[ramp(v * L, L)])
+            error = T.Bind(x - _level(product, x, inverse) * wide)
             T.buffer_store(total, total[0, ramp(0, L)] + error * error, [0, ramp(0, L)])
         whole = T.Bind(hsum(total[0, ramp(0, L)], L))
         with T.If(whole < least[0]), T.Then():
@@ -157,9 +166,9 @@ def write_codes(product: IntegerProduct, values: Expr, scale: Expr, words: Expr,
     L, form = product.isa.lanes, product.form
     inverse = T.Bind(splat(T.float32(1) / scale, L))
     codes = T.alloc_buffer((form.group,), "int32", annotations=STACK)
-    for v in range(0, form.group, L):
-        code = _code(product, values[ramp(v, L)], inverse)
-        T.buffer_store(codes, code, [ramp(v, L)])
+    with T.serial(form.group // L) as v:
+        code = _code(product, values[ramp(v * L, L)], inverse)
+        T.buffer_store(codes, code, [ramp(v * L, L)])
     with T.serial(form.group // 4) as word:
         four = [codes[word * 4 + byte] << T.int32(8 * byte) for byte in range(4)]
         T.buffer_store(words, four[0] | four[1] | four[2] | four[3], [row, word])

@@ -23,7 +23,9 @@ from q35c.codegen.kernels.common import (
     Expr,
     bits,
     ceil_div,
+    from_bits,
     largest_magnitude,
+    magnitude,
     ramp,
     share,
     splat,
@@ -135,22 +137,29 @@ class Rounding:
 
 
 def round_group(
-    layout: RowLayout, isa: Isa, load: Callable[[int], Expr], row: Expr, q: Expr, number: Expr
+    layout: RowLayout, isa: Isa, load: Callable[[Expr], Expr], row: Expr, q: Expr, number: Expr
 ) -> None:
     """Emit largest magnitude, scale, codes and their sum of one group; load(k) is its vector from value k on."""
     L = isa.lanes
-    vectors = [T.Bind(load(k)) for k in range(0, layout.group, L)]
-    top = T.Bind(largest_magnitude(vectors, L))
+    # Loops, as LLVM takes seconds for the same without them.
+    values = T.alloc_buffer((layout.group,), "float32", annotations=STACK)
+    largest = T.alloc_buffer((1, L), "int32")
+    T.buffer_store(largest, splat_int(0, L), [0, ramp(0, L)])
+    with T.serial(T.int64(layout.group // L)) as v:
+        x = T.Bind(load(v * L))
+        T.buffer_store(values, x, [ramp(v * L, L)])
+        T.buffer_store(largest, T.max(largest[0, ramp(0, L)], magnitude(x, L)), [0, ramp(0, L)])
+    top = T.Bind(largest_magnitude([from_bits(largest[0, ramp(0, L)], L)], L))
     inverse = T.Bind(splat(T.Select(top == T.float32(0), T.float32(0), T.float32(127) / top), L))
     T.buffer_store(q, bits(top * T.float32(1 / 127), 1), [row, layout.scales + number])
     total = T.alloc_buffer((1, L), "int32")
     T.buffer_store(total, splat_int(0, L), [0, ramp(0, L)])
-    for place, x in enumerate(vectors):
-        shifted = x * inverse + splat(_ROUND, L)
+    with T.serial(T.int64(layout.group // L)) as v:
+        shifted = values[ramp(v * L, L)] * inverse + splat(_ROUND, L)
         code = T.Bind(bits(shifted, L) - splat_int(_ROUND_BITS, L))
         T.buffer_store(total, total[0, ramp(0, L)] + code, [0, ramp(0, L)])
         words = T.reinterpret(T.cast(code, vector("int8", L)), dtype=vector("int32", L // 4))
-        T.buffer_store(q, words, [row, ramp(number * (layout.group // 4) + place * L // 4, L // 4)])
+        T.buffer_store(q, words, [row, ramp(number * (layout.group // 4) + v * (L // 4), L // 4)])
     add = T.llvm_lookup_intrinsic_id("llvm.vector.reduce.add")
     whole = T.call_llvm_pure_intrin(add, total[0, ramp(0, L)], dtype="int32")
     T.buffer_store(q, T.int32(SUM_FACTOR) * whole, [row, layout.sums + number])
