@@ -13,6 +13,7 @@ ALIGNMENT = 64
 CELL = 32  # tokens per block of the key cache: one vector load serves 32 tokens
 SCALE_ROWS = 4  # rows of 32 bytes behind a block of an int8 cache: an f32 scale for each token
 MAX_HEADER_BYTES = 16 << 20
+MAX_BARRIER_BYTES = 1 << 20  # with a counter for each group of each expert's inner rows
 
 _DTYPES = {  # name -> (safetensors name, bytes)
     "f32": ("F32", 4),

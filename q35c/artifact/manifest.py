@@ -188,7 +188,7 @@ class Manifest:
     io: Io
     arena_bytes: Bytes
     max_threads: Annotated[int, Range(1, 1024)]
-    barrier_bytes: Annotated[int, Range(64, 65536)]
+    barrier_bytes: Annotated[int, Range(64, layout.MAX_BARRIER_BYTES)]
     state: State
     weights: Annotated[tuple[Weight, ...], Items(1, 16384)]
     weights_bytes: Bytes

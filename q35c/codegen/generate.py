@@ -98,12 +98,17 @@ def generate(
         "entries": entries,
         "arena_bytes": max(plan.bytes for plan in plans),
         "max_threads": target.max_threads,
-        "barrier_bytes": layout.align(BARRIER_BYTES + ELEMENT_BYTES * shared.counters),
+        "barrier_bytes": barrier_bytes(shared),
         "state": state,
         "kernels": describe_kernels(shared),
         "probes": [probe.describe() for probe in measuring],
     }
     return Generated(code, tuple(shared.weights.values()), stored, fields)
+
+
+def barrier_bytes(shared: Shared) -> int:
+    """Return the bytes of the barrier's words and of the counters behind them."""
+    return layout.align(BARRIER_BYTES + ELEMENT_BYTES * shared.counters)
 
 
 def describe_target(target: Target) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 
 from q35c import family
 from q35c.artifact import layout
-from q35c.codegen.generate import Limits, describe_entries, describe_state
+from q35c.codegen.generate import Limits, barrier_bytes, describe_entries, describe_state
 from q35c.codegen.kernels.families import FAMILIES
 from q35c.codegen.lower import lower
 from q35c.codegen.lowering import Shared
@@ -46,6 +46,7 @@ def test_every_size_lowers(name: str) -> None:
             for graph, entry in zip(module, entries, strict=True):
                 schedule = lower(graph, shared, entry["max_tokens"])
                 assert 0 < schedule.plan().bytes < 1 << 30
+            assert barrier_bytes(shared) <= layout.MAX_BARRIER_BYTES
             used = {source for weight in shared.weights.values() for source in weight.sources}
             assert used == set(expected_tensors(config))
             assert {family_name for family_name, _ in shared.kernels} <= set(FAMILIES)
