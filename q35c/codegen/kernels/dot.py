@@ -40,8 +40,8 @@ def dot_levels(total: Expr, levels: Expr, signed: Expr) -> Expr:
     level = as_bytes(levels, 8)
     magnitude = T.call_llvm_pure_intrin(sign, level, level, dtype="int8x32")
     moved = T.call_llvm_pure_intrin(sign, as_bytes(signed, 8), level, dtype="int8x32")
-    words = (T.reinterpret(value, dtype="int32x8") for value in (magnitude, moved))
-    return _add_pairs(8, total, *words, 1)
+    unsigned, signed = (T.reinterpret(value, dtype="int32x8") for value in (magnitude, moved))
+    return _add_pairs(8, total, unsigned, signed, 1)
 
 
 def low_halves(words: Expr, lanes: int) -> Expr:
