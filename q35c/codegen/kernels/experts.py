@@ -194,7 +194,9 @@ def _rounded_experts(
 
     def emit(expert: Expr, base: Expr, blocks: Range, positions: Range) -> None:
         cut = T.Bind(tokens * nt + positions[0] * per_row)
-        rows = RoundedRows(q, scratch, tokens * tid, cut, arrivals, expert * per_row, pair)
+        # More rows than tokens: one whose logits are not finite chooses an expert more than once.
+        own, counter = tokens * tid, expert * per_row
+        rows = RoundedRows(q, scratch, own, tokens, cut, arrivals, counter, pair)
         operands = Operands(w, x, scratch, scratch, base, T.int64(0), x_row, pair)
         sweep_rounded(matmul, rounding, operands, rows, blocks, positions)
 

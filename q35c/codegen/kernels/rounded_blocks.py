@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from tvm import tirx
 from tvm.script import tirx as T
 
 from q35c.codegen.kernels.common import Expr, ramp
@@ -21,14 +22,15 @@ from q35c.codegen.kernels.quantize import Rounding, round_group
 class RoundedRows:
     """Where the columns of one matrix go: rounded rows, and scratch f32 [rows, group] until then.
 
-    `own` is the first row of the thread's part of the scratch; a cut group has as many rows as the product, from `cut` on
-    by its number. ARRIVALS counts from `counter` on, for each group, the blocks that threads have ended of a cut one;
+    The thread's own part of the scratch begins with row `own` and has `own_rows`; a group that is cut, or has more rows, has
+    as many rows as the product, from `cut` on by its number. ARRIVALS counts from `counter` on, for each group, the blocks that threads have ended of a cut one;
     it holds zeros before and after.
     """
 
     q: Expr
     scratch: Expr
     own: Expr
+    own_rows: Expr
     cut: Expr
     arrivals: Expr
     counter: Expr
@@ -55,7 +57,8 @@ def sweep_rounded(
         number = T.Bind(low + item)
         start = T.Bind(T.max(first, number * span))
         count = T.Bind(T.min(last, (number + 1) * span) - start)
-        part = T.Bind(T.Select(count == span, rows.own, rows.cut + number * (end - begin)))
+        is_own = tirx.And(count == span, end - begin <= rows.own_rows)
+        part = T.Bind(T.Select(is_own, rows.own, rows.cut + number * (end - begin)))
 
         def scratch_row(position: Expr, part: Expr = part) -> Expr:
             return part + (position - begin)
