@@ -4,7 +4,8 @@
 
 w is the level that a code stands for. The instruction multiplies unsigned by signed bytes, so u = w + z takes its place:
 codes of 8 bits are u, those of 4 and 5 are looked up in a register (byte shuffle) after they are unpacked. Then
-sum(q w) = sum(q u) - z sum(q), and the last sum, times -64, comes ready with the rows (quantize.py). Inner sums are
+sum(q w) = sum(q u) - z sum(q), and the last sum, times -64, comes ready with the rows (quantize.py). Without VNNI only
+7 bits of u fit; AVX2 multiplies levels of 8 bits by their magnitude and moves the sign to q (dot.py). Inner sums are
 exact int32; the outer sum runs over the groups in order, so a row's result depends neither on how many rows are
 computed with it nor on the number of threads.
 
