@@ -196,7 +196,7 @@ def _rounded_experts(
         cut = T.Bind(tokens * nt + positions[0] * per_row)
         # More rows than tokens: one whose logits are not finite chooses an expert more than once.
         own, counter = tokens * tid, expert * per_row
-        rows = RoundedRows(q, scratch, own, tokens, cut, arrivals, counter, pair)
+        rows = RoundedRows(q, own, tokens, cut, arrivals, counter)
         operands = Operands(w, x, scratch, scratch, base, T.int64(0), x_row, pair)
         sweep_rounded(matmul, rounding, operands, rows, blocks, positions)
 

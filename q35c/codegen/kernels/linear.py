@@ -117,7 +117,7 @@ def _rounding(matmul: Product, rounding: Rounding) -> PrimFunc:
             matmul,
             rounding,
             Operands(w, x, scratch, scratch, T.int64(0), T.int64(0), _same, _same),
-            RoundedRows(q, scratch, tid * tokens, tokens, nt * tokens, arrivals, T.int64(0), _same),
+            RoundedRows(q, tid * tokens, tokens, nt * tokens, arrivals, T.int64(0)),
             (first, last),
             (T.int64(0), tokens),
         )

@@ -7,7 +7,6 @@ see them. Who ends a group's last block rounds it. Which thread that is changes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tvm import tirx
@@ -20,21 +19,19 @@ from q35c.codegen.kernels.quantize import Rounding, round_group
 
 @dataclass(frozen=True)
 class RoundedRows:
-    """Where the columns of one matrix go: rounded rows, and scratch f32 [rows, group] until then.
+    """Where the columns of one matrix go: rounded rows, and the product's y, scratch f32 [rows, group], until then.
 
     The thread's own part of the scratch begins with row `own` and has `own_rows`; a group that is cut, or has more rows, has
-    as many rows as the product, from `cut` on by its number. ARRIVALS counts from `counter` on, for each group, the blocks that threads have ended of a cut one;
-    it holds zeros before and after.
+    as many rows as the product, from `cut` on by its number. `arrivals` counts from `counter` on, for each group, the blocks
+    that threads have ended of a cut one; it holds zeros before and after.
     """
 
     q: Expr
-    scratch: Expr
     own: Expr
     own_rows: Expr
     cut: Expr
     arrivals: Expr
     counter: Expr
-    row: Callable[[Expr], Expr]  # of q, for a position
 
 
 def sweep_rounded(
@@ -47,8 +44,8 @@ def sweep_rounded(
 ) -> None:
     """Emit a thread's blocks of a matrix for the rows at some positions, and the rounding of what they complete.
 
-    Of the operands `w`, `x`, `x_row` and `block`, the matrix's first in `w`, are read. A group is a multiple of a block's
-    columns, and the matrix one of a group.
+    `operands.block` is the matrix's first in `w`, and `y_row` gives rows of q. A group is a multiple of a block's columns,
+    and the matrix one of a group.
     """
     (first, last), (begin, end) = blocks, positions
     span = T.int64(rounding.group // product.block_outputs)
@@ -63,7 +60,7 @@ def sweep_rounded(
         def scratch_row(position: Expr, part: Expr = part) -> Expr:
             return part + (position - begin)
 
-        exact = replace(operands, y=rows.scratch, r=rows.scratch, y_row=scratch_row)
+        exact = replace(operands, y_row=scratch_row)
         with T.serial(count) as at:
             block, column_block = operands.block + (start + at), start + at - number * span
             product.sweep(replace(exact, block=block, column_block=column_block), begin, end)
@@ -72,8 +69,8 @@ def sweep_rounded(
             round_group(
                 rounding.layout,
                 rounding.isa,
-                lambda k: rows.scratch[row, ramp(k, rounding.isa.lanes)],
-                T.Bind(rows.row(begin + i)),
+                lambda k: operands.y[row, ramp(k, rounding.isa.lanes)],
+                T.Bind(operands.y_row(begin + i)),
                 rows.q,
                 number,
             )
