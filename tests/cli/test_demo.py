@@ -98,14 +98,18 @@ def resident(which):
 
 before = resident("VmRSS")
 model = q35c.load(sys.argv[1])
+rows = model.manifest.io.fields["logits"].shape[0]
 sessions = [model.session() for _ in range(model.batch)]
-sessions[0].score(range(64))  # its rows of logits are planned too; the copy that it returns is not
-sessions[0].reset()
 for session in sessions:
     # All kinds of tokens: otherwise rows of the embedding, and experts, are never touched.
-    session.prefill([i * 7919 % model.vocab_size for i in range(model.context - 1)])
+    session.prefill([i * 7919 % model.vocab_size for i in range(model.context - rows)])
 type(session).decode_together(sessions, [1] * model.batch)
-print(needed_bytes(model.manifest, model.context, model.batch), resident("VmHWM") - before)
+for session in sessions[1:]:
+    session.prefill(range(rows - 1))
+peak = resident("VmHWM")
+# A chunk's rows of logits are planned too; the copies that score makes are not, so they are gone first.
+sessions[0].score(range(rows - 1))
+print(needed_bytes(model.manifest, model.context, model.batch), max(peak, resident("VmRSS")) - before)
 """
 
 
