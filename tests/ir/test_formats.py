@@ -11,7 +11,7 @@ INTEGERS = [f"i{bits}g{group}" for bits in (4, 5, 8) for group in (32, 64, 128)]
 
 def test_integer_formats_are_read_from_their_names():
     form = integer_format("i4g64")
-    assert form is not None and (form.bits, form.group, form.zero_point) == (4, 64, 64)
+    assert form is not None and (form.bits, form.group, form.zero_point) == (4, 64, 32)
     assert form.bits_per_weight == 4.125
     for other in ("f32", "bf16", "i32", "i4", "i4g48", "i6g64", "i4g64x"):
         assert integer_format(other) is None

@@ -80,7 +80,7 @@ def row_values(words, width, group):
     sums = words[:, layout.sums : layout.sums + layout.groups]
     assert (codes[:, width:] == 0).all()
     grouped = codes.reshape(len(words), layout.groups, group)
-    np.testing.assert_array_equal(sums, -64 * grouped.sum(-1))
+    np.testing.assert_array_equal(sums, -32 * grouped.sum(-1))
     return (grouped * scales[..., None]).reshape(len(words), -1)[:, :width]
 
 
@@ -149,6 +149,23 @@ def test_linear(kernels, case):
         results = [made.run(kernels, threads) for threads in (1, 2, 3)]
         assert_close(results[0], made.expected, note=f"{tokens} tokens")
         assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
+
+
+@pytest.mark.parametrize("case", [LINEARS[2], LINEARS[8], LINEARS[-2]], ids=name_of)
+def test_the_largest_products_do_not_overflow(kernels, case):
+    """Every activation is 127 or -127 and nearly every weight the level farthest from the zero point."""
+    outputs, width, dtype, _ = case
+    form = formats.integer_format(dtype)
+    made = Case(kernels, case, 9)
+    weight = np.full((outputs, width), form.levels[-1], np.float32)
+    weight[:, :: form.group] = form.levels[0]  # so that the scale is 1
+    made.w = pack(weight, dtype)
+    for sign in (1, -1):
+        x = guard(np.full((9, width), sign, np.float32))
+        made.x = round_rows(kernels, x, width, form.group)
+        stored = formats.stored(weight, dtype).astype(np.float64)
+        np.testing.assert_allclose(stored, weight)
+        assert_close(made.run(kernels), x.astype(np.float64) @ stored.T)
 
 
 @pytest.mark.parametrize("case", [*LINEARS[7:9], LINEARS[-2]], ids=name_of)

@@ -14,10 +14,10 @@ _SIGN = "llvm.x86.avx2.psign.b"  # 16 words have no such instruction
 _SHUFFLE = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
 
 
-def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr, largest: int) -> Expr:
-    """Return total + the four products of each int32 lane; the unsigned bytes are at most `largest`.
+def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr) -> Expr:
+    """Return total + the four products of each int32 lane of u8 and s8, the latter from -127.
 
-    Without VNNI two products are added in 16 bits, which 2 * 127 * 127 fits but 2 * 255 * 127 does not: 8-bit bytes
+    Without VNNI two products are added in 16 bits, which 2 * 127 * 127 fits but 2 * 255 * 127 does not: unsigned bytes
     are multiplied in halves of 4 bits.
     """
     lanes = isa.lanes
@@ -25,10 +25,18 @@ def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr, largest: int)
         intrinsic = T.llvm_lookup_intrinsic_id("llvm.x86.avx512.vpdpbusd.512")
         operands = (total, as_bytes(unsigned, lanes), as_bytes(signed, lanes))
         return T.call_llvm_pure_intrin(intrinsic, *operands, dtype=f"int32x{lanes}")
-    if largest <= 127:
-        return _add_pairs(lanes, total, unsigned, signed, 1)
     total = _add_pairs(lanes, total, low_halves(unsigned, lanes), signed, 1)
     return _add_pairs(lanes, total, high_halves(unsigned, lanes), signed, 16)
+
+
+def dot_two(isa: Isa, total: Expr, unsigned: Sequence[Expr], signed: Sequence[Expr]) -> Expr:
+    """Return total + the eight products of each int32 lane of two words of u8, at most 64, and two of s8 from -127.
+
+    Without VNNI: four products of 64 by 127 fit 16 bits, so that one step widens both words' sums.
+    """
+    lanes = isa.lanes
+    operands = (total, unsigned[0], signed[0], unsigned[1], signed[1])
+    return T.call_pure_extern(f"int32x{lanes}", f"q35c_dot_two_x{lanes}", *operands)
 
 
 def dot_levels(total: Expr, levels: Expr, signed: Expr) -> Expr:

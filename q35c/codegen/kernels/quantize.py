@@ -1,6 +1,6 @@
 """Round rows to int8, with a scale and the sum of the codes for each group of values.
 
-    scale = max |x| / 127      q = nearest(x / scale)      sum = -64 * sum of q
+    scale = max |x| / 127      q = nearest(x / scale)      sum = -32 * sum of q
 
 A row becomes int32 words: its codes, four in a word and zero behind the last value, then the f32 bits of its scales,
 then its sums; the sums serve weights that are stored with an offset (quantized_tile.py). A group that holds NaN or
@@ -37,7 +37,7 @@ _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
 )
 _ROUND_BITS = 0x4B400000
-SUM_FACTOR = -64  # the zero point of 4- and 5-bit weights; that of 8-bit ones is twice as much
+SUM_FACTOR = -32  # the zero point of 4- and 5-bit weights; that of 8-bit ones is four times as much
 
 
 @dataclass(frozen=True)

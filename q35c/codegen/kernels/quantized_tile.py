@@ -4,8 +4,9 @@
 
 w is the level that a code stands for. The instruction multiplies unsigned by signed bytes, so u = w + z takes its place:
 codes of 8 bits are u, those of 4 and 5 are looked up in a register (byte shuffle) after they are unpacked. Then
-sum(q w) = sum(q u) - z sum(q), and the last sum, times -64, comes ready with the rows (quantize.py). Without VNNI only
-7 bits of u fit; AVX2 multiplies levels of 8 bits by their magnitude and moves the sign to q (dot.py). Inner sums are
+sum(q w) = sum(q u) - z sum(q), and the last sum, times -32, comes ready with the rows (quantize.py). Without VNNI
+products are added in 16 bits first, which takes more of them the smaller u is: of 4 and 5 bits it is at most 64. AVX2
+multiplies levels of 8 bits by their magnitude and moves the sign to q (dot.py). Inner sums are
 exact int32; the outer sum runs over the groups in order, so a row's result depends neither on how many rows are
 computed with it nor on the number of threads.
 
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from q35c.codegen.kernels.common import Expr, ceil_div, ramp, splat, splat_int
-from q35c.codegen.kernels.dot import dot_bytes, dot_levels
+from q35c.codegen.kernels.dot import dot_bytes, dot_levels, dot_two
 from q35c.codegen.kernels.integer_weights import IntegerLayout, Packed, Weights, unpack_groups
 from q35c.codegen.kernels.product import (
     Operands,
@@ -44,9 +45,7 @@ from q35c.codegen.kernels.quantize import SUM_FACTOR, RowLayout
 from q35c.ir.formats import IntegerFormat, integer_format
 
 _SIGN_BITS = -0x7F7F7F80  # 0x80 in every byte: takes 128 from an unsigned one
-_CHUNK = 512  # inputs that are unpacked at once: 16 KiB, half of L1
 _TILES = 32  # most tiles that share them; their sums, 32 KiB, pass once a chunk
-_SHARING_TILES = 8  # fewest: up to 6, each tile unpacking for itself is as fast or faster
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,21 @@ class IntegerProduct(Product):
         return self.form.bits == 8 and self.isa.lanes == 8
 
     @property
+    def step_words(self) -> int:
+        """Words of a row that are multiplied in one step: two where there is no VNNI and levels are small (dot.py)."""
+        return 1 if self.isa.has_vnni or self.form.bits == 8 else 2
+
+    @property
+    def sharing_tiles(self) -> int:
+        """The fewest tiles that share. Measured: up to 6 tall ones are as fast or faster alone, two of 4 rows are not."""
+        return 2 if self.heights[0] == 4 else 8
+
+    @property
+    def chunk(self) -> int:
+        """Inputs that are unpacked at once: 16 KiB, half of L1, or half of that for few rows on AVX2 (4 % faster)."""
+        return 256 if self.heights[0] == 4 else 512
+
+    @property
     def unpacks_slowly(self) -> bool:
         """Whether tiles should share what is unpacked: 5 bits take more steps, and 4 rows use it half as often as 8."""
         return self.form.bits == 5 or (self.form.bits == 4 and self.heights[0] == 4)
@@ -107,7 +121,7 @@ class IntegerProduct(Product):
         for rows in self.heights:
             count = T.Bind(T.truncdiv(end - position, rows))
             if rows == self.heights[0] and self.unpacks_slowly:
-                with T.If(count < _SHARING_TILES):
+                with T.If(count < self.sharing_tiles):
                     with T.Then():
                         _tiles(self, operands, position, count, rows)
                     with T.Else():
@@ -143,7 +157,7 @@ def _sharing_tiles(
     """Emit tiles that share a chunk of unpacked groups, up to _TILES of them; their sums wait on the stack."""
     lanes, form = product.isa.lanes, product.form
     packed = Packed(product.layout, operands.w, operands.block, runs_ahead=True)
-    most = _CHUNK // form.group
+    most = product.chunk // form.group
     with T.serial(T.truncdiv(count + (_TILES - 1), _TILES)) as turn:
         sums = sums_buffer(_TILES * rows)
         first = T.Bind(begin + turn * (_TILES * rows))
@@ -186,15 +200,14 @@ def _add_group(
     with T.serial(layout.sets) as number:
         parts = weights.parts(group, number, vectors)
         column = group * (form.group // 4) + number * layout.set_words
-        for part in range(layout.set_words):
-            words = [T.Bind(word) for word in parts(part)]
-            if product.moves_signs:
-                words = [T.Bind(word ^ splat_int(_SIGN_BITS, size)) for word in words]
+        for part in range(0, layout.set_words, product.step_words):
+            step = range(part, part + product.step_words)
+            words = [[T.Bind(_factor(product, word)) for word in parts(one)] for one in step]
             for i, row in enumerate(x_rows):
-                signed = T.Bind(splat_int(x[row, column + part], size))
-                for j, word in enumerate(words):
+                signed = [T.Bind(splat_int(x[row, column + one], size)) for one in step]
+                for j, levels in enumerate(zip(*words, strict=True)):
                     at = [i, j, lanes]
-                    T.buffer_store(inner, _add_products(product, inner[*at], word, signed), at)
+                    T.buffer_store(inner, _add_products(product, inner[*at], levels, signed), at)
     scales = [T.Bind(scale) for scale in weights.scales(group, vectors)]
     for i, row in enumerate(x_rows):
         scale = T.Bind(splat(T.reinterpret(x[row, rows.scales + group], dtype="float32"), size))
@@ -212,8 +225,16 @@ def _first_sum(product: IntegerProduct, x: Expr, row: Expr, group: Expr) -> Expr
     return start << splat_int(factor.bit_length() - 1, size) if factor > 1 else start
 
 
-def _add_products(product: IntegerProduct, total: Expr, word: Expr, signed: Expr) -> Expr:
+def _factor(product: IntegerProduct, word: Expr) -> Expr:
+    """Return a word of unsigned levels as the product takes it."""
+    return word ^ splat_int(_SIGN_BITS, product.isa.lanes) if product.moves_signs else word
+
+
+def _add_products(
+    product: IntegerProduct, total: Expr, levels: Sequence[Expr], signed: Sequence[Expr]
+) -> Expr:
+    if product.step_words == 2:
+        return dot_two(product.isa, total, levels, signed)
     if product.moves_signs:
-        return dot_levels(total, word, signed)
-    largest = product.form.levels[-1] + product.form.zero_point
-    return dot_bytes(product.isa, total, word, signed, largest)
+        return dot_levels(total, levels[0], signed[0])
+    return dot_bytes(product.isa, total, levels[0], signed[0])
