@@ -3,12 +3,11 @@
     out = softmax(q K^T over cells 0..start+t) V * sigmoid(gate)
 
 A task is (a few tokens, one key head): all query heads that share the key head, for all its tokens, meet each block
-of 32 keys while it is in L1, in register tiles of 4 rows. Only a [4, 32] piece of the scores ever exists. In decode the
-cells are further split into `splits` parts that `attention_combine` merges, so that threads share one sequence.
-Cells that were never written are selected away, never multiplied: they may hold anything.
+of 32 keys while it is in L1, in register tiles of a few rows. In decode the cells are further split into `splits` parts
+that `attention_combine` merges, so that threads share one sequence.
 
-This file has the tasks, the combine, and the form that computes in f32. For a cache of pairs, bf16 or int8, a task
-is done by attention_pairs.py instead, in steps of 64 cells and with its maxima in powers of two.
+This file has the tasks and the combine. A task is done in f32 by attention_f32.py or, for a cache of pairs, bf16 or
+int8, by attention_pairs.py, in steps of 64 cells and with its maxima in powers of two.
 
 Limit: FMA rate in prefill (4 T S D per head); bandwidth of the cache, 2 S D elements per key head, in decode.
 """
@@ -22,19 +21,18 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.attention_bf16 import BF16
+from q35c.codegen.kernels.attention_f32 import attend
 from q35c.codegen.kernels.attention_int8 import INT8
-from q35c.codegen.kernels.attention_pairs import LOWEST, Form, attend_paired, whole_power
+from q35c.codegen.kernels.attention_pairs import Form, attend_paired, whole_power
 from q35c.codegen.kernels.attention_shape import (
     CELLS,
-    TILE_ROWS,
+    LOWEST,
     AttentionShape,
     make_cache,
     query_tokens,
 )
-from q35c.codegen.kernels.common import STACK, Expr, hmax, hsum, ramp, share, splat, vexp, vsigmoid
+from q35c.codegen.kernels.common import STACK, Expr, ramp, share, splat, vexp, vsigmoid
 from q35c.codegen.kernels.quantize import Rounding
-
-_VECTORS = 2  # vectors of a register tile, in keys or in dims
 
 
 def attention_shape(
@@ -53,136 +51,6 @@ def attention_scratch_bytes(target: Any, max_tokens: int, parameters: dict[str, 
     is_batch = parameters["rows"] == "batch"
     tasks = max_tokens * shape.Hkv * shape.splits if is_batch else target.max_threads
     return 4 * shape.task_words * tasks
-
-
-@T.inline
-def clear_rows(shape, w, at):
-    """Start a task: no sums yet, the lowest maximum."""
-    for r in T.serial(shape.tiles * TILE_ROWS):
-        for v in T.serial(shape.D // shape.lanes):
-            w[ramp(at + r * shape.row_words + v * shape.lanes, shape.lanes)] = splat(
-                0.0, shape.lanes
-            )
-        w[at + r * shape.row_words + shape.D] = T.float32(LOWEST)
-        w[at + r * shape.row_words + shape.D + 1] = T.float32(0)
-
-
-@T.inline
-def score_tile(shape, q, q_row, q_column, limit, state, keys, block, half, scores):
-    """scores[r, cells of this half] = q_r . k, or the lowest score for cells behind the row's limit."""
-    L = T.meta_var(shape.lanes)
-    acc = T.alloc_buffer((TILE_ROWS, _VECTORS, shape.lanes), "float32", annotations=STACK)
-    for r in T.unroll(TILE_ROWS):
-        for j in T.unroll(_VECTORS):
-            acc[r, j, ramp(0, L)] = splat(0.0, L)
-    for d in T.serial(shape.D):
-        for r in T.unroll(TILE_ROWS):
-            for j in T.unroll(_VECTORS):
-                acc[r, j, ramp(0, L)] = acc[r, j, ramp(0, L)] + shape.cache.load(
-                    state, keys + d * CELLS + (half * _VECTORS + j) * L, L
-                ) * splat(q[q_row[r], q_column[r] + d], L)
-    for r in T.unroll(TILE_ROWS):
-        for j in T.unroll(_VECTORS):
-            scores[r, ramp((half * _VECTORS + j) * L, L)] = T.Select(
-                T.ramp(T.cast(block * CELLS + (half * _VECTORS + j) * L, "int32"), 1, L)
-                <= T.broadcast(limit[r], L),
-                acc[r, j, ramp(0, L)],
-                splat(LOWEST, L),
-            )
-
-
-@T.inline
-def soften_row(shape, scores, r, limit, block, w, row):
-    """Online softmax of one row of scores: update its maximum and sum, leave weights in scores.
-
-    The factor for the sums so far is left behind the row's maximum and sum.
-    """
-    L = T.meta_var(shape.lanes)
-    best = T.alloc_buffer((shape.lanes,), "float32")
-    total = T.alloc_buffer((shape.lanes,), "float32")
-    best[ramp(0, L)] = scores[r, ramp(0, L)]
-    for j in T.unroll(1, CELLS // L):
-        best[ramp(0, L)] = T.max(best[ramp(0, L)], scores[r, ramp(j * L, L)])
-    old: T.let[T.float32] = w[row + shape.D]
-    new: T.let[T.float32] = T.max(old, hmax(best[ramp(0, L)], L))
-    total[ramp(0, L)] = splat(0.0, L)
-    for j in T.unroll(CELLS // L):
-        scores[r, ramp(j * L, L)] = T.Select(
-            T.ramp(T.cast(block * CELLS + j * L, "int32"), 1, L) <= T.broadcast(limit[r], L),
-            vexp(scores[r, ramp(j * L, L)] - splat(new, L), L),
-            splat(0.0, L),
-        )
-        total[ramp(0, L)] = total[ramp(0, L)] + scores[r, ramp(j * L, L)]
-    factor: T.let[T.float32] = vexp(old - new, 1)
-    w[row + shape.D] = new
-    w[row + shape.D + 1] = w[row + shape.D + 1] * factor + hsum(total[ramp(0, L)], L)
-    w[row + shape.D + 2] = factor
-
-
-@T.inline
-def value_tile(shape, scores, state, values, cells, w, rows, column, vectors):
-    """sums = sums * factor + scores V for 4 rows and a few vectors of dims."""
-    L = T.meta_var(shape.lanes)
-    acc = T.alloc_buffer((TILE_ROWS, vectors, shape.lanes), "float32", annotations=STACK)
-    for r in T.unroll(TILE_ROWS):
-        for j in T.unroll(vectors):
-            acc[r, j, ramp(0, L)] = w[ramp(rows + r * shape.row_words + column + j * L, L)] * splat(
-                w[rows + r * shape.row_words + shape.D + 2], L
-            )
-    for cell in T.serial(cells):
-        for r in T.unroll(TILE_ROWS):
-            for j in T.unroll(vectors):
-                acc[r, j, ramp(0, L)] = acc[r, j, ramp(0, L)] + shape.cache.load(
-                    state, values + cell * shape.D + column + j * L, L
-                ) * splat(scores[r, cell], L)
-    for r in T.unroll(TILE_ROWS):
-        for j in T.unroll(vectors):
-            w[ramp(rows + r * shape.row_words + column + j * L, L)] = acc[r, j, ramp(0, L)]
-
-
-@T.inline
-def add_values(shape, scores, state, values, cells, w, rows):
-    """Fold a block's values into the sums of 4 rows, over all dims."""
-    L = T.meta_var(shape.lanes)
-    for v in T.serial(shape.D // (L * _VECTORS)):
-        value_tile(shape, scores, state, values, cells, w, rows, v * (L * _VECTORS), _VECTORS)
-    if shape.D % (L * _VECTORS) != 0:
-        value_tile(shape, scores, state, values, cells, w, rows, shape.D - L, 1)
-
-
-@T.inline
-def attend(
-    shape, q, state, base, kv_head, first, tokens, start, first_block, end_block, end_cell, w, at
-):
-    """Let the rows of one task attend to blocks first_block..end_block of cells before end_cell.
-
-    Row r is query head kv_head * group + r % group of token first + r // group; rows beyond the last token
-    repeat it and are not stored.
-    """
-    scores = T.alloc_buffer((TILE_ROWS, CELLS), "float32", annotations=STACK)
-    q_row = T.alloc_buffer((TILE_ROWS,), "int64")
-    q_column = T.alloc_buffer((TILE_ROWS,), "int64")
-    limit = T.alloc_buffer((TILE_ROWS,), "int32")
-    clear_rows(shape, w, at)
-    for b in T.serial(end_block - first_block):
-        block: T.let[T.int64] = first_block + b
-        keys: T.let[T.int64] = shape.cache.key(base, kv_head, block)
-        values: T.let[T.int64] = shape.cache.value(base, kv_head, block * CELLS)
-        cells: T.let[T.int64] = T.min(end_cell - block * CELLS, T.int64(CELLS))
-        for tile in T.serial(T.int64(shape.tiles)):
-            for r in T.unroll(TILE_ROWS):
-                row: T.let[T.int64] = T.min(tile * TILE_ROWS + r, T.int64(shape.rows - 1))
-                q_row[r] = T.min(first + T.truncdiv(row, T.int64(shape.group)), tokens - 1)
-                q_column[r] = (
-                    kv_head * shape.group + T.truncmod(row, T.int64(shape.group))
-                ) * shape.D
-                limit[r] = T.cast(start + q_row[r], "int32")
-            for half in T.unroll(CELLS // (_VECTORS * shape.lanes)):
-                score_tile(shape, q, q_row, q_column, limit, state, keys, block, half, scores)
-            rows: T.let[T.int64] = at + tile * (TILE_ROWS * shape.row_words)
-            for r in T.unroll(TILE_ROWS):
-                soften_row(shape, scores, r, limit, block, w, rows + r * shape.row_words)
-            add_values(shape, scores, state, values, cells, w, rows)
 
 
 def paired_form(shape: AttentionShape) -> Form:

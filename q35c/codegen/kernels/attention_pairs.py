@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.attention_shape import CELLS, AttentionShape
+from q35c.codegen.kernels.attention_shape import CELLS, LOWEST, AttentionShape
 from q35c.codegen.kernels.common import (
     STACK,
     Expr,
@@ -36,7 +36,6 @@ from q35c.codegen.kernels.common import (
     vector,
 )
 
-LOWEST = -1e30  # below any score; a real -inf would make NaN of inf - inf
 # 2^f = 1 + f * tail(f) on |f| <= 1/2; minimax, relative error 3e-6: small beside the rounding that follows.
 _POWER_TAIL = (0.009582852944731712, 0.055906426161527634, 0.24024099111557007, 0.6931241750717163)
 

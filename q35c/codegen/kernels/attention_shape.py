@@ -29,6 +29,7 @@ QUERY_TOKENS = (
     8  # tokens of a prefill task: all their heads read each key block from the cache once
 )
 PAIRED_QUERY_ROWS = 64  # rows of a paired prefill task: their sums and queries take 100 KiB of L2
+LOWEST = -1e30  # below any score; a real -inf would make NaN of inf - inf
 SLOT_BYTES = 64  # unit of the slots that the runtime passes
 
 
