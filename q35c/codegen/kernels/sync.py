@@ -25,24 +25,6 @@ _FUTEX, _WAIT, _WAKE = 202, 128, 129  # the Linux system call and its process-pr
 _FLUSH_BITS = 0x8040
 
 
-def _dot_two(lanes: int) -> str:
-    """Return the function that adds two such products to int32 lanes, which it adds up in 16 bits first.
-
-    The ones come from memory: a tile's 16 registers hold 8 sums, 4 words of weights, 2 of rows and 2 products.
-    """
-    kind = f"<{lanes} x i32>"
-    products = ("vpmaddubsw $4, $3, $1", "vpmaddubsw $6, $5, $2", "vpaddw $2, $1, $1")
-    steps = "\\0A".join((*products, "vpmaddwd $7, $1, $1", "vpaddd $1, $0, $0"))
-    operands = ", ".join(f"{kind} %{name}" for name in ("u0", "s0", "u1", "s1"))
-    return f"""
-define linkonce_odr hidden {kind} @q35c_dot_two_x{lanes}({kind} %sum, {operands}) alwaysinline {{
-  %r = call {{ {kind}, {kind}, {kind} }} asm "{steps}", "=v,=&v,=&v,v,v,v,v,*m,0"({operands}, ptr elementtype({kind}) @q35c_ones, {kind} %sum)
-  %total = extractvalue {{ {kind}, {kind}, {kind} }} %r, 0
-  ret {kind} %total
-}}
-"""
-
-
 def _dot_bytes(lanes: int) -> str:
     """Return the function that adds to int32 lanes the products of four u8 by four s8, times a factor in 16 bits.
 
@@ -55,6 +37,24 @@ def _dot_bytes(lanes: int) -> str:
 define linkonce_odr hidden {kind} @q35c_dot_bytes_x{lanes}({kind} %sum, {kind} %u, {kind} %s, {kind} %factors) alwaysinline {{
   %r = call {{ {kind}, {kind} }} asm "{steps}", "=v,=&v,v,v,v,0"({kind} %u, {kind} %s, {kind} %factors, {kind} %sum)
   %total = extractvalue {{ {kind}, {kind} }} %r, 0
+  ret {kind} %total
+}}
+"""
+
+
+def _dot_two(lanes: int) -> str:
+    """Return the function that does so with two words of bytes at a time, whose products it adds up in 16 bits first.
+
+    The ones come from memory: a tile's 16 registers hold 8 sums, 4 words of weights, 2 of rows and 2 products.
+    """
+    kind = f"<{lanes} x i32>"
+    products = ("vpmaddubsw $4, $3, $1", "vpmaddubsw $6, $5, $2", "vpaddw $2, $1, $1")
+    steps = "\\0A".join((*products, "vpmaddwd $7, $1, $1", "vpaddd $1, $0, $0"))
+    operands = ", ".join(f"{kind} %{name}" for name in ("u0", "s0", "u1", "s1"))
+    return f"""
+define linkonce_odr hidden {kind} @q35c_dot_two_x{lanes}({kind} %sum, {operands}) alwaysinline {{
+  %r = call {{ {kind}, {kind}, {kind} }} asm "{steps}", "=v,=&v,=&v,v,v,v,v,*m,0"({operands}, ptr elementtype({kind}) @q35c_ones, {kind} %sum)
+  %total = extractvalue {{ {kind}, {kind}, {kind} }} %r, 0
   ret {kind} %total
 }}
 """
