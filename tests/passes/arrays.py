@@ -76,6 +76,16 @@ def assert_same_meaning(
     compare(expected, got, tolerance, f"{where}, seed {seed}")
 
 
+def median_loss(before: Graph, after: Graph, seeds: int = 15) -> float:
+    """Return the median, over draws, of the largest difference relative to the largest element."""
+    losses = []
+    for seed in range(seeds):
+        made = (run_on(g, draw_arrays(before, after, seed=seed)) for g in (before, after))
+        pairs = zip(*made, strict=True)
+        losses.append(max(np.abs(b - a).max() / (np.abs(a).max() + 1e-300) for a, b in pairs))
+    return float(np.median(losses))
+
+
 def compare(
     expected: list[np.ndarray], got: list[np.ndarray], tolerance: float, where: str
 ) -> None:

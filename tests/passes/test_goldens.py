@@ -22,7 +22,7 @@ from q35c.passes.quantize import quantize
 from q35c.passes.schedule_attention import schedule_attention
 from q35c.passes.split_entries import split_entries
 from q35c.passes.thread_state import thread_state
-from tests.passes.arrays import assert_same_meaning
+from tests.passes.arrays import assert_same_meaning, median_loss
 
 FOLDER = Path(__file__).parent
 
@@ -45,9 +45,8 @@ PASSES: dict[str, Callable[[Graph], Graph | Module]] = {
     "schedule_attention": keep_int8,
 }
 ALWAYS_CHANGES = ("thread_state", "split_entries", "quantize", "schedule_attention")
-# Of the largest element: 4 bits of random weights, several layers deep, where the median of 30 draws is 0.18 and this one
-# 0.26; 8 bits of keys and values.
-ROUNDING = {"quantize": 0.3, "schedule_attention": 0.02}
+# Of the largest element, in the median draw: 4 bits of random weights, several layers deep; 8 bits of keys and values.
+ROUNDING = {"quantize": 0.25, "schedule_attention": 0.02}
 FILES = sorted(FOLDER.glob("*/*.txt"))
 EXAMPLE = re.compile(r"( +)Before:\n(.*)\n\1After:\n(.*?)\n(?:\n\1\S|\1$|\s*$)", re.DOTALL)
 
@@ -69,7 +68,10 @@ def check(name: str, before: str, after: str) -> None:
     for entry in made if isinstance(made, Module) else [made]:
         assert parse_graph(print_graph(entry)) == entry
     if isinstance(made, Graph) and made != graph:
-        assert_same_meaning(graph, made, name, loss=ROUNDING.get(name, 0.0))
+        if name in ROUNDING:
+            assert median_loss(graph, made) <= ROUNDING[name]
+        else:
+            assert_same_meaning(graph, made, name)
     if name not in ALWAYS_CHANGES:
         assert show(step(made)) == after, "a second run changes the graph again"
 
