@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from q35c.codegen.lowering import Lowering, Shared, row_count, stride, width
-from q35c.codegen.program import Int
+from q35c.codegen.program import Int, Tid
 from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
 from q35c.ir.formats import integer_format
@@ -61,7 +61,7 @@ def lower_matrix(
             parameters["group"], q = rounded.group, rounded.rows
             scratch = low.scratch("linear", **parameters)
             arrivals = low.shared.arrivals(width(op.result) // rounded.group)
-            args = [weight, x, q, scratch, arrivals, q.rows, stride(x), stride(q)]
+            args = [weight, x, q, scratch, arrivals, q.rows, stride(x), stride(q), Tid()]
             low.call(("linear", parameters), args, [q, scratch])
             return
     y = low.output(op.result)
@@ -146,7 +146,7 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     args = [x, conv_weight, conv_state, view[slots], y.rows, stride(x)]
     low.call(("conv_update", parameters), args, [x], [conv])
     scratch = low.scratch("gated_delta", **shape)
-    args = [*step, scratch, y.rows, *strides]
+    args = [*step, scratch, y.rows, *strides, Tid()]
     low.call(("gated_delta", shape), args, [*written, scratch], [delta])
 
 
@@ -208,7 +208,7 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     strides = [stride(v) for v in (view[q_gate], y, rounded)]
     if not is_batch:
         parameters["group"] = group
-    args = [q, view[q_gate], *where, y, rounded, scratch, y.rows, *strides]
+    args = [q, view[q_gate], *where, y, rounded, scratch, y.rows, *strides, Tid()]
     low.call(("attention", parameters), args, [scratch, *written], [keys, values])
     if is_batch:
         parameters = {**heads, "kv_dtype": kv_dtype, "splits": splits, "group": group}
@@ -280,7 +280,7 @@ def lower_gate_up(
     q = low.temporary("rounded", top_k * low.row_words(dtype, inner), x.rows)
     scratch = low.scratch("expert_gate_up", **shape)
     arrivals = low.shared.arrivals(shape["E"] * inner // form.group)
-    args += [q, scratch, arrivals, x.rows, stride(x), Int(q.stride // top_k)]
+    args += [q, scratch, arrivals, x.rows, stride(x), Int(q.stride // top_k), Tid()]
     low.call(("expert_gate_up", shape), args, [q, scratch])
     return q
 

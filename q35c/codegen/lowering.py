@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from q35c.codegen.division import division_of
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.bf16_rows import bf16_row_words
 from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
@@ -180,8 +181,9 @@ class Lowering:
         family, parameters = kernel
         args, writes = tuple(args), tuple(writes)
         reads = tuple(a for a in args if isinstance(a, View) and a not in writes)
-        name = self.shared.kernel(family, **parameters)
-        self.schedule.steps.append(Step(name, args, reads, writes, tuple(s.name for s in state)))
+        name, touched = self.shared.kernel(family, **parameters), tuple(s.name for s in state)
+        divided = division_of(family, parameters)
+        self.schedule.steps.append(Step(name, args, reads, writes, touched, divided))
 
     def quantize(self, x: View, q: View, width: int, dtype: str, pairs: int = 1) -> None:
         """Append the rounding of rows; a token has `pairs` of them side by side."""

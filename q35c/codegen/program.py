@@ -1,7 +1,8 @@
 """Host programs: one public function per entry that calls the kernels in order.
 
-A program runs on every worker thread at once, each with its own `tid` of `nt`. Kernels split their own work; a
-`Barrier` stands wherever one kernel reads what another thread may have written.
+A program runs on every worker thread at once, each with its own `tid` of `nt`. Kernels split their own work, either into as
+many equal shares as there are threads, or into more parts that threads take one by one (division.py); a `Barrier` stands
+wherever one kernel reads what another thread may have written.
 """
 
 from __future__ import annotations
@@ -15,6 +16,15 @@ import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
+from q35c.codegen.division import (
+    DIVISION_ROWS,
+    FEWEST_PARTS,
+    PART_BYTES,
+    PARTS_PER_THREAD,
+    Division,
+)
+from q35c.codegen.kernels.common import STACK
+from q35c.codegen.kernels.sync import PART_COUNTERS
 from q35c.errors import LoweringError
 
 Blob = Literal["weights", "state", "arena", "io", "barrier"]
@@ -55,15 +65,26 @@ class Nt:
     """Pass the number of threads, int32."""
 
 
-Argument = Pointer | Tokens | Int | Tid | Nt
+@dataclass(frozen=True)
+class Part:
+    """Pass the number of the part that this call of a divided kernel does, int32."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Pass into how many parts a kernel's work is divided, int32."""
+
+
+Argument = Pointer | Tokens | Int | Tid | Nt | Part | Parts
 
 
 @dataclass(frozen=True)
 class Call:
-    """Call the private kernel of this name."""
+    """Call the private kernel of this name, once on each thread or, `divided`, once for each part."""
 
     kernel: str
     args: tuple[Argument, ...]
+    divided: Division | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +131,7 @@ def program_entry(
     kernel, and when all threads have ended the last, in the words behind it. LoweringError when a kernel argument is not aligned to an element.
     """
     parameters = Parameters.make()
-    statements = [_statement(call, parameters) for call in calls]
+    statements = _statements(calls, parameters)
     if clock is not None:
         statements = _with_stamps(calls, statements, clock, parameters)
     return entry_function(symbol, parameters, statements)
@@ -130,12 +151,58 @@ def entry_function(
     return function.with_attr("global_symbol", symbol).with_attr("s_tir", True)
 
 
-def _statement(call: Call | Barrier, parameters: Parameters) -> tirx.Stmt:
-    if isinstance(call, Barrier):
-        wait = _evaluate(BARRIER_FUNCTION, [as_pointer(parameters.blobs["barrier"]), parameters.nt])
-        return tirx.IfThenElse(parameters.nt > 1, wait, None)
-    arguments = [_expression(argument, parameters, call) for argument in call.args]
+def _statements(calls: Sequence[Call | Barrier], parameters: Parameters) -> list[tirx.Stmt]:
+    statements, divided = [], 0
+    for call in calls:
+        if isinstance(call, Barrier):
+            statements.append(_wait(parameters))
+            divided = 0
+        elif call.divided is None:
+            statements.append(_run(call, parameters, {}))
+        else:
+            statements.append(_take_parts(call, call.divided, divided, parameters))
+            divided += 1
+    return statements
+
+
+def _wait(parameters: Parameters) -> tirx.Stmt:
+    wait = _evaluate(BARRIER_FUNCTION, [as_pointer(parameters.blobs["barrier"]), parameters.nt])
+    return tirx.IfThenElse(parameters.nt > 1, wait, None)
+
+
+def _run(call: Call, parameters: Parameters, part: dict[type, Any]) -> tirx.Stmt:
+    arguments = [_expression(argument, parameters, part, call) for argument in call.args]
     return _evaluate(kernel_symbol(call.kernel), arguments)
+
+
+def _take_parts(call: Call, division: Division, number: int, parameters: Parameters) -> tirx.Stmt:
+    """Return a loop that takes a part and does it, until none is left; `number` is that of the counter."""
+    parts = tirx.Var("parts", "int32")
+    counter = parameters.blobs["barrier"] + tirx.const(
+        PART_COUNTERS + ELEMENT_BYTES * number, "int64"
+    )
+    part, first = tirx.decl_buffer((1,), "int32", "part"), [tirx.const(0, "int64")]
+    threads = (parameters.tid, parameters.nt)
+    following = T.call_extern("int32", "q35c_claim", as_pointer(counter), parts, *threads, part[0])
+    take = tirx.BufferStore(part, following, first)
+    run = _run(call, parameters, {Part: part[0], Parts: parts})
+    statements: list[tirx.Stmt] = [
+        tirx.Bind(parts, _count_parts(division, parameters)),
+        tirx.AllocBuffer(part, STACK),
+        tirx.BufferStore(part, tirx.const(-1, "int32"), first),
+        take,
+        tirx.While(part[0] < parts, tirx.SeqStmt([run, take])),
+    ]
+    return tirx.SeqStmt(statements)
+
+
+def _count_parts(division: Division, parameters: Parameters) -> Any:
+    """Return the number of parts, which is that of the threads if parts would be too small or too few."""
+    turns = T.truncdiv(parameters.tokens + (DIVISION_ROWS - 1), T.int64(DIVISION_ROWS))
+    worth = T.truncdiv(turns * T.int64(division.bytes), T.int64(PART_BYTES))
+    worth = T.cast(T.min(worth, T.int64(division.most)), "int32")
+    parts = T.min(worth, parameters.nt * PARTS_PER_THREAD)
+    return T.Select(parts < parameters.nt * FEWEST_PARTS, parameters.nt, parts)
 
 
 def _with_stamps(
@@ -158,7 +225,7 @@ def _with_stamps(
             number += 1
         stamped.append(statement)
     if number:  # the last kernel, too, ends when all threads have ended it
-        last = tirx.IfThenElse(started != 0, _statement(Barrier(), parameters), None)
+        last = tirx.IfThenElse(started != 0, _wait(parameters), None)
         stamped.append(last)
     return [*stamped, _stamp(started, number)]
 
@@ -172,7 +239,11 @@ def _evaluate(function: tvm.ir.GlobalVar, arguments: list[Any]) -> tirx.Stmt:
     return tirx.Evaluate(tvm.ir.Call(function, arguments, ret_ty="int32"))
 
 
-def _expression(argument: Argument, parameters: Parameters, call: Call) -> Any:
+def _expression(
+    argument: Argument, parameters: Parameters, part: dict[type, Any], call: Call
+) -> Any:
+    if isinstance(argument, Part | Parts):
+        return part[type(argument)]
     if isinstance(argument, Tid):
         return parameters.tid
     if isinstance(argument, Nt):

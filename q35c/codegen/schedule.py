@@ -9,8 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from q35c.codegen.kernels.sync import BARRIER_BYTES
-from q35c.codegen.program import Argument, Barrier, Call, Int, Nt, Pointer, Tid, Tokens
+from q35c.codegen.division import Division
+from q35c.codegen.kernels.sync import BARRIER_BYTES, DIVIDED_CALLS
+from q35c.codegen.program import (
+    Argument,
+    Barrier,
+    Call,
+    Int,
+    Nt,
+    Part,
+    Parts,
+    Pointer,
+    Tid,
+    Tokens,
+)
 from q35c.passes.plan_memory import Lifetime, MemoryPlan, plan_memory
 
 
@@ -52,18 +64,19 @@ class Arrivals:
     """Counters behind the barrier's words, zero between kernels; all kernels use the same."""
 
 
-StepArgument = View | WeightRef | StateRef | Arrivals | Tokens | Int
+StepArgument = View | WeightRef | StateRef | Arrivals | Tokens | Int | Tid
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One kernel call; `tid` and `nt` are appended to the arguments when it is placed."""
+    """One kernel call; number and count of the parts of its work are appended to the arguments when it is placed."""
 
     kernel: str
     args: tuple[StepArgument, ...]
     reads: tuple[View, ...]
     writes: tuple[View, ...]
     state: tuple[str, ...] = ()  # state tensors read or written
+    divided: Division | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +107,15 @@ class Schedule:
     def place(self, plan: MemoryPlan, places: Places) -> list[Call | Barrier]:
         """Return the program: calls with final offsets, barriers only where a hazard needs one."""
         program: list[Call | Barrier] = []
-        hazards = Hazards(plan, places)
+        hazards, divided = Hazards(plan, places), 0
         for step in self.steps:
-            if hazards.need_barrier(step):
+            if hazards.need_barrier(step) or divided == DIVIDED_CALLS:
                 program.append(Barrier())
+                divided = 0
+            divided += step.divided is not None
             args = [resolve(argument, plan, places) for argument in step.args]
-            program.append(Call(step.kernel, (*args, Tid(), Nt())))
+            part = (Part(), Parts()) if step.divided else (Tid(), Nt())
+            program.append(Call(step.kernel, (*args, *part), step.divided))
         return program
 
 

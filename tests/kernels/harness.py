@@ -2,7 +2,7 @@
 
     kernels = build_kernels({"norm": rms_norm(64, 1e-6, 1.0, V3)}, V3)
     x, weight, y = guard(x), guard(weight), guard(np.zeros_like(x))
-    kernels.call("norm", x, weight, y, 3, 64, 64)          # tid and nt are added
+    kernels.call("norm", x, weight, y, 3, 64, 64)          # tid and nt are added, and worker where there is one
     kernels.call("norm", x, weight, y, 3, 64, 64, threads=2)
 
 Arguments stand in the kernel's parameter order: arrays for pointers, Python ints for int64 scalars. One build may
@@ -149,20 +149,30 @@ def stored(weight: np.ndarray, dtype: str) -> np.ndarray:
     return (from_bf16(to_bf16(weight)) if dtype == "bf16" else weight).astype(np.float64)
 
 
+def own_parameters(kernel: PrimFunc) -> list[tirx.Var]:
+    """Return a kernel's parameters before tid and nt, and before the worker of one with scratch for each thread."""
+    return [p for p in kernel.params[:-2] if p.name != "worker"]
+
+
 def _trampoline(name: str, kernel: PrimFunc) -> PrimFunc:
-    # Reads the kernel's arguments from int64 words at `io`: one entry serves every shape.
+    # Reads the kernel's arguments from int64 words at `io`: one entry serves every shape. T is the number of parts.
     parameters = Parameters.make()
     base = tirx.Var("base", tvm.ir.PointerType(tvm.ir.PrimType("int64")))
     words = tirx.decl_buffer((len(kernel.params),), "int64", data=base)
     loads = [
         as_pointer(words[i]) if isinstance(p.ty, tvm.ir.PointerType) else words[i]
-        for i, p in enumerate(kernel.params[:-2])
+        for i, p in enumerate(own_parameters(kernel))
     ]
-    arguments = [*loads, parameters.tid, parameters.nt]
+    tid, nt, turn = parameters.tid, parameters.nt, tirx.Var("turn", "int32")
+    worker = [tid] * (len(kernel.params) - 2 - len(loads))
+    parts = T.cast(parameters.tokens, "int32")
+    arguments = [*loads, *worker, tid + turn * nt, parts]
+    run = tirx.Evaluate(tvm.ir.Call(kernel_symbol(name), arguments, ret_ty="int32"))
+    turns = T.truncdiv(parts - tid + (nt - 1), nt)
     statements = [
         tirx.Bind(base, T.reinterpret(parameters.blobs["io"], dtype=base.ty)),
         tirx.DeclBuffer(words, data=base),
-        tirx.Evaluate(tvm.ir.Call(kernel_symbol(name), arguments, ret_ty="int32")),
+        tirx.For(turn, 0, turns, tirx.ForKind.SERIAL, run),
     ]
     return entry_function(f"call_{name}", parameters, statements)
 
@@ -174,17 +184,23 @@ class Kernels:
         entries = {f"call_{name}": _trampoline(name, f) for name, f in functions.items()}
         self.code = build_shared(functions, entries, isa)
         self._library = Library(self.code)
-        self._counts = {name: len(f.params) - 2 for name, f in functions.items()}
+        self._counts = {name: len(own_parameters(f)) for name, f in functions.items()}
 
-    def call(self, name: str, *arguments: np.ndarray | int, threads: int = 1) -> None:
-        """Run one kernel on `threads` threads, then check the guards of every array."""
+    def call(
+        self, name: str, *arguments: np.ndarray | int, threads: int = 1, parts: int = 0
+    ) -> None:
+        """Run one kernel on `threads` threads, which take its parts in turn, then check the guards of every array.
+
+        Without `parts` there are as many as threads.
+        """
         assert len(arguments) == self._counts[name], (
             f"{name} takes {self._counts[name]} arguments before tid and nt, got {len(arguments)}"
         )
         words = np.array([_word(a) for a in arguments] or [0], np.int64)
         workers = _workers.setdefault(threads, Workers(threads))
         workers.run(
-            self._library.entry(f"call_{name}"), Arguments(0, 0, 0, words.ctypes.data, 0, 0)
+            self._library.entry(f"call_{name}"),
+            Arguments(0, 0, 0, words.ctypes.data, 0, parts or threads),
         )
         for argument in arguments:
             if isinstance(argument, np.ndarray):

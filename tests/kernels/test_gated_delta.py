@@ -52,7 +52,9 @@ class Net:
         conv = np.zeros((TAPS - 1, self.channels), np.float32)
         return guard(conv), guard(np.zeros((value_heads, key_dim, value_dim), np.float32))
 
-    def run(self, state: Any, start: int, stop: int, rows: str, threads: int = 1) -> np.ndarray:
+    def run(
+        self, state: Any, start: int, stop: int, rows: str, threads: int = 1, parts: int = 0
+    ) -> np.ndarray:
         """Append tokens start..stop; the state is updated in place."""
         _, value_heads, _, value_dim = self.shape
         conv, delta = state
@@ -68,13 +70,12 @@ class Net:
         inputs = [part[name] for name in ("qkv", "z", "b", "a")]
         step = [*inputs, a_log, dt_bias, norm_w, delta, slots, y, rounded.words]
         strides = [self.channels, width, value_heads, value_heads, width, rounded.words.shape[1]]
+        split = {"threads": threads, "parts": parts}
         if rows == "batch":
-            self.kernels.call("decode", conv_w, conv, *step, count, *strides, threads=threads)
+            self.kernels.call("decode", conv_w, conv, *step, count, *strides, **split)
         else:
-            self.kernels.call(
-                "conv", inputs[0], conv_w, conv, slots, count, self.channels, threads=threads
-            )
-            self.kernels.call("delta", *step, scratch, count, *strides, threads=threads)
+            self.kernels.call("conv", inputs[0], conv_w, conv, slots, count, self.channels, **split)
+            self.kernels.call("delta", *step, scratch, count, *strides, **split)
         rounded.check(self.kernels, y)
         return np.array(y)
 
@@ -154,15 +155,11 @@ def test_steps_continue_a_run(net: Net) -> None:
 
 def test_results_do_not_depend_on_threads(net: Net) -> None:
     results = []
-    for threads in (1, 2, 3):
+    for split in ((1, 1), (2, 2), (3, 3), (2, 4), (1, 3)):
         state = net.empty()
-        parts = [
-            net.run(state, 0, 70, "sequence", threads),
-            net.run(state, 70, 71, "batch", threads),
-        ]
-        results.append(np.concatenate([*parts, state[1].reshape(-1, parts[0].shape[1])]))
-    assert np.array_equal(results[0], results[1])
-    assert np.array_equal(results[0], results[2])
+        rows = [net.run(state, 0, 70, "sequence", *split), net.run(state, 70, 71, "batch", *split)]
+        results.append(np.concatenate([*rows, state[1].reshape(-1, rows[0].shape[1])]))
+    assert all(np.array_equal(results[0], result) for result in results)
 
 
 @pytest.mark.skipif(detect() is V4, reason="the tests above ran them")

@@ -208,14 +208,24 @@ def test_swiglu_that_rounds(dtype):
         x = round_rows(kernels, x, width, group, extra_words=16)
         y = guard(np.zeros((tokens, inner), np.float32), poison=True)
         kernels.call("plain", w, x, y, tokens, x.shape[1], inner)
-        for threads in (1, 2, 3, 5, 16):  # from 5 on boundaries of threads cut groups, some twice
+        # Boundaries of more parts than groups cut some of them, some twice.
+        for threads, divided in (
+            (1, 1),
+            (2, 2),
+            (3, 3),
+            (5, 5),
+            (16, 16),
+            (2, 3),
+            (2, 13),
+            (1, 24),
+        ):
             rounded = RoundedRows(tokens, inner, group)
             parts = (threads + inner // group) * tokens
             scratch = guard(np.zeros((parts, group), np.float32), poison=True)
             arrivals = guard(np.zeros(inner // group, np.int32))
             args = (w, x, rounded.words, scratch, arrivals, tokens)
             strides = (x.shape[1], rounded.words.shape[1])
-            kernels.call("rounding", *args, *strides, threads=threads)
+            kernels.call("rounding", *args, *strides, threads=threads, parts=divided)
             rounded.check(kernels, y)
             assert not arrivals.any()
 
@@ -292,18 +302,19 @@ def test_experts_that_round(shape):
         x = round_rows(kernels, x, hidden, group)
         y = guard(np.zeros((tokens * top_k, inner), np.float32), poison=True)
         kernels.call("plain", w, x, *groups, y, tokens, x.shape[1], threads=2)
-        for threads in (1, 2, 3, 16):  # boundaries of threads cut groups, some more than once
+        # Boundaries of parts cut groups, some more than once.
+        for threads, divided in ((1, 1), (2, 2), (3, 3), (16, 16), (2, 7), (3, 32)):
             rounded = RoundedRows(tokens * top_k, inner, group)
             parts = tokens * (threads + top_k * inner // group)
             scratch = guard(np.zeros((parts, group), np.float32), poison=True)
             arrivals = guard(np.zeros(experts * inner // group, np.int32))
             args = (w, x, *groups, rounded.words, scratch, arrivals, tokens)
             strides = (x.shape[1], rounded.words.shape[1])
-            kernels.call("rounding", *args, *strides, threads=threads)
+            kernels.call("rounding", *args, *strides, threads=threads, parts=divided)
             rounded.check(kernels, y)
             assert not arrivals.any()
             if tokens == 60:  # they do not fit a thread's own part of the scratch
-                assert np.isnan(scratch[: threads * tokens]).all()
+                assert np.isnan(scratch[-threads * tokens :]).all()
 
 
 @pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i5g32", "i5g64", "i8g64"])

@@ -87,7 +87,9 @@ def store_head(shape, w, at, total, qg, y, row, head):
 
 
 @T.inline
-def run_sequence(shape, q, qg, state, slots, starts, y, rounding, rounded, w, tokens, tid, nt):
+def run_sequence(
+    shape, q, qg, state, slots, starts, y, rounding, rounded, w, tokens, worker, tid, nt
+):
     """Tasks are (tile of tokens, key head); the last tiles see most cells, so threads take them in turn."""
     groups: T.let[T.int64] = T.truncdiv(
         tokens + (shape.query_tokens - 1), T.int64(shape.query_tokens)
@@ -95,7 +97,7 @@ def run_sequence(shape, q, qg, state, slots, starts, y, rounding, rounded, w, to
     tasks: T.let[T.int64] = groups * shape.Hkv
     start: T.let[T.int64] = T.cast(starts[0], "int64")
     base: T.let[T.int64] = shape.cache.base(slots[0])
-    at: T.let[T.int64] = T.cast(tid, "int64") * shape.task_words
+    at: T.let[T.int64] = T.cast(worker, "int64") * shape.task_words
     mine: T.let[T.int64] = T.truncdiv(tasks - tid + (nt - 1), T.cast(nt, "int64"))
     for item in T.serial(mine):
         task: T.let[T.int64] = item * nt + tid
@@ -160,7 +162,7 @@ def attention(
     rows: str, splits: int, isa: Isa, group: int = 0,
 ) -> PrimFunc:  # fmt: skip
     """Make the kernel (Q f32 [T, Hq * D] scaled, QG f32 [T, Hq * 2D], STATE, SLOTS i64 [B], STARTS i32 [B],
-    Y f32 [T, Hq * D], ROUNDED, SCRATCH, T, ld_qg, ld_y, ld_rounded, tid, nt). In "batch" it leaves Y to
+    Y f32 [T, Hq * D], ROUNDED, SCRATCH, T, ld_qg, ld_y, ld_rounded, worker, tid, nt). In "batch" it leaves Y to
     `attention_combine`. With a `group`, of which D is a multiple, ROUNDED gets what `quantize_rows` makes of Y.
     """
     shape = attention_shape(
@@ -183,6 +185,7 @@ def attention(
         ld_qg: T.int64,
         ld_y: T.int64,
         ld_rounded: T.int64,
+        worker: T.int32,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
@@ -199,7 +202,7 @@ def attention(
             run_batch(shape, q, state, slots, starts, w, tokens, tid, nt)
         else:
             run_sequence(
-                shape, q, qg, state, slots, starts, y, rounding, rounded, w, tokens, tid, nt
+                shape, q, qg, state, slots, starts, y, rounding, rounded, w, tokens, worker, tid, nt
             )
         return T.int32(0)
 

@@ -38,8 +38,8 @@ def expert_gate_up(
 
     W holds the packed swiglu blocks of expert 0, then of expert 1 and so on. Row p of Y belongs to
     pair p. With a `group`, of which I is a multiple, (W, X, ORDER, ACTIVE, OFFSETS, COUNT, Q, SCRATCH
-    f32 [nt T + T k I / group, group], ARRIVALS i32 [E I / group] of zeros, T, ld_x, ld_q, tid, nt): only Q remains, what
-    `quantize_rows` makes of the rows of Y.
+    f32 [T k I / group + threads T, group], ARRIVALS i32 [E I / group] of zeros, T, ld_x, ld_q, worker, tid, nt): only Q
+    remains, what `quantize_rows` makes of the rows of Y.
     """
     matmul = make_product(2 * I, H, dtype, "swiglu", isa, rows)
     if group:
@@ -90,6 +90,7 @@ def _gate_up_rounding(matmul: Product, rounding: Rounding, E: int, top_k: int) -
         tokens: T.int64,
         ld_x: T.int64,
         ld_q: T.int64,
+        worker: T.int32,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
@@ -97,7 +98,7 @@ def _gate_up_rounding(matmul: Product, rounding: Rounding, E: int, top_k: int) -
         w = matmul.weights(W, E)
         x = T.decl_buffer((tokens, ld_x), matmul.x_element, data=X)
         q = T.decl_buffer((tokens * top_k, ld_q), "int32", data=Q)
-        rows: T.let[T.int64] = tokens * (nt + top_k * groups)
+        rows: T.let[T.int64] = tokens * (top_k * groups + worker + 1)
         scratch = T.decl_buffer((rows, rounding.group), "float32", data=SCRATCH)
         arrivals = T.decl_buffer((E * groups,), "int32", data=ARRIVALS)
         order = T.decl_buffer((tokens * top_k,), "int32", data=ORDER)
@@ -109,7 +110,7 @@ def _gate_up_rounding(matmul: Product, rounding: Rounding, E: int, top_k: int) -
             (w, x, q, scratch, arrivals),
             (order, active, offsets, count),
             top_k,
-            (tokens, tid, nt),
+            (tokens * (top_k * groups + worker), tokens, tid, nt),
         )
         return T.int32(0)
 
@@ -185,18 +186,16 @@ def _rounded_experts(
     data: tuple[Expr, Expr, Expr, Expr, Expr],
     groups: tuple[Expr, Expr, Expr, Expr],
     pairs_per_row: int,
-    run: tuple[Expr, Expr, Expr],
+    run: tuple[Expr, Expr, Expr, Expr],
 ) -> None:
     """Emit what `_experts` does, and the rounding of its rows. Cut groups lie in scratch by pair, then by group."""
-    (matmul, rounding), (w, x, q, scratch, arrivals), (tokens, tid, nt) = kinds, data, run
+    (matmul, rounding), (w, x, q, scratch, arrivals), (own, tokens, tid, nt) = kinds, data, run
     pair, x_row = _rows(groups[0], pairs_per_row)
     per_row = rounding.layout.groups
 
     def emit(expert: Expr, base: Expr, blocks: Range, positions: Range) -> None:
-        cut = T.Bind(tokens * nt + positions[0] * per_row)
         # More rows than tokens: one whose logits are not finite chooses an expert more than once.
-        own, counter = tokens * tid, expert * per_row
-        rows = RoundedRows(q, own, tokens, cut, arrivals, counter)
+        rows = RoundedRows(q, own, tokens, positions[0] * per_row, arrivals, expert * per_row)
         operands = Operands(w, x, scratch, scratch, base, T.int64(0), x_row, pair)
         sweep_rounded(matmul, rounding, operands, rows, blocks, positions)
 

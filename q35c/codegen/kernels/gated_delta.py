@@ -134,6 +134,7 @@ def _sequence_kernel(shape: DeltaShape, rounding: Rounding, short_run: int) -> t
         ld_a: T.int64,
         ld_y: T.int64,
         ld_rounded: T.int64,
+        worker: T.int32,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
@@ -149,7 +150,7 @@ def _sequence_kernel(shape: DeltaShape, rounding: Rounding, short_run: int) -> t
         slots = T.decl_buffer((1,), "int64", data=SLOTS)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         rounded = T.decl_buffer((tokens, ld_rounded), "int32", data=ROUNDED)
-        w = T.decl_buffer((scan.total,), "float32", data=SCRATCH, elem_offset=tid * scan.total)
+        w = T.decl_buffer((scan.total,), "float32", data=SCRATCH, elem_offset=worker * scan.total)
         run_sequence(
             shape, scan, short_run, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, rounding, rounded, w,
             tokens, tid, nt,

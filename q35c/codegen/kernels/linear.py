@@ -22,7 +22,7 @@ from q35c.codegen.kernels.product import Operands, Product
 from q35c.codegen.kernels.quantize import Rounding
 from q35c.codegen.kernels.rounded_blocks import RoundedRows, sweep_rounded
 
-_FEW_BLOCKS = 2  # too few to split among threads
+FEW_BLOCKS = 2  # too few to split among threads
 
 
 def linear(
@@ -33,8 +33,8 @@ def linear(
     W holds N rows packed as f32, bf16 pairs or integers; swiglu counts gate and up rows in N and writes
     N/2 columns. Integer weights read X as `quantize_rows` leaves it, and bf16 weights as `round_rows` does when
     `rows` is "bf16". R and ld_r exist only with "residual"; R may be Y itself. With "swiglu" and a `group`, of which N/2
-    is a multiple, (W, X, Q, SCRATCH f32 [nt T + T N/2 / group, group], ARRIVALS i32 [N/2 / group] of zeros, T, ld_x, ld_q, tid, nt):
-    only Q remains, what `quantize_rows` makes of Y. Strides are in elements of 4 bytes.
+    is a multiple, (W, X, Q, SCRATCH f32 [T N/2 / group + threads T, group], ARRIVALS i32 [N/2 / group] of zeros, T, ld_x, ld_q,
+    worker, tid, nt): only Q remains, what `quantize_rows` makes of Y. Strides are in elements of 4 bytes.
     """
     matmul = make_product(N, K, dtype, epilogue, isa, rows)
     if group:
@@ -102,6 +102,7 @@ def _rounding(matmul: Product, rounding: Rounding) -> PrimFunc:
         tokens: T.int64,
         ld_x: T.int64,
         ld_q: T.int64,
+        worker: T.int32,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
@@ -109,15 +110,20 @@ def _rounding(matmul: Product, rounding: Rounding) -> PrimFunc:
         w = matmul.weights(W)
         x = T.decl_buffer((tokens, ld_x), matmul.x_element, data=X)
         q = T.decl_buffer((tokens, ld_q), "int32", data=Q)
-        scratch = T.decl_buffer((tokens * (nt + groups), rounding.group), "float32", data=SCRATCH)
+        scratch = T.decl_buffer(
+            (tokens * (groups + worker + 1), rounding.group), "float32", data=SCRATCH
+        )
         arrivals = T.decl_buffer((groups,), "int32", data=ARRIVALS)
-        first: T.let[T.int64] = share(matmul.blocks, tid, nt)
-        last: T.let[T.int64] = share(matmul.blocks, tid + 1, nt)
+        # Whole groups where they suffice for all: no thread has to meet another.
+        grain: T.let[T.int64] = T.Select(nt <= groups, T.int64(matmul.blocks // groups), T.int64(1))
+        grains: T.let[T.int64] = T.truncdiv(T.int64(matmul.blocks), grain)
+        first: T.let[T.int64] = share(grains, tid, nt) * grain
+        last: T.let[T.int64] = share(grains, tid + 1, nt) * grain
         sweep_rounded(
             matmul,
             rounding,
             Operands(w, x, scratch, scratch, T.int64(0), T.int64(0), _same, _same),
-            RoundedRows(q, tid * tokens, tokens, nt * tokens, arrivals, T.int64(0)),
+            RoundedRows(q, (groups + worker) * tokens, tokens, T.int64(0), arrivals, T.int64(0)),
             (first, last),
             (T.int64(0), tokens),
         )
@@ -134,7 +140,7 @@ def _blocks(
     def sweep(block: Expr, begin: Expr, end: Expr) -> None:
         matmul.sweep(Operands(w, x, y, r, block, block, _same, _same), begin, end)
 
-    is_narrow = matmul.blocks <= _FEW_BLOCKS
+    is_narrow = matmul.blocks <= FEW_BLOCKS
     items = tokens if is_narrow else matmul.blocks
     first, last = T.Bind(share(items, tid, nt)), T.Bind(share(items, tid + 1, nt))
     if is_narrow:

@@ -15,9 +15,11 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-# Two cache lines: int32 arrivals at 0, generation at 64, sleepers at 68. They and what follows in the block, counters of
-# `q35c_arrive`, start as zeros.
-BARRIER_BYTES = 128
+# Cache lines: int32 arrivals at 0, generation at 64, sleepers at 68, then counters of `q35c_claim`. They and what follows in
+# the block, counters of `q35c_arrive`, start as zeros.
+PART_COUNTERS = 128
+DIVIDED_CALLS = 16  # most between two barriers: each has a counter
+BARRIER_BYTES = PART_COUNTERS + 4 * DIVIDED_CALLS
 CYCLES_BEFORE_SLEEP = 200_000  # about 70 us; then another thread may need this core
 _FUTEX, _WAIT, _WAKE = 202, 128, 129  # the Linux system call and its process-private operations
 
@@ -157,6 +159,26 @@ complete:
   ret i32 1
 others:
   ret i32 0
+}}
+
+define linkonce_odr hidden i32 @q35c_claim(ptr %counter, i32 %parts, i32 %tid, i32 %nt, i32 %last) alwaysinline {{
+  %divided = icmp sgt i32 %parts, %nt
+  br i1 %divided, label %claim, label %share
+share:
+  %begins = icmp slt i32 %last, 0
+  %mine = select i1 %begins, i32 %tid, i32 %parts
+  ret i32 %mine
+claim:
+  %part = atomicrmw add ptr %counter, i32 1 monotonic, align 4
+  %after = sub i32 %part, %parts
+  %threads_after = add i32 %after, 1
+  %is_last = icmp eq i32 %threads_after, %nt
+  br i1 %is_last, label %reset, label %done
+reset:
+  store atomic i32 0, ptr %counter monotonic, align 4
+  br label %done
+done:
+  ret i32 %part
 }}
 
 define linkonce_odr hidden i64 @q35c_clock(ptr %words, i32 %tid) alwaysinline {{

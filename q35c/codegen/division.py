@@ -1,0 +1,78 @@
+"""How finely threads divide a kernel's work, when they take its parts one by one instead of equal shares.
+
+Threads are rarely equally fast: cores differ, clocks change, and on a shared machine somebody else takes a part of one. With
+equal shares all wait for the slowest (measured on two virtual cores: prompts 6 to 11 % slower). A part costs a claim, 50 ns
+on two cores, so that small work keeps equal shares. Which thread does a part changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from q35c.codegen.kernels.attention_shape import QUERY_TOKENS
+from q35c.codegen.kernels.common import BLOCK, ceil_div
+from q35c.codegen.kernels.gated_delta_conv import GRAIN
+from q35c.codegen.kernels.linear import FEW_BLOCKS
+from q35c.ir.formats import integer_format
+from q35c.ir.types import DTYPE_BYTES
+
+PARTS_PER_THREAD = 16  # a thread waits for at most a sixteenth of its own work
+FEWEST_PARTS = 4  # for each thread: fewer leave one without work longer than equal shares do
+PART_BYTES = 256 << 10  # least work of a part: what takes about 10 us to read
+DIVISION_ROWS = 8  # rows that cost about as much as reading the weights does
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """Say into how many parts a kernel's work can be divided, and how many bytes each 8 rows of it are worth."""
+
+    most: int
+    bytes: int
+
+
+def division_of(family: str, parameters: dict[str, Any]) -> Division | None:
+    """Return how to divide a kernel's work, or None if it is never worth it."""
+    rule = _RULES.get(family)
+    return rule(**parameters) if rule else None
+
+
+def _weight_bytes(N: int, K: int, dtype: str) -> int:
+    form = integer_format(dtype)
+    return N * K * form.bits // 8 if form else N * K * DTYPE_BYTES[dtype]
+
+
+def _linear(N: int, K: int, dtype: str, **_: Any) -> Division | None:
+    blocks = ceil_div(N, BLOCK)
+    # Few blocks are split by rows, and share more of what they unpack if they stay together.
+    return Division(blocks, _weight_bytes(N, K, dtype)) if blocks > FEW_BLOCKS else None
+
+
+def _gate_up(I: int, H: int, dtype: str, top_k: int, **_: Any) -> Division:  # noqa: E741
+    return _experts(2 * I, H, dtype, top_k)
+
+
+def _down(I: int, H: int, dtype: str, top_k: int, **_: Any) -> Division:  # noqa: E741
+    return _experts(H, I, dtype, top_k)
+
+
+def _experts(N: int, K: int, dtype: str, top_k: int) -> Division:
+    return Division(top_k * ceil_div(N, BLOCK), top_k * _weight_bytes(N, K, dtype))
+
+
+def _attention(Hkv: int, D: int, context: int, rows: str, splits: int, **_: Any) -> Division:
+    if rows == "batch":  # keys and values, were the sequence half as long as it may become
+        return Division(Hkv * splits, context // 2 * Hkv * D * 4)
+    return Division(Hkv * ceil_div(context, QUERY_TOKENS), PART_BYTES)
+
+
+_RULES: dict[str, Callable[..., Division | None]] = {
+    "linear": _linear,
+    "expert_gate_up": _gate_up,
+    "expert_down": _down,
+    "attention": _attention,
+    "conv_update": lambda C, **_: Division(C // GRAIN, DIVISION_ROWS * C * 8),
+    "gated_delta": lambda Hv, Dk, Dv, **_: Division(Hv, Hv * Dk * Dv * 8),
+    "gated_delta_decode": lambda Hk, Hv, Dk, Dv, **_: Division(Hk, Hv * Dk * Dv * 8),
+}

@@ -1,0 +1,76 @@
+"""Divided kernels: every part is done once, whatever the threads, and the counters are ready for the next run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tvm.script import tirx as T
+
+from q35c.codegen.build import build_shared
+from q35c.codegen.division import FEWEST_PARTS, PART_BYTES, PARTS_PER_THREAD, Division, division_of
+from q35c.codegen.kernels.sync import BARRIER_BYTES, PART_COUNTERS
+from q35c.codegen.program import Barrier, Call, Part, Parts, Pointer, Tid, program_entry
+from q35c.runtime.library import Arguments, Library, Workers
+from tests.kernels.harness import ISA, guard
+
+MOST = 100
+SLOW = Division(MOST, PART_BYTES)  # a part for each 8 tokens
+FINE = Division(7, 1 << 50)
+NEXT = 4 * (MOST + 28)  # bytes from one array of the arena to the next
+
+
+@T.prim_func(private=True, s_tir=True)
+def mark(Y: T.handle("int32"), worker: T.int32, part: T.int32, parts: T.int32) -> T.int32:
+    y = T.decl_buffer((128,), "int32", data=Y)
+    y[part] = y[part] + 1
+    y[112 + worker] = parts
+    return T.int32(0)
+
+
+@pytest.fixture(scope="module")
+def library():
+    def call(array: int, division: Division) -> Call:
+        return Call("mark", (Pointer("arena", array * NEXT), Tid(), Part(), Parts()), division)
+
+    # The first two have no barrier between them: a thread may begin the second while others do the first.
+    calls = [call(0, SLOW), call(1, FINE), Barrier(), call(2, SLOW)]
+    return Library(build_shared({"mark": mark}, {"marks": program_entry("marks", calls)}, ISA))
+
+
+def parts_of(division: Division, tokens: int, threads: int) -> int:
+    worth = min((tokens + 7) // 8 * division.bytes // PART_BYTES, division.most)
+    parts = min(worth, threads * PARTS_PER_THREAD)
+    return threads if parts < threads * FEWEST_PARTS else parts
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_every_part_is_done_once(library, threads):
+    workers, barrier = Workers(threads), guard(np.zeros(BARRIER_BYTES // 4, np.int32))
+    for run in range(60):
+        tokens = (1, 64, 200, 1000)[run % 4]
+        arena = guard(np.zeros((3, NEXT // 4), np.int32))
+        workers.run(
+            library.entry("marks"),
+            Arguments(0, 0, arena.ctypes.data, 0, barrier.ctypes.data, tokens),
+        )
+        for row, division in zip(arena, (SLOW, FINE, SLOW), strict=True):
+            parts = parts_of(division, tokens, threads)
+            assert (row[:parts] == 1).all() and not row[parts:112].any()
+            assert set(row[112:]) <= {0, parts}
+        assert not barrier[PART_COUNTERS // 4 :].any()
+
+
+def test_small_work_keeps_equal_shares(library):
+    """Without a counter: each thread does the share of its number."""
+    arena, barrier = guard(np.zeros((3, NEXT // 4), np.int32)), guard(np.zeros(48, np.int32))
+    Workers(3).run(
+        library.entry("marks"), Arguments(0, 0, arena.ctypes.data, 0, barrier.ctypes.data, 8)
+    )
+    assert list(arena[0, 112:116]) == [3, 3, 3, 0]
+
+
+def test_what_is_divided():
+    big = {"N": 7168, "K": 1024, "dtype": "i4g64"}
+    assert division_of("linear", big) == Division(224, 7168 * 1024 // 2)
+    assert division_of("linear", {**big, "N": 64}) is None
+    assert division_of("rms_norm", {"D": 1024}) is None
