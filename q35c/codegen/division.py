@@ -18,7 +18,7 @@ from q35c.codegen.kernels.linear import FEW_BLOCKS
 from q35c.ir.formats import integer_format
 from q35c.ir.types import DTYPE_BYTES
 
-PARTS_PER_THREAD = 16  # a thread waits for at most a sixteenth of its own work
+PARTS_PER_THREAD = 32  # a thread waits for at most a thirty-second of its own work
 FEWEST_PARTS = 4  # for each thread: fewer leave one without work longer than equal shares do
 PART_BYTES = 256 << 10  # least work of a part: what takes about 10 us to read
 DIVISION_ROWS = 8  # rows that cost about as much as reading the weights does
@@ -43,10 +43,12 @@ def _weight_bytes(N: int, K: int, dtype: str) -> int:
     return N * K * form.bits // 8 if form else N * K * DTYPE_BYTES[dtype]
 
 
-def _linear(N: int, K: int, dtype: str, **_: Any) -> Division | None:
+def _linear(N: int, K: int, dtype: str, group: int = 0, **_: Any) -> Division | None:
     blocks = ceil_div(N, BLOCK)
-    # Few blocks are split by rows, and share more of what they unpack if they stay together.
-    return Division(blocks, _weight_bytes(N, K, dtype)) if blocks > FEW_BLOCKS else None
+    if blocks <= FEW_BLOCKS:
+        return None  # they are split by rows, which share more of what is unpacked if they stay together
+    # Columns that are rounded stay in groups.
+    return Division(N // 2 // group if group else blocks, _weight_bytes(N, K, dtype))
 
 
 def _gate_up(I: int, H: int, dtype: str, top_k: int, **_: Any) -> Division:  # noqa: E741

@@ -10,6 +10,7 @@ from typing import Any
 
 from q35c.codegen.division import division_of
 from q35c.codegen.isa.x86 import Isa
+from q35c.codegen.kernels.common import LINE_WORDS
 from q35c.codegen.kernels.bf16_rows import bf16_row_words
 from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
 from q35c.codegen.kernels.quantize import RowLayout
@@ -126,6 +127,7 @@ class Lowering:
         if value == self.logits:
             self.views[value] = View("logits", words, rows)
         else:
+            words = spread(words)
             self.views[value] = View(self.buffer(value.name, words, rows), words, rows)
         return self.views[value]
 
@@ -193,6 +195,11 @@ class Lowering:
             self.call(("quantize_rows", parameters), [x, q, q.rows, *strides], [q])
         else:
             self.call(("round_rows", {"K": width, "pairs": pairs}), [x, q, q.rows, *strides], [q])
+
+
+def spread(words: int) -> int:
+    """Return the stride of long rows: an odd number of cache lines, so that a column's rows do not share a few cache sets."""
+    return words + LINE_WORDS if words >= 512 and words % (2 * LINE_WORDS) == 0 else words
 
 
 def row_count(value: Value) -> Tokens | Int:
