@@ -13,7 +13,6 @@ from typing import Any
 
 from q35c.codegen.kernels.attention_shape import QUERY_TOKENS
 from q35c.codegen.kernels.common import BLOCK, ceil_div
-from q35c.codegen.kernels.gated_delta_conv import GRAIN
 from q35c.codegen.kernels.linear import FEW_BLOCKS
 from q35c.ir.formats import integer_format
 from q35c.ir.types import DTYPE_BYTES
@@ -69,12 +68,15 @@ def _attention(Hkv: int, D: int, context: int, rows: str, splits: int, **_: Any)
     return Division(Hkv * ceil_div(context, QUERY_TOKENS), PART_BYTES)
 
 
+def _gated_delta(Hk: int, Hv: int, Dk: int, Dv: int, **_: Any) -> Division:
+    return Division(Hk, Hv * Dk * Dv * 8)  # the state, read and written
+
+
 _RULES: dict[str, Callable[..., Division | None]] = {
     "linear": _linear,
     "expert_gate_up": _gate_up,
     "expert_down": _down,
     "attention": _attention,
-    "conv_update": lambda C, **_: Division(C // GRAIN, DIVISION_ROWS * C * 8),
-    "gated_delta": lambda Hv, Dk, Dv, **_: Division(Hv, Hv * Dk * Dv * 8),
-    "gated_delta_decode": lambda Hk, Hv, Dk, Dv, **_: Division(Hk, Hv * Dk * Dv * 8),
+    "gated_delta": _gated_delta,
+    "gated_delta_decode": _gated_delta,
 }

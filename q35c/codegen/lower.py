@@ -122,32 +122,28 @@ def lower_rotary_table(low: Lowering, op: Op) -> None:
 
 def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, conv, delta = op.operands
-    channels, _, taps = conv_w.type.shape
+    _, _, taps = conv_w.type.shape
     _, value_heads, key_dim, value_dim = delta.type.shape
     shared, view = low.shared, low.views
     x = overwritten(low, op, qkv)  # by their convolution
-    conv_weight, conv_state = shared.weight("conv", conv_w), shared.state(conv)
     shape = {
-        "Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim, "eps": op.attrs["eps"],
-        "slot_offset_bytes": 0,
+        "Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim, "K": taps,
+        "eps": op.attrs["eps"], "slot_offset_bytes": 0,
     }  # fmt: skip
     vectors = [shared.weight("vector", w) for w in (a_log, dt_bias, norm_w)]
     y, rounded = low.output(op.result), low.fused_rounding(op.result, int(value_dim))  # type: ignore[arg-type]
     shape["group"], q = (rounded.group, rounded.rows) if rounded else (0, y)
     inputs = [x, view[z], view[b], view[a]]
-    step = [*inputs, *vectors, shared.state(delta), view[slots], y, q]
-    written = [y, q] if rounded else [y]
+    convolution = [shared.weight("conv", conv_w), shared.state(conv)]
+    args = [*convolution, *inputs, *vectors, shared.state(delta), view[slots], y, q]
+    written = [x, y, q] if rounded else [x, y]
     strides = [stride(v) for v in (*inputs, y, q)]
     if op.attrs["rows"] == "batch":
-        args = [conv_weight, conv_state, *step, y.rows, *strides]
-        low.call(("gated_delta_decode", {**shape, "K": taps}), args, [x, *written], [conv, delta])
+        low.call(("gated_delta_decode", shape), [*args, y.rows, *strides], written, [conv, delta])
         return
-    parameters = {"C": channels, "K": taps, "slot_offset_bytes": 0}
-    args = [x, conv_weight, conv_state, view[slots], y.rows, stride(x)]
-    low.call(("conv_update", parameters), args, [x], [conv])
     scratch = low.scratch("gated_delta", **shape)
-    args = [*step, scratch, y.rows, *strides, Tid()]
-    low.call(("gated_delta", shape), args, [*written, scratch], [delta])
+    args += [scratch, y.rows, *strides, Tid()]
+    low.call(("gated_delta", shape), args, [*written, scratch], [conv, delta])
 
 
 def overwritten(low: Lowering, op: Op, value: Value) -> View:

@@ -10,8 +10,8 @@ from typing import Any
 
 from q35c.codegen.division import division_of
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import LINE_WORDS
 from q35c.codegen.kernels.bf16_rows import bf16_row_words
+from q35c.codegen.kernels.common import LINE_WORDS
 from q35c.codegen.kernels.families import FAMILIES, scratch_bytes
 from q35c.codegen.kernels.quantize import RowLayout
 from q35c.codegen.pack import PackedWeight

@@ -133,30 +133,15 @@ def rotary_table(p: Parameters, work: Work) -> Cost:
     return elementwise(work, 2 * angles, _ROTARY_ANGLE * angles)
 
 
-def conv_update(p: Parameters, work: Work) -> Cost:
-    channels, taps = p["C"], p["K"]
-    state = 2 * work.sequences * (taps - 1) * channels * _F32
-    operations = work.tokens * channels * (2 * taps + _EXP)
-    return Cost(work.weight_bytes + state, 2 * work.tokens * channels * _F32, operations, "f32")
-
-
 def gated_delta(p: Parameters, work: Work) -> Cost:
-    """The recurrence: decay, k S, the update and q S are 7 operations for each element of the state."""
-    size = p["Hv"] * p["Dk"] * p["Dv"]
-    values = p["Hv"] * p["Dv"]
-    row = 2 * p["Hk"] * p["Dk"] + 3 * values + 2 * p["Hv"] + fused_rounding(p, values) / _F32
-    operations = work.tokens * (7 * size + _EXP * values)
-    return Cost(2 * work.sequences * size * _F32, work.tokens * row * _F32, operations, "f32")
-
-
-def gated_delta_decode(p: Parameters, work: Work) -> Cost:
-    channels = 2 * p["Hk"] * p["Dk"] + p["Hv"] * p["Dv"]
-    conv, delta = conv_update({**p, "C": channels}, work), gated_delta(p, work)
+    """Convolution and recurrence: decay, k S, the update and q S are 7 operations for each element of the state."""
+    size, values = p["Hv"] * p["Dk"] * p["Dv"], p["Hv"] * p["Dv"]
+    channels, taps = 2 * p["Hk"] * p["Dk"] + values, p["K"]
+    state = 2 * work.sequences * (size + (taps - 1) * channels) * _F32
+    row = 2 * channels + 2 * values + 2 * p["Hv"] + fused_rounding(p, values) / _F32
+    operations = 7 * size + _EXP * values + channels * (2 * taps + _EXP)
     return Cost(
-        conv.memory_bytes + delta.memory_bytes,
-        conv.cache_bytes + delta.cache_bytes,
-        conv.operations + delta.operations,
-        "f32",
+        work.weight_bytes + state, work.tokens * row * _F32, work.tokens * operations, "f32"
     )
 
 
@@ -229,12 +214,11 @@ RULES: dict[str, Callable[[Parameters, Work], Cost]] = {
     "attention_combine": attention_combine,
     "attention_prepare": attention_prepare,
     "combine": combine,
-    "conv_update": conv_update,
     "embedding": embedding,
     "expert_down": expert_down,
     "expert_gate_up": expert_gate_up,
     "gated_delta": gated_delta,
-    "gated_delta_decode": gated_delta_decode,
+    "gated_delta_decode": gated_delta,
     "group_by_expert": group_by_expert,
     "linear": linear,
     "quantize_rows": quantize_rows,

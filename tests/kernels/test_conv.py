@@ -1,4 +1,5 @@
-"""The causal convolution with SiLU against float64: 64 shapes, any slot; `test_gated_delta_step.py` has that of decode."""
+"""The causal convolution with SiLU against float64: 64 shapes, any slot; the kernels of
+`gated_delta.py` convolve the channels of one head this way."""
 
 from __future__ import annotations
 
@@ -6,21 +7,61 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tvm.script import tirx as T
 
-from q35c.codegen.kernels.gated_delta_conv import conv_update
+from q35c.codegen.isa.x86 import Isa
+from q35c.codegen.kernels.common import share
+from q35c.codegen.kernels.gated_delta_conv import BLOCK_CHANNELS, ConvShape, convolve_run
 from q35c.ir import reference
 from tests.kernels.harness import EACH_ISA, Kernels, assert_close, build_kernels, guard
 
 # Channels (a multiple of 16) and taps: below, at, beside and above the block of 512 channels.
 SHAPES = ((16, 4), (32, 2), (48, 3), (96, 4), (208, 2), (512, 3), (528, 4), (1072, 4))
 TOKENS = (1, 2, 3, 4, 5, 8, 17, 66)
+GRAIN = 16  # channels that threads share out
 OFFSET = 192  # bytes of other state before this layer's
+
+
+def convolution(C: int, K: int, isa: Isa) -> Any:
+    """Build the kernel (X f32[T, C], which is replaced, W f32[K, C], STATE f32[K-1, C], SLOTS i64[1], T, ld_x, tid, nt)."""
+    shape = ConvShape(C, K, isa.lanes, OFFSET // 4)
+
+    @T.prim_func(private=True, s_tir=True)
+    def convolution_kernel(
+        X: T.handle("float32"),
+        W: T.handle("float32"),
+        STATE: T.handle("float32"),
+        SLOTS: T.handle("int64"),
+        tokens: T.int64,
+        ld_x: T.int64,
+        tid: T.int32,
+        nt: T.int32,
+    ) -> T.int32:
+        T.func_attr({"tirx.noalias": True})
+        x = T.decl_buffer((tokens, ld_x), "float32", data=X)
+        w = T.decl_buffer((K, C), "float32", data=W)
+        state = T.decl_buffer((T.int64(1) << 48,), "float32", data=STATE)
+        slots = T.decl_buffer((1,), "int64", data=SLOTS)
+        base: T.let[T.int64] = slots[0] * 16 + shape.slot_offset
+        low: T.let[T.int64] = share(C // GRAIN, tid, nt) * GRAIN
+        high: T.let[T.int64] = share(C // GRAIN, tid + 1, nt) * GRAIN
+        for block in T.serial(
+            T.truncdiv(high - low + (BLOCK_CHANNELS - 1), T.int64(BLOCK_CHANNELS))
+        ):
+            begin: T.let[T.int64] = low + block * BLOCK_CHANNELS
+            vectors: T.let[T.int64] = T.truncdiv(
+                T.min(high - begin, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
+            )
+            convolve_run(shape, x, w, state, base, T.int64(0), tokens, begin, vectors)
+        return T.int32(0)
+
+    return convolution_kernel
 
 
 @pytest.fixture(scope="module", params=EACH_ISA)
 def kernels(request: Any) -> Kernels:
     functions = {
-        f"{channels}_{taps}": conv_update(channels, taps, OFFSET, request.param)
+        f"{channels}_{taps}": convolution(channels, taps, request.param)
         for channels, taps in SHAPES
     }
     return build_kernels(functions, request.param)

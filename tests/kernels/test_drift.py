@@ -13,12 +13,13 @@ TOKENS, PART = 32_768, 1024
 HEADS, DIM, EPS = 3, 32, 1e-6
 # How fast each head forgets: hardly ever (a state that lives for the whole run), slowly, at once.
 A_LOG = np.log([1e-6, 1e-2, 4.0]).astype(np.float32)
+TAPS = (0.0, 1.0)  # the convolution leaves a token as it is: what follows is the recurrence alone
 CHANNELS, WIDTH = 2 * DIM + HEADS * DIM, HEADS * DIM
 
 
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
-    shape = (1, HEADS, DIM, DIM, EPS, 0, ISA)
+    shape = (1, HEADS, DIM, DIM, len(TAPS), EPS, 0, ISA)
     return build_kernels(
         {"steps": gated_delta(*shape, short_run=2**31), "scan": gated_delta(*shape)}
     )
@@ -35,7 +36,7 @@ def rows() -> dict[str, np.ndarray]:
 def expected(rows: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Return outputs and the last state in float64."""
     qkv, z, b, a = (part.astype(np.float64) for part in rows.values())
-    q, k, v = np.split(qkv, [DIM, 2 * DIM], -1)
+    q, k, v = np.split(reference.silu(qkv), [DIM, 2 * DIM], -1)
     decay = -np.exp(A_LOG.astype(np.float64)) * reference.softplus(a)
     out, state = reference.delta_rule(
         q[:, None], k[:, None], v.reshape(TOKENS, HEADS, DIM), decay, reference.sigmoid(b)
@@ -52,11 +53,13 @@ def test_long_runs_do_not_drift(kernels: Kernels, rows, expected, form: str) -> 
     norm_w, slots = guard(np.ones(DIM, np.float32)), guard(np.zeros(1, np.int64))
     size = gated_delta_scratch_bytes(1, HEADS, DIM, DIM, ISA)
     scratch, unused = guard(np.zeros(size // 4, np.float32)), guard(np.zeros(1, np.int32))
+    conv_w = guard(np.repeat(np.float32(TAPS)[:, None], CHANNELS, 1))
+    conv_state = guard(np.zeros((1, CHANNELS), np.float32))
     for first in range(0, TOKENS, PART):
         part = [guard(array[first : first + PART]) for array in rows.values()]
         y = guard(np.zeros((PART, WIDTH), np.float32), poison=True)
         kernels.call(
-            form, *part, a_log, dt_bias, norm_w, state, slots, y, unused, scratch,
+            form, conv_w, conv_state, *part, a_log, dt_bias, norm_w, state, slots, y, unused, scratch,
             PART, CHANNELS, WIDTH, HEADS, HEADS, WIDTH, 1,
         )  # fmt: skip
         for head in range(HEADS):  # each alone: a large one would hide a small one's error

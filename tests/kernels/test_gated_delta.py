@@ -14,7 +14,6 @@ from q35c.codegen.kernels.gated_delta import (
     gated_delta_decode,
     gated_delta_scratch_bytes,
 )
-from q35c.codegen.kernels.gated_delta_conv import conv_update
 from q35c.codegen.kernels.quantize import quantize_rows
 from q35c.ir import reference
 from tests.kernels.harness import (
@@ -68,14 +67,13 @@ class Net:
         slots = guard(np.zeros(1, np.int64))
         rounded = RoundedRows(count, width, group_of(value_dim))
         inputs = [part[name] for name in ("qkv", "z", "b", "a")]
-        step = [*inputs, a_log, dt_bias, norm_w, delta, slots, y, rounded.words]
+        args = [conv_w, conv, *inputs, a_log, dt_bias, norm_w, delta, slots, y, rounded.words]
         strides = [self.channels, width, value_heads, value_heads, width, rounded.words.shape[1]]
         split = {"threads": threads, "parts": parts}
         if rows == "batch":
-            self.kernels.call("decode", conv_w, conv, *step, count, *strides, **split)
+            self.kernels.call("decode", *args, count, *strides, **split)
         else:
-            self.kernels.call("conv", inputs[0], conv_w, conv, slots, count, self.channels, **split)
-            self.kernels.call("delta", *step, scratch, count, *strides, **split)
+            self.kernels.call("delta", *args, scratch, count, *strides, **split)
         rounded.check(self.kernels, y)
         return np.array(y)
 
@@ -98,12 +96,10 @@ def group_of(value_dim: int) -> int:
 
 
 def functions(shape: tuple[int, int, int, int], isa: Any) -> dict[str, Any]:
-    key_heads, value_heads, key_dim, value_dim = shape
-    channels = 2 * key_heads * key_dim + value_heads * value_dim
+    _, value_heads, _, value_dim = shape
     group = group_of(value_dim)
     return {
-        "conv": conv_update(channels, TAPS, 0, isa),
-        "delta": gated_delta(*shape, EPS, 0, isa, group=group),
+        "delta": gated_delta(*shape, TAPS, EPS, 0, isa, group=group),
         "decode": gated_delta_decode(*shape, TAPS, EPS, 0, isa, group=group),
         "round": quantize_rows(value_heads * value_dim, 32, isa),
     }

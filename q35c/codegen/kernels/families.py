@@ -16,7 +16,6 @@ from q35c.codegen.kernels.gated_delta import (
     gated_delta_decode,
     gated_delta_scratch_bytes,
 )
-from q35c.codegen.kernels.gated_delta_conv import conv_update
 from q35c.codegen.kernels.linear import linear
 from q35c.codegen.kernels.moe import combine, group_by_expert, route
 from q35c.codegen.kernels.norm import rms_norm
@@ -31,7 +30,6 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "attention_combine": attention_combine,
     "attention_prepare": attention_prepare,
     "combine": combine,
-    "conv_update": conv_update,
     "embedding": embedding,
     "expert_down": expert_down,
     "expert_gate_up": expert_gate_up,

@@ -1,9 +1,10 @@
-"""Gated delta network kernels: the recurrence with its gated norm, and in decode the causal convolution before it.
+"""Gated delta network kernels: causal convolution, recurrence and gated norm.
 
 `gated_delta_decode` takes row b as one token of sequence b: convolution, SiLU and one step for each (row, key head).
-In `gated_delta` all rows continue sequence 0, behind `conv_update`, each head's run in order; runs of SHORT_RUN tokens or
-more take the chunk scan, shorter ones the same step as decode, so a run of one token equals a decode step bit for bit.
-Threads share (row, key head) pairs or heads, never a sum, so results do not depend on their number.
+In `gated_delta` all rows continue sequence 0, each key head's run in order, a chunk of rows at a time, so that what was
+convolved is still in L2 when the recurrence reads it; runs of SHORT_RUN tokens or more take the chunk scan, shorter ones the
+same step as decode, so a run of one token equals a decode step bit for bit.
+Threads share (row, key head) pairs or key heads, never a sum, so results do not depend on their number.
 """
 
 from __future__ import annotations
@@ -36,21 +37,23 @@ def gated_delta(
     Hv: int,
     Dk: int,
     Dv: int,
+    K: int,
     eps: float,
     slot_offset_bytes: int,
     isa: Isa,
     short_run: int = SHORT_RUN,
     group: int = 0,
 ) -> tirx.PrimFunc:
-    """Build the recurrence kernel; `short_run` tokens or more take the scan.
+    """Build the kernel of one sequence's tokens, with a convolution of K taps; `short_run` tokens or more take the scan.
 
-    Params: QKV f32[T, 2*Hk*Dk + Hv*Dv] (after convolution and SiLU), Z f32[T, Hv*Dv], B and A f32[T, Hv],
-    A_LOG and DT_BIAS f32[Hv], NORM_W f32[Dv], STATE, SLOTS i64[1], Y f32[T, Hv*Dv], ROUNDED, SCRATCH, T, then the row
-    strides ld_qkv, ld_z, ld_b, ld_a, ld_y, ld_rounded, then tid, nt. With a `group`, of which Dv is a multiple, ROUNDED gets
-    what `quantize_rows` makes of Y.
+    Params: CONV_W f32[K, C], CONV_STATE f32[K-1, C], QKV f32[T, C] of C = 2*Hk*Dk + Hv*Dv, which its convolution replaces,
+    Z f32[T, Hv*Dv], B and A f32[T, Hv], A_LOG and DT_BIAS f32[Hv], NORM_W f32[Dv], STATE, SLOTS i64[1], Y f32[T, Hv*Dv], ROUNDED,
+    SCRATCH, T, then the row strides ld_qkv, ld_z, ld_b, ld_a, ld_y, ld_rounded, then worker, tid, nt. With a `group`, of
+    which Dv is a multiple, ROUNDED gets what `quantize_rows` makes of Y.
     """
     shape = DeltaShape(Hk, Hv, Dk, Dv, eps, slot_offset_bytes // 4, isa)
-    return _sequence_kernel(shape, Rounding(Hv * Dv, group, isa), short_run)
+    conv = ConvShape(shape.channels, K, isa.lanes, slot_offset_bytes // 4)
+    return _sequence_kernel(shape, conv, Rounding(Hv * Dv, group, isa), short_run)
 
 
 def gated_delta_scratch_bytes(Hk: int, Hv: int, Dk: int, Dv: int, isa: Isa) -> int:
@@ -69,52 +72,84 @@ def gated_delta_decode(
     isa: Isa,
     group: int = 0,
 ) -> tirx.PrimFunc:
-    """Build the kernel of one token for each sequence, with a convolution of K taps.
-
-    Params: CONV_W f32[K, C], CONV_STATE, then those of `gated_delta` without SCRATCH, with QKV before the convolution, which
-    replaces it, and SLOTS i64[B].
-    """
+    """Build the kernel of one token for each sequence: parameters as those of `gated_delta`, but SLOTS i64[B], no SCRATCH, no worker."""
     shape = DeltaShape(Hk, Hv, Dk, Dv, eps, slot_offset_bytes // 4, isa)
     conv = ConvShape(shape.channels, K, isa.lanes, slot_offset_bytes // 4)
     return _decode_kernel(shape, conv, Rounding(Hv * Dv, group, isa))
 
 
 @T.inline
+def convolve_key_head(shape, conv, x, w, state, base, first, count, key_head):
+    """Convolve what one key head and its value heads read of some rows: queries, keys, values."""
+    for part in T.serial(T.int64(3)):
+        begin: T.let[T.int64] = T.Select(
+            part == 2,
+            shape.v(key_head * shape.ratio),
+            part * (shape.Hk * shape.Dk) + key_head * shape.Dk,
+        )
+        width: T.let[T.int64] = T.Select(
+            part == 2, T.int64(shape.ratio * shape.Dv), T.int64(shape.Dk)
+        )
+        for block in T.serial(T.truncdiv(width + (BLOCK_CHANNELS - 1), T.int64(BLOCK_CHANNELS))):
+            start: T.let[T.int64] = block * BLOCK_CHANNELS
+            vectors: T.let[T.int64] = T.truncdiv(
+                T.min(width - start, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
+            )
+            convolve_run(conv, x, w, state, base, first, count, begin + start, vectors)
+
+
+@T.inline
 def run_sequence(
-    shape, scan, short_run, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, rounding, rounded, w, tokens, tid, nt
+    shape, scan, conv, short_run, conv_w, conv_state, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, rounding,
+    rounded, w, tokens, tid, nt,
 ):  # fmt: skip
-    """All rows, for each head of this thread's share."""
-    lo: T.let[T.int64] = share(shape.Hv, tid, nt)
-    for task in T.serial(share(shape.Hv, tid + 1, nt) - lo):
-        head: T.let[T.int64] = lo + task
-        base: T.let[T.int64] = shape.state(slots[0], head)
+    """All rows, for the value heads of each key head of this thread's share."""
+    conv_base: T.let[T.int64] = slots[0] * 16 + conv.slot_offset
+    lo: T.let[T.int64] = share(shape.Hk, tid, nt)
+    for task in T.serial(share(shape.Hk, tid + 1, nt) - lo):
+        key_head: T.let[T.int64] = lo + task
         if tokens < short_run:
-            for row in T.serial(tokens):
-                recurrent_step(
-                    shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, base, y, row, head
-                )
-                rounding.columns(y, row, rounded, head * shape.Dv, shape.Dv)
-        else:
-            pack_state(scan, w, state, base)
-            for chunk in T.serial(T.truncdiv(tokens + (scan.rows - 1), T.int64(scan.rows))):
-                first: T.let[T.int64] = chunk * scan.rows
-                live: T.let[T.int64] = T.min(tokens - first, T.int64(scan.rows))
-                scan_chunk(scan, qkv, a, b, a_log, dt_bias, w, y, head, first, live)
-                for i in T.serial(live):
-                    gated_norm(
-                        shape,
-                        vector_of_row(y, first + i, head * shape.Dv, shape.lanes),
-                        z, norm_w, y, first + i, head,
-                    )  # fmt: skip
-                    rounding.columns(y, first + i, rounded, head * shape.Dv, shape.Dv)
-            unpack_state(scan, w, state, base)
+            convolve_key_head(
+                shape, conv, qkv, conv_w, conv_state, conv_base, T.int64(0), tokens, key_head
+            )
+        for member in T.serial(T.int64(shape.ratio)):
+            head: T.let[T.int64] = key_head * shape.ratio + member
+            base: T.let[T.int64] = shape.state(slots[0], head)
+            if tokens < short_run:
+                for row in T.serial(tokens):
+                    recurrent_step(
+                        shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, base, y, row, head
+                    )
+                    rounding.columns(y, row, rounded, head * shape.Dv, shape.Dv)
+            else:
+                pack_state(scan, w, state, base)
+                for chunk in T.serial(T.truncdiv(tokens + (scan.rows - 1), T.int64(scan.rows))):
+                    first: T.let[T.int64] = chunk * scan.rows
+                    live: T.let[T.int64] = T.min(tokens - first, T.int64(scan.rows))
+                    if member == 0:
+                        convolve_key_head(
+                            shape, conv, qkv, conv_w, conv_state, conv_base, first, live, key_head
+                        )
+                    scan_chunk(scan, qkv, a, b, a_log, dt_bias, w, y, head, first, live)
+                    for i in T.serial(live):
+                        gated_norm(
+                            shape,
+                            vector_of_row(y, first + i, head * shape.Dv, shape.lanes),
+                            z, norm_w, y, first + i, head,
+                        )  # fmt: skip
+                        rounding.columns(y, first + i, rounded, head * shape.Dv, shape.Dv)
+                unpack_state(scan, w, state, base)
 
 
-def _sequence_kernel(shape: DeltaShape, rounding: Rounding, short_run: int) -> tirx.PrimFunc:
+def _sequence_kernel(
+    shape: DeltaShape, conv: ConvShape, rounding: Rounding, short_run: int
+) -> tirx.PrimFunc:
     scan = scan_shape(shape)
 
     @T.prim_func(private=True, s_tir=True)
     def gated_delta_kernel(
+        CONV_W: T.handle("float32"),
+        CONV_STATE: T.handle("float32"),
         QKV: T.handle("float32"),
         Z: T.handle("float32"),
         B: T.handle("float32"),
@@ -139,6 +174,8 @@ def _sequence_kernel(shape: DeltaShape, rounding: Rounding, short_run: int) -> t
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
+        conv_w = T.decl_buffer((conv.taps, conv.channels), "float32", data=CONV_W)
+        conv_state = T.decl_buffer((T.int64(1) << 48,), "float32", data=CONV_STATE)
         qkv = T.decl_buffer((tokens, ld_qkv), "float32", data=QKV)
         z = T.decl_buffer((tokens, ld_z), "float32", data=Z)
         b = T.decl_buffer((tokens, ld_b), "float32", data=B)
@@ -152,32 +189,12 @@ def _sequence_kernel(shape: DeltaShape, rounding: Rounding, short_run: int) -> t
         rounded = T.decl_buffer((tokens, ld_rounded), "int32", data=ROUNDED)
         w = T.decl_buffer((scan.total,), "float32", data=SCRATCH, elem_offset=worker * scan.total)
         run_sequence(
-            shape, scan, short_run, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, rounding, rounded, w,
-            tokens, tid, nt,
+            shape, scan, conv, short_run, conv_w, conv_state, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y,
+            rounding, rounded, w, tokens, tid, nt,
         )  # fmt: skip
         return T.int32(0)
 
     return gated_delta_kernel
-
-
-@T.inline
-def convolve_key_head(shape, conv, x, w, state, base, row, key_head):
-    """Convolve what one key head and its value heads read of a row: queries, keys, values."""
-    for part in T.serial(T.int64(3)):
-        begin: T.let[T.int64] = T.Select(
-            part == 2,
-            shape.v(key_head * shape.ratio),
-            part * (shape.Hk * shape.Dk) + key_head * shape.Dk,
-        )
-        width: T.let[T.int64] = T.Select(
-            part == 2, T.int64(shape.ratio * shape.Dv), T.int64(shape.Dk)
-        )
-        for block in T.serial(T.truncdiv(width + (BLOCK_CHANNELS - 1), T.int64(BLOCK_CHANNELS))):
-            start: T.let[T.int64] = block * BLOCK_CHANNELS
-            vectors: T.let[T.int64] = T.truncdiv(
-                T.min(width - start, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
-            )
-            convolve_run(conv, x, w, state, base, row, T.int64(1), begin + start, vectors)
 
 
 def _decode_kernel(shape: DeltaShape, conv: ConvShape, rounding: Rounding) -> tirx.PrimFunc:
@@ -225,7 +242,9 @@ def _decode_kernel(shape: DeltaShape, conv: ConvShape, rounding: Rounding) -> ti
             row: T.let[T.int64] = T.truncdiv(first + task, T.int64(shape.Hk))
             key_head: T.let[T.int64] = first + task - row * shape.Hk
             conv_base: T.let[T.int64] = slots[row] * 16 + conv.slot_offset
-            convolve_key_head(shape, conv, qkv, conv_w, conv_state, conv_base, row, key_head)
+            convolve_key_head(
+                shape, conv, qkv, conv_w, conv_state, conv_base, row, T.int64(1), key_head
+            )
             for member in T.serial(T.int64(shape.ratio)):
                 head: T.let[T.int64] = key_head * shape.ratio + member
                 base: T.let[T.int64] = shape.state(slots[row], head)

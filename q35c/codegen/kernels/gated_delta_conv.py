@@ -3,8 +3,8 @@
     y[t, c] = silu(sum over j < K of w[j, c] * u[t + j, c])      u = the state's K-1 rows, then x
 
 y takes the place of x: rows are walked from the last to the first, so what a row needs is still there (into a second array
-it took a quarter longer). The state becomes the last K-1 rows of u. Threads split the channels, so nothing is shared
-between them. Channels are walked in blocks whose weights and window stay in L1; x is read once and written once: that is
+it took a quarter longer). The state becomes the last K-1 rows of u. The kernels of gated_delta.py convolve the channels of one
+key head and a chunk of rows at a time. Channels are walked in blocks whose weights and window stay in L1; x is read once and written once: that is
 the limit, after the exponential of SiLU.
 """
 
@@ -13,13 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tvm import tirx
 from tvm.script import tirx as T
 
-from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import STACK, Expr, ramp, share, vsilu
+from q35c.codegen.kernels.common import STACK, Expr, ramp, vsilu
 
-GRAIN = 16  # channels that threads share out: one cache line
 BLOCK_CHANNELS = 512  # 2 KiB of each of K weight rows and of the rows in use
 GROUP_ROWS = (
     4  # computed together: their inputs overlap, and 4 exponentials hide each other's latency
@@ -111,43 +108,3 @@ def convolve_run(shape, x, w, state, base, first, count, begin, vectors):
         for v in T.serial(vectors):
             at: T.let[T.int64] = base + i * shape.channels + begin + v * shape.lanes
             state[ramp(at, shape.lanes)] = saved[i, ramp(v * shape.lanes, shape.lanes)]
-
-
-def conv_update(C: int, K: int, slot_offset_bytes: int, isa: Isa) -> tirx.PrimFunc:
-    """Build the convolution kernel; C is a multiple of 16, K is 2 to 4.
-
-    Params: X f32[T, C], which is replaced, W f32[K, C], STATE, SLOTS i64[1], T, ld_x, tid, nt. The state of a sequence is
-    f32[K-1, C], oldest row first. All rows continue sequence 0; in decode, `gated_delta_decode` convolves.
-    """
-    shape = ConvShape(C, K, isa.lanes, slot_offset_bytes // 4)
-
-    @T.prim_func(private=True, s_tir=True)
-    def conv_update_kernel(
-        X: T.handle("float32"),
-        W: T.handle("float32"),
-        STATE: T.handle("float32"),
-        SLOTS: T.handle("int64"),
-        tokens: T.int64,
-        ld_x: T.int64,
-        tid: T.int32,
-        nt: T.int32,
-    ) -> T.int32:
-        T.func_attr({"tirx.noalias": True})
-        x = T.decl_buffer((tokens, ld_x), "float32", data=X)
-        w = T.decl_buffer((K, C), "float32", data=W)
-        state = T.decl_buffer((T.int64(1) << 48,), "float32", data=STATE)
-        slots = T.decl_buffer((1,), "int64", data=SLOTS)
-        base: T.let[T.int64] = slots[0] * 16 + shape.slot_offset
-        low: T.let[T.int64] = share(C // GRAIN, tid, nt) * GRAIN
-        high: T.let[T.int64] = share(C // GRAIN, tid + 1, nt) * GRAIN
-        for block in T.serial(
-            T.truncdiv(high - low + (BLOCK_CHANNELS - 1), T.int64(BLOCK_CHANNELS))
-        ):
-            begin: T.let[T.int64] = low + block * BLOCK_CHANNELS
-            vectors: T.let[T.int64] = T.truncdiv(
-                T.min(high - begin, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
-            )
-            convolve_run(shape, x, w, state, base, T.int64(0), tokens, begin, vectors)
-        return T.int32(0)
-
-    return conv_update_kernel
