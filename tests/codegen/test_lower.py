@@ -14,7 +14,7 @@ from q35c.artifact import layout
 from q35c.codegen.generate import Limits, barrier_bytes, describe_entries, describe_state
 from q35c.codegen.kernels.families import FAMILIES
 from q35c.codegen.lower import lower
-from q35c.codegen.lowering import Shared
+from q35c.codegen.lowering import Shared, spread
 from q35c.codegen.target import find_target
 from q35c.errors import LoweringError
 from q35c.frontend.importer import import_program
@@ -95,3 +95,9 @@ def test_decode_splits_suit_every_thread_count(kv_heads: int) -> None:
         assert busiest * threads <= 1.5 * tasks
     assert target.decode_splits(kv_heads, 64) == 1
     assert 4096 // target.decode_splits(kv_heads, 4096) >= target.split_cells // 2
+
+
+def test_long_rows_take_an_odd_number_of_cache_lines() -> None:
+    """Rows at a power of two would meet in a few sets of a cache; short ones and odd ones stay as they are."""
+    assert [spread(words) for words in (64, 256, 1024, 8192)] == [64, 256, 1040, 8208]
+    assert spread(1040) == 1040 and spread(520) == 520
