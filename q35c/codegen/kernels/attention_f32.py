@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from q35c.codegen.kernels.attention_shape import CELLS, LOWEST, TILE_ROWS, AttentionShape
-from q35c.codegen.kernels.common import STACK, Expr, hmax, hsum, ramp, splat, vexp
+from q35c.codegen.kernels.common import STACK, Expr, fetch, hmax, hsum, ramp, splat, vexp
 
 _VECTORS = 2  # vectors of a register tile, in keys or in dims
 _DIMS = 128  # of keys in one panel: it takes 8 or 16 KiB of L1, beside the same dims of a task's queries
@@ -52,10 +52,17 @@ def attend(
         keys = T.Bind(shape.cache.key(base, kv_head, block))
         values = T.Bind(shape.cache.value(base, kv_head, block * CELLS))
         cells = T.Bind(T.min(end_cell - block * CELLS, T.int64(CELLS)))
+        following = T.Bind(T.min(block + 1, end_block - 1))
+        ahead = (
+            T.Bind(shape.cache.key(base, kv_head, following)),
+            T.Bind(shape.cache.value(base, kv_head, following * CELLS)),
+        )
         for column in range(0, CELLS, _VECTORS * lanes):
             for dim in range(0, shape.D, _DIMS):
                 dims, corner = min(_DIMS, shape.D - dim), keys + (dim * CELLS + column)
                 panel = _panel(shape, state, corner, CELLS, T.int64(dims), _VECTORS, wide)
+                if _fetches(shape) and column < 2 * _VECTORS * lanes:
+                    panel = _fetching(state, ahead[column > 0] + dim * CELLS, panel)
                 with T.serial(T.int64(shape.tiles)) as tile:
                     queries = [query_of(live(tile * TILE_ROWS + r)) for r in range(TILE_ROWS)]
                     place = (tile * TILE_ROWS, column)
@@ -86,6 +93,26 @@ def _panel(
         for j in range(vectors):
             T.buffer_store(wide, load(k, j), [k, j, ramp(0, lanes)])
     return lambda k, j: wide[k, j, ramp(0, lanes)]
+
+
+def _fetches(shape: AttentionShape) -> bool:
+    """Tell whether a task fetches its next block into L2 while it multiplies this one: one that meets it only once.
+
+    Values are read in columns, which the processor's own prefetching does not follow. A block has a cache line of bf16 keys
+    for each dim, and as many of values.
+    """
+    return shape.tiles == 1 and shape.cache.dtype == "bf16"
+
+
+def _fetching(state: Expr, ahead: Expr, panel: Panel) -> Panel:
+    """Return a panel that fetches line k from `ahead` on with its row k."""
+
+    def load(k: Expr, j: int) -> Expr:
+        if j == 0:
+            fetch(state[ahead + k * CELLS], 2)
+        return panel(k, j)
+
+    return load
 
 
 def _clear_row(shape: AttentionShape, w: Expr, at: Expr) -> None:
