@@ -20,12 +20,11 @@ from q35c.ir.types import DTYPE_BYTES
 PARTS_PER_THREAD = 32  # a thread waits for at most a thirty-second of its own work
 FEWEST_PARTS = 4  # for each thread: fewer leave one without work longer than equal shares do
 PART_BYTES = 256 << 10  # least work of a part: what takes about 10 us to read
-DIVISION_ROWS = 8  # rows that cost about as much as reading the weights does
 
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """Say into how many parts a kernel's work can be divided, and how many bytes each 8 rows of it are worth."""
+    """Say into how many parts a kernel's work can be divided, and how many bytes each BLOCK_COST_ROWS rows of it are worth."""
 
     most: int
     bytes: int

@@ -122,12 +122,11 @@ def lower_rotary_table(low: Lowering, op: Op) -> None:
 
 def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, conv, delta = op.operands
-    _, _, taps = conv_w.type.shape
     _, value_heads, key_dim, value_dim = delta.type.shape
     shared, view = low.shared, low.views
     x = overwritten(low, op, qkv)  # by their convolution
     shape = {
-        "Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim, "K": taps,
+        "Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim, "K": width(conv_w),
         "eps": op.attrs["eps"], "slot_offset_bytes": 0,
     }  # fmt: skip
     vectors = [shared.weight("vector", w) for w in (a_log, dt_bias, norm_w)]

@@ -17,14 +17,14 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from q35c.codegen.division import (
-    DIVISION_ROWS,
     FEWEST_PARTS,
     PART_BYTES,
     PARTS_PER_THREAD,
     Division,
 )
 from q35c.codegen.kernels.common import STACK
-from q35c.codegen.kernels.sync import PART_COUNTERS
+from q35c.codegen.kernels.experts import BLOCK_COST_ROWS
+from q35c.codegen.kernels.sync import DIVIDED_CALLS, PART_COUNTERS
 from q35c.errors import LoweringError
 
 Blob = Literal["weights", "state", "arena", "io", "barrier"]
@@ -152,7 +152,8 @@ def entry_function(
 
 
 def _statements(calls: Sequence[Call | Barrier], parameters: Parameters) -> list[tirx.Stmt]:
-    statements, divided = [], 0
+    statements: list[tirx.Stmt] = []
+    divided = 0
     for call in calls:
         if isinstance(call, Barrier):
             statements.append(_wait(parameters))
@@ -160,7 +161,10 @@ def _statements(calls: Sequence[Call | Barrier], parameters: Parameters) -> list
         elif call.divided is None:
             statements.append(_run(call, parameters, {}))
         else:
-            statements.append(_take_parts(call, call.divided, divided, parameters))
+            taken = _take_parts(call, call.divided, divided % DIVIDED_CALLS, parameters)
+            # The first counter serves again: all threads must have left it.
+            is_full = divided and divided % DIVIDED_CALLS == 0
+            statements.append(tirx.SeqStmt([_wait(parameters), taken]) if is_full else taken)
             divided += 1
     return statements
 
@@ -198,7 +202,7 @@ def _take_parts(call: Call, division: Division, number: int, parameters: Paramet
 
 def _count_parts(division: Division, parameters: Parameters) -> Any:
     """Return the number of parts, which is that of the threads if parts would be too small or too few."""
-    turns = T.truncdiv(parameters.tokens + (DIVISION_ROWS - 1), T.int64(DIVISION_ROWS))
+    turns = T.truncdiv(parameters.tokens + (BLOCK_COST_ROWS - 1), T.int64(BLOCK_COST_ROWS))
     worth = T.truncdiv(turns * T.int64(division.bytes), T.int64(PART_BYTES))
     worth = T.cast(T.min(worth, T.int64(division.most)), "int32")
     parts = T.min(worth, parameters.nt * PARTS_PER_THREAD)

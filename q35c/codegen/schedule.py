@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from q35c.codegen.division import Division
-from q35c.codegen.kernels.sync import BARRIER_BYTES, DIVIDED_CALLS
+from q35c.codegen.kernels.sync import BARRIER_BYTES
 from q35c.codegen.program import (
     Argument,
     Barrier,
@@ -107,12 +107,10 @@ class Schedule:
     def place(self, plan: MemoryPlan, places: Places) -> list[Call | Barrier]:
         """Return the program: calls with final offsets, barriers only where a hazard needs one."""
         program: list[Call | Barrier] = []
-        hazards, divided = Hazards(plan, places), 0
+        hazards = Hazards(plan, places)
         for step in self.steps:
-            if hazards.need_barrier(step) or divided == DIVIDED_CALLS:
+            if hazards.need_barrier(step):
                 program.append(Barrier())
-                divided = 0
-            divided += step.divided is not None
             args = [resolve(argument, plan, places) for argument in step.args]
             part = (Part(), Parts()) if step.divided else (Tid(), Nt())
             program.append(Call(step.kernel, (*args, *part), step.divided))

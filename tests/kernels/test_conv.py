@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import share
-from q35c.codegen.kernels.gated_delta_conv import BLOCK_CHANNELS, ConvShape, convolve_run
+from q35c.codegen.kernels.gated_delta_conv import ConvShape, convolve_channels
 from q35c.ir import reference
 from tests.kernels.harness import EACH_ISA, Kernels, assert_close, build_kernels, guard
 
@@ -45,14 +45,7 @@ def convolution(C: int, K: int, isa: Isa) -> Any:
         base: T.let[T.int64] = slots[0] * 16 + shape.slot_offset
         low: T.let[T.int64] = share(C // GRAIN, tid, nt) * GRAIN
         high: T.let[T.int64] = share(C // GRAIN, tid + 1, nt) * GRAIN
-        for block in T.serial(
-            T.truncdiv(high - low + (BLOCK_CHANNELS - 1), T.int64(BLOCK_CHANNELS))
-        ):
-            begin: T.let[T.int64] = low + block * BLOCK_CHANNELS
-            vectors: T.let[T.int64] = T.truncdiv(
-                T.min(high - begin, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
-            )
-            convolve_run(shape, x, w, state, base, T.int64(0), tokens, begin, vectors)
+        convolve_channels(shape, x, w, state, base, T.int64(0), tokens, low, high - low)
         return T.int32(0)
 
     return convolution_kernel

@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 
 from q35c.codegen.build import build_shared
 from q35c.codegen.division import FEWEST_PARTS, PART_BYTES, PARTS_PER_THREAD, Division, division_of
-from q35c.codegen.kernels.sync import BARRIER_BYTES, PART_COUNTERS
+from q35c.codegen.kernels.sync import BARRIER_BYTES, DIVIDED_CALLS, PART_COUNTERS
 from q35c.codegen.program import Barrier, Call, Part, Parts, Pointer, Tid, program_entry
 from q35c.runtime.library import Arguments, Library, Workers
 from tests.kernels.harness import ISA, guard
@@ -16,6 +16,7 @@ from tests.kernels.harness import ISA, guard
 MOST = 100
 SLOW = Division(MOST, PART_BYTES)  # a part for each 8 tokens
 FINE = Division(7, 1 << 50)
+MANY = 2 * DIVIDED_CALLS + 3
 NEXT = 4 * (MOST + 28)  # bytes from one array of the arena to the next
 
 
@@ -34,7 +35,9 @@ def library():
 
     # The first two have no barrier between them: a thread may begin the second while others do the first.
     calls = [call(0, SLOW), call(1, FINE), Barrier(), call(2, SLOW)]
-    return Library(build_shared({"mark": mark}, {"marks": program_entry("marks", calls)}, ISA))
+    many = [call(number, SLOW) for number in range(MANY)]
+    programs = {n: program_entry(n, c) for n, c in (("marks", calls), ("many", many))}
+    return Library(build_shared({"mark": mark}, programs, ISA))
 
 
 def parts_of(division: Division, tokens: int, threads: int) -> int:
@@ -57,6 +60,17 @@ def test_every_part_is_done_once(library, threads):
             parts = parts_of(division, tokens, threads)
             assert (row[:parts] == 1).all() and not row[parts:112].any()
             assert set(row[112:]) <= {0, parts}
+        assert not barrier[PART_COUNTERS // 4 :].any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_more_calls_than_counters(library, threads):
+    workers, barrier = Workers(threads), guard(np.zeros(BARRIER_BYTES // 4, np.int32))
+    for _ in range(20):
+        arena = guard(np.zeros((MANY, NEXT // 4), np.int32))
+        addresses = (0, 0, arena.ctypes.data, 0, barrier.ctypes.data)
+        workers.run(library.entry("many"), Arguments(*addresses, 1000))
+        assert (arena[:, : parts_of(SLOW, 1000, threads)] == 1).all()
         assert not barrier[PART_COUNTERS // 4 :].any()
 
 

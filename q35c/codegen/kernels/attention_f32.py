@@ -57,12 +57,14 @@ def attend(
             T.Bind(shape.cache.key(base, kv_head, following)),
             T.Bind(shape.cache.value(base, kv_head, following * CELLS)),
         )
-        for column in range(0, CELLS, _VECTORS * lanes):
+        passes = range(0, CELLS, _VECTORS * lanes)
+        for number, column in enumerate(passes):
             for dim in range(0, shape.D, _DIMS):
                 dims, corner = min(_DIMS, shape.D - dim), keys + (dim * CELLS + column)
                 panel = _panel(shape, state, corner, CELLS, T.int64(dims), _VECTORS, wide)
-                if _fetches(shape) and column < 2 * _VECTORS * lanes:
-                    panel = _fetching(state, ahead[column > 0] + dim * CELLS, panel)
+                if _fetches(shape):
+                    starts = [start + dim * CELLS for start in ahead[number :: len(passes)]]
+                    panel = _fetching(state, starts, panel)
                 with T.serial(T.int64(shape.tiles)) as tile:
                     queries = [query_of(live(tile * TILE_ROWS + r)) for r in range(TILE_ROWS)]
                     place = (tile * TILE_ROWS, column)
@@ -104,12 +106,13 @@ def _fetches(shape: AttentionShape) -> bool:
     return shape.tiles == 1 and shape.cache.dtype == "bf16"
 
 
-def _fetching(state: Expr, ahead: Expr, panel: Panel) -> Panel:
-    """Return a panel that fetches line k from `ahead` on with its row k."""
+def _fetching(state: Expr, starts: list[Expr], panel: Panel) -> Panel:
+    """Return a panel that fetches line k from each start on with its row k."""
 
     def load(k: Expr, j: int) -> Expr:
         if j == 0:
-            fetch(state[ahead + k * CELLS], 2)
+            for start in starts:
+                fetch(state[start + k * CELLS], 2)
         return panel(k, j)
 
     return load

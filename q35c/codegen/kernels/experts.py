@@ -19,7 +19,7 @@ from q35c.codegen.kernels.quantize import Rounding
 from q35c.codegen.kernels.rounded_blocks import RoundedRows, sweep_rounded
 
 # Reading one block of weights from memory costs about as much as computing this many rows.
-_BLOCK_COST_ROWS = 8
+BLOCK_COST_ROWS = 8
 
 Range = tuple[Expr, Expr]  # from the first to before the last
 
@@ -225,12 +225,12 @@ def _share_experts(
     """
     (_, active, offsets, count), (tid, nt) = groups, thread
     experts = T.Bind(T.cast(count[0], "int64"))
-    whole = T.Bind((_wide(offsets[count[0]]) + experts * _BLOCK_COST_ROWS) * blocks)
+    whole = T.Bind((_wide(offsets[count[0]]) + experts * BLOCK_COST_ROWS) * blocks)
     low, high = T.Bind(share(whole, tid, nt)), T.Bind(share(whole, tid + 1, nt))
     with T.serial(experts) as a:
         begin, end = T.Bind(_wide(offsets[a])), T.Bind(_wide(offsets[a + 1]))
-        cost = T.Bind(end - begin + _BLOCK_COST_ROWS)
-        before = T.Bind((begin + a * _BLOCK_COST_ROWS) * blocks)
+        cost = T.Bind(end - begin + BLOCK_COST_ROWS)
+        before = T.Bind((begin + a * BLOCK_COST_ROWS) * blocks)
         first, last = (T.Bind(_blocks_before(t, before, cost, blocks)) for t in (low, high))
         emit(a, T.Bind(_wide(active[a]) * blocks), (first, last), (begin, end))
 

@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import share
-from q35c.codegen.kernels.gated_delta_conv import BLOCK_CHANNELS, ConvShape, convolve_run
+from q35c.codegen.kernels.gated_delta_conv import ConvShape, convolve_channels
 from q35c.codegen.kernels.gated_delta_scan import (
     pack_state,
     scan_chunk,
@@ -90,12 +90,7 @@ def convolve_key_head(shape, conv, x, w, state, base, first, count, key_head):
         width: T.let[T.int64] = T.Select(
             part == 2, T.int64(shape.ratio * shape.Dv), T.int64(shape.Dk)
         )
-        for block in T.serial(T.truncdiv(width + (BLOCK_CHANNELS - 1), T.int64(BLOCK_CHANNELS))):
-            start: T.let[T.int64] = block * BLOCK_CHANNELS
-            vectors: T.let[T.int64] = T.truncdiv(
-                T.min(width - start, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
-            )
-            convolve_run(conv, x, w, state, base, first, count, begin + start, vectors)
+        convolve_channels(conv, x, w, state, base, first, count, begin, width)
 
 
 @T.inline

@@ -3,9 +3,9 @@
     y[t, c] = silu(sum over j < K of w[j, c] * u[t + j, c])      u = the state's K-1 rows, then x
 
 y takes the place of x: rows are walked from the last to the first, so what a row needs is still there (into a second array
-it took a quarter longer). The state becomes the last K-1 rows of u. The kernels of gated_delta.py convolve the channels of one
-key head and a chunk of rows at a time. Channels are walked in blocks whose weights and window stay in L1; x is read once and written once: that is
-the limit, after the exponential of SiLU.
+it took a quarter longer). The state becomes the last K-1 rows of u. The kernels of gated_delta.py convolve the channels of
+one key head and a chunk of rows at a time. Channels are walked in blocks whose weights and window stay in L1; x is read once
+and written once: that is the limit, after the exponential of SiLU.
 """
 
 from __future__ import annotations
@@ -108,3 +108,14 @@ def convolve_run(shape, x, w, state, base, first, count, begin, vectors):
         for v in T.serial(vectors):
             at: T.let[T.int64] = base + i * shape.channels + begin + v * shape.lanes
             state[ramp(at, shape.lanes)] = saved[i, ramp(v * shape.lanes, shape.lanes)]
+
+
+@T.inline
+def convolve_channels(shape, x, w, state, base, first, count, begin, width):
+    """Convolve `count` rows from `first`, and their state, in `width` channels from `begin`, whole vectors."""
+    for block in T.serial(T.truncdiv(width + (BLOCK_CHANNELS - 1), T.int64(BLOCK_CHANNELS))):
+        start: T.let[T.int64] = block * BLOCK_CHANNELS
+        vectors: T.let[T.int64] = T.truncdiv(
+            T.min(width - start, T.int64(BLOCK_CHANNELS)), T.int64(shape.lanes)
+        )
+        convolve_run(shape, x, w, state, base, first, count, begin + start, vectors)
