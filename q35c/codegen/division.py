@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from q35c.codegen.kernels.attention_shape import QUERY_TOKENS
+from q35c.codegen.kernels.attention_shape import QUERY_ROWS
 from q35c.codegen.kernels.common import BLOCK, ceil_div
 from q35c.codegen.kernels.linear import FEW_BLOCKS
 from q35c.ir.formats import integer_format
@@ -61,10 +61,12 @@ def _experts(N: int, K: int, dtype: str, top_k: int) -> Division:
     return Division(top_k * ceil_div(N, BLOCK), top_k * _weight_bytes(N, K, dtype))
 
 
-def _attention(Hkv: int, D: int, context: int, rows: str, splits: int, **_: Any) -> Division:
+def _attention(
+    Hq: int, Hkv: int, D: int, context: int, rows: str, splits: int, **_: Any
+) -> Division:
     if rows == "batch":  # keys and values, were the sequence half as long as it may become
         return Division(Hkv * splits, context // 2 * Hkv * D * 4)
-    return Division(Hkv * ceil_div(context, QUERY_TOKENS), PART_BYTES)
+    return Division(ceil_div(Hq * context, QUERY_ROWS), PART_BYTES)
 
 
 def _gated_delta(Hk: int, Hv: int, Dk: int, Dv: int, **_: Any) -> Division:

@@ -7,7 +7,7 @@ of 32 keys while it is in L1, in register tiles of a few rows. In decode the cel
 that `attention_combine` merges, so that threads share one sequence.
 
 This file has the tasks and the combine. A task is done in f32 by attention_f32.py or, for a cache of pairs, bf16 or
-int8, by attention_pairs.py, in steps of 64 cells and with its maxima in powers of two.
+int8, by attention_pairs.py, with its maxima in powers of two; both take steps of 64 cells.
 
 Limit: FMA rate in prefill (4 T S D per head); bandwidth of the cache, 2 S D elements per key head, in decode.
 """
@@ -27,6 +27,7 @@ from q35c.codegen.kernels.attention_pairs import Form, attend_paired, whole_powe
 from q35c.codegen.kernels.attention_shape import (
     CELLS,
     LOWEST,
+    STEP,
     AttentionShape,
     make_cache,
     query_tokens,
@@ -106,7 +107,7 @@ def run_sequence(
         first: T.let[T.int64] = group * shape.query_tokens
         live: T.let[T.int64] = T.min(tokens - first, T.int64(shape.query_tokens))
         end: T.let[T.int64] = start + first + live
-        steps: T.let[T.int64] = T.truncdiv(end + (shape.step - 1), T.int64(shape.step))
+        steps: T.let[T.int64] = T.truncdiv(end + (STEP - 1), T.int64(STEP))
         attend_in_layout(
             shape, q, state, base, kv_head, first, tokens, start, T.int64(0), steps, end, w, at
         )
@@ -130,7 +131,7 @@ def run_batch(shape, q, state, slots, starts, w, tokens, tid, nt):
         row: T.let[T.int64] = T.truncdiv(head_task, T.int64(shape.Hkv))
         kv_head: T.let[T.int64] = head_task - row * shape.Hkv
         cell: T.let[T.int64] = T.cast(starts[row], "int64")
-        steps: T.let[T.int64] = T.truncdiv(cell + shape.step, T.int64(shape.step))
+        steps: T.let[T.int64] = T.truncdiv(cell + STEP, T.int64(STEP))
         begin: T.let[T.int64] = T.truncdiv(steps * split, T.int64(shape.splits))
         end: T.let[T.int64] = T.truncdiv(steps * (split + 1), T.int64(shape.splits))
         # start is chosen so that the row's limit, start + row, is its own cell.

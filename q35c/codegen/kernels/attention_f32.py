@@ -1,8 +1,9 @@
 """The form of attention that computes in f32: for an f32 cache, and for bf16 where there are no products of pairs.
 
-Panels of a block of 32 keys, and of its values, are the outer loops: a few vectors of keys over all dims, or of dims
-over all cells. Where several tiles of 4 rows meet a panel of bf16 it is widened once, into L1; a single tile, as in
-decode, widens as it multiplies. Cells that were never written are selected away, never multiplied: they may hold
+Per step of 64 cells, for all rows of a task: scores, the weights, then the sums. Panels of a block of 32 keys, and of the
+step's values, are the outer loops: keys over some dims, or a few vectors of dims over all cells. Where several register tiles
+of rows meet a panel of bf16 it is widened once, into L1; a single tile, as in decode, widens as it multiplies. Queries lie
+ready in the order in which tiles read them. Cells that were never written are selected away, never multiplied: they may hold
 anything.
 """
 
@@ -12,72 +13,83 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from q35c.codegen.kernels.attention_shape import CELLS, LOWEST, TILE_ROWS, AttentionShape
+from q35c.codegen.kernels.attention_shape import CELLS, LOWEST, STEP, AttentionShape
 from q35c.codegen.kernels.common import STACK, Expr, fetch, hmax, hsum, ramp, splat, vexp
 
 _VECTORS = 2  # vectors of a register tile, in keys or in dims
-_DIMS = 128  # of keys in one panel: it takes 8 or 16 KiB of L1, beside the same dims of a task's queries
+_DIMS = 128  # of keys in one panel: in f32 it takes 16 KiB, half of L1
 
 Panel = Callable[[Expr, int], Expr]  # k, j -> the j-th vector of row k
 
 
 def attend(
     shape: AttentionShape, q: Expr, state: Expr, base: Expr, kv_head: Expr, first: Expr, tokens: Expr,
-    start: Expr, first_block: Expr, end_block: Expr, end_cell: Expr, w: Expr, at: Expr,
+    start: Expr, first_step: Expr, end_step: Expr, end_cell: Expr, w: Expr, at: Expr,
 ) -> None:  # fmt: skip
-    """Emit one task: its rows attend to blocks first_block..end_block of cells before end_cell.
+    """Emit one task: its rows attend to steps first_step..end_step of 64 cells before end_cell.
 
     Row r is query head kv_head * group + r % group of token first + r // group; rows beyond the last token
     repeat it and are not stored. A row's D sums, its maximum and its sum of weights are left in w.
     """
-    lanes, rows = shape.lanes, shape.tiles * TILE_ROWS
-    scores = T.alloc_buffer((rows, CELLS), "float32", annotations=STACK)
-    wide = T.alloc_buffer((_DIMS, _VECTORS, lanes), "float32", annotations=STACK)
+    lanes, height = shape.lanes, shape.tile_rows
+    queries = T.alloc_buffer((shape.tiles, shape.D, height), "float32", annotations=STACK)
+    scores = T.alloc_buffer((shape.tiles * height, STEP), "float32", annotations=STACK)
+    wide = T.alloc_buffer((_DIMS, CELLS), "float32", annotations=STACK)
+    live_rows = T.Bind(T.min(tokens - first, T.int64(shape.query_tokens)) * shape.group)
+    tiles = T.Bind(T.truncdiv(live_rows + (height - 1), T.int64(height)))
 
     def token_of(row: Expr) -> Expr:
-        return T.Bind(T.min(first + T.truncdiv(row, T.int64(shape.group)), tokens - 1))
+        """Return a row's token; rows behind the last repeat it."""
+        return T.Bind(first + T.truncdiv(T.min(row, live_rows - 1), T.int64(shape.group)))
 
-    def query_of(row: Expr) -> tuple[Expr, Expr]:
-        """Return a row's token, and where in it its query begins."""
+    with T.serial(tiles) as tile, T.serial(T.int64(height)) as r:
+        row = T.Bind(tile * height + r)
         head = kv_head * shape.group + T.truncmod(row, T.int64(shape.group))
-        return token_of(row), T.Bind(head * shape.D)
-
-    def live(row: Expr) -> Expr:
-        return T.Bind(T.min(row, T.int64(shape.rows - 1)))
-
-    with T.serial(T.int64(rows)) as row:
+        token, column = token_of(row), T.Bind(head * shape.D)
+        with T.serial(T.int64(shape.D)) as d:
+            T.buffer_store(queries, q[token, column + d], [tile, d, r])
         _clear_row(shape, w, T.Bind(at + row * shape.row_words))
-    with T.serial(end_block - first_block) as b:
-        block = T.Bind(first_block + b)
-        keys = T.Bind(shape.cache.key(base, kv_head, block))
-        values = T.Bind(shape.cache.value(base, kv_head, block * CELLS))
-        cells = T.Bind(T.min(end_cell - block * CELLS, T.int64(CELLS)))
-        following = T.Bind(T.min(block + 1, end_block - 1))
-        ahead = (
-            T.Bind(shape.cache.key(base, kv_head, following)),
-            T.Bind(shape.cache.value(base, kv_head, following * CELLS)),
-        )
-        passes = range(0, CELLS, _VECTORS * lanes)
-        for number, column in enumerate(passes):
-            for dim in range(0, shape.D, _DIMS):
-                dims, corner = min(_DIMS, shape.D - dim), keys + (dim * CELLS + column)
-                panel = _panel(shape, state, corner, CELLS, T.int64(dims), _VECTORS, wide)
-                if _fetches(shape):
-                    starts = [start + dim * CELLS for start in ahead[number :: len(passes)]]
-                    panel = _fetching(state, starts, panel)
-                with T.serial(T.int64(shape.tiles)) as tile:
-                    queries = [query_of(live(tile * TILE_ROWS + r)) for r in range(TILE_ROWS)]
-                    place = (tile * TILE_ROWS, column)
-                    _score_tile(shape, q, queries, (dim, dims), panel, scores, place)
-        with T.serial(T.int64(rows)) as row:
-            last_cell = T.Bind(T.cast(start + token_of(live(row)) - block * CELLS, "int32"))
+    with T.serial(end_step - first_step) as s:
+        step = T.Bind(first_step + s)
+        cells = T.Bind(T.min(end_cell - step * STEP, T.int64(STEP)))
+        with T.serial(T.truncdiv(cells + (CELLS - 1), T.int64(CELLS))) as number:
+            block = T.Bind(step * (STEP // CELLS) + number)
+            place = (base, kv_head, block, end_cell)
+            _score_block(shape, queries, state, place, tiles, scores, number * CELLS, wide)
+        with T.serial(tiles * height) as row:
+            last_cell = T.Bind(T.cast(start + token_of(row) - step * STEP, "int32"))
             _soften_row(shape, scores, row, last_cell, w, T.Bind(at + row * shape.row_words))
+        values = T.Bind(shape.cache.value(base, kv_head, step * STEP))
         width = _VECTORS * lanes
         with T.serial(T.int64(shape.D // width)) as v:
-            _add_values(shape, scores, state, values, cells, w, at, v * width, _VECTORS, wide)
+            _add_values(shape, scores, state, values, cells, tiles, w, at, v * width, _VECTORS, wide)  # fmt: skip
         if shape.D % width:
             rest = T.int64(shape.D - lanes)
-            _add_values(shape, scores, state, values, cells, w, at, rest, 1, wide)
+            _add_values(shape, scores, state, values, cells, tiles, w, at, rest, 1, wide)
+
+
+def _score_block(
+    shape: AttentionShape, queries: Expr, state: Expr, place: tuple[Expr, Expr, Expr, Expr], tiles: Expr,
+    scores: Expr, column: Expr, wide: Expr,
+) -> None:  # fmt: skip
+    """Emit scores[row, column + cell] = q . k for 32 keys, whose place is base, key head, block and the last cell's end."""
+    lanes, (base, kv_head, block, _) = shape.lanes, place
+    keys = T.Bind(shape.cache.key(base, kv_head, block))
+    ahead = _following(shape, place)
+    firsts = range(0, CELLS // lanes, _VECTORS)
+    for dim in range(0, shape.D, _DIMS):
+        dims, start = min(_DIMS, shape.D - dim), keys + dim * CELLS
+        panel = _panel(shape, state, start, CELLS, T.int64(dims), CELLS // lanes, wide)
+        with T.serial(tiles) as tile:
+            for turn, j in enumerate(firsts):
+                lines = [first + dim * CELLS for first in ahead[turn :: len(firsts)]]
+                part = _fetching(state, lines, _vectors_from(panel, j))
+                _score_tile(shape, queries, (dim, dims), part, scores, tile, column + j * lanes)
+
+
+def _vectors_from(panel: Panel, first: int) -> Panel:
+    """Return a panel without its first vectors."""
+    return lambda k, j: panel(k, first + j)
 
 
 def _panel(
@@ -93,17 +105,22 @@ def _panel(
         return load
     with T.serial(rows) as k:
         for j in range(vectors):
-            T.buffer_store(wide, load(k, j), [k, j, ramp(0, lanes)])
-    return lambda k, j: wide[k, j, ramp(0, lanes)]
+            T.buffer_store(wide, load(k, j), [k, ramp(j * lanes, lanes)])
+    return lambda k, j: wide[k, ramp(j * lanes, lanes)]
 
 
-def _fetches(shape: AttentionShape) -> bool:
-    """Tell whether a task fetches its next block into L2 while it multiplies this one: one that meets it only once.
+def _following(shape: AttentionShape, place: tuple[Expr, Expr, Expr, Expr]) -> list[Expr]:
+    """Return where the keys and values of the next block begin, if a task fetches them into L2 while it multiplies this one.
 
-    Values are read in columns, which the processor's own prefetching does not follow. A block has a cache line of bf16 keys
-    for each dim, and as many of values.
+    A task that meets a block only once does: values are read in columns, which the processor's own prefetching does not
+    follow. A block has a cache line of bf16 keys for each dim, and as many of values.
     """
-    return shape.tiles == 1 and shape.cache.dtype == "bf16"
+    if shape.tiles > 1 or shape.cache.dtype != "bf16":
+        return []
+    base, kv_head, block, end_cell = place
+    following = T.Bind(T.min(block + 1, T.truncdiv(end_cell - 1, T.int64(CELLS))))
+    value = shape.cache.value(base, kv_head, following * CELLS)
+    return [T.Bind(shape.cache.key(base, kv_head, following)), T.Bind(value)]
 
 
 def _fetching(state: Expr, starts: list[Expr], panel: Panel) -> Panel:
@@ -127,22 +144,21 @@ def _clear_row(shape: AttentionShape, w: Expr, at: Expr) -> None:
 
 
 def _score_tile(
-    shape: AttentionShape, q: Expr, queries: list[tuple[Expr, Expr]], dims: tuple[int, int], keys: Panel,
-    scores: Expr, corner: tuple[Expr, int],
+    shape: AttentionShape, queries: Expr, dims: tuple[int, int], keys: Panel, scores: Expr, tile: Expr, column: Expr
 ) -> None:  # fmt: skip
-    """Emit scores[row + r, column + cell] += q_r . k for a panel of cells and dims; the first dims begin at 0."""
-    lanes, (first, count), (row, column) = shape.lanes, dims, corner
+    """Emit scores[row, column + cell] += q . k for the rows of a tile, a panel of cells and dims; the first dims begin at 0."""
+    lanes, (first, count) = shape.lanes, dims
     acc = _tile(shape, _VECTORS)
     places = [
-        (r, j, [row + r, ramp(column + j * lanes, lanes)])
-        for r in range(TILE_ROWS)
+        (r, j, [tile * shape.tile_rows + r, ramp(column + j * lanes, lanes)])
+        for r in range(shape.tile_rows)
         for j in range(_VECTORS)
     ]
     for r, j, place in places:
         before = scores[*place] if first else splat(0.0, lanes)
         T.buffer_store(acc, before, [r, j, ramp(0, lanes)])
     with T.serial(T.int64(count)) as d:
-        factors = [q[token, place + first + d] for token, place in queries]
+        factors = [queries[tile, first + d, r] for r in range(shape.tile_rows)]
         _multiply_add(shape, acc, keys, d, factors)
     for r, j, place in places:
         T.buffer_store(scores, acc[r, j, ramp(0, lanes)], place)
@@ -156,7 +172,7 @@ def _soften_row(
     The factor for the sums so far is left behind the row's maximum and sum.
     """
     lanes = shape.lanes
-    columns = [ramp(v * lanes, lanes) for v in range(CELLS // lanes)]
+    columns = [ramp(v * lanes, lanes) for v in range(STEP // lanes)]
     seen = [
         T.ramp(T.int32(v * lanes), 1, lanes) <= T.broadcast(last_cell, lanes)
         for v in range(len(columns))
@@ -183,16 +199,16 @@ def _soften_row(
 
 
 def _add_values(
-    shape: AttentionShape, scores: Expr, state: Expr, values: Expr, cells: Expr, w: Expr, at: Expr,
+    shape: AttentionShape, scores: Expr, state: Expr, values: Expr, cells: Expr, tiles: Expr, w: Expr, at: Expr,
     column: Expr, vectors: int, wide: Expr,
 ) -> None:  # fmt: skip
     """Emit sums = sums * factor + weights V for all rows and a few vectors of dims."""
     lanes = shape.lanes
     panel = _panel(shape, state, values + column, shape.D, cells, vectors, wide)
-    with T.serial(T.int64(shape.tiles)) as tile:
-        row = T.Bind(tile * TILE_ROWS)
+    with T.serial(tiles) as tile:
+        row = T.Bind(tile * shape.tile_rows)
         acc = _tile(shape, vectors)
-        starts = [T.Bind(at + (row + r) * shape.row_words) for r in range(TILE_ROWS)]
+        starts = [T.Bind(at + (row + r) * shape.row_words) for r in range(shape.tile_rows)]
         sums = [
             (r, j, ramp(start + column + j * lanes, lanes))
             for r, start in enumerate(starts)
@@ -203,14 +219,14 @@ def _add_values(
             T.buffer_store(acc, w[place] * factor, [r, j, ramp(0, lanes)])
         with T.serial(cells) as cell:
             _multiply_add(
-                shape, acc, panel, cell, [scores[row + r, cell] for r in range(TILE_ROWS)]
+                shape, acc, panel, cell, [scores[row + r, cell] for r in range(shape.tile_rows)]
             )
         for r, j, place in sums:
             T.buffer_store(w, acc[r, j, ramp(0, lanes)], [place])
 
 
 def _tile(shape: AttentionShape, vectors: int) -> Expr:
-    return T.alloc_buffer((TILE_ROWS, vectors, shape.lanes), "float32", annotations=STACK)
+    return T.alloc_buffer((shape.tile_rows, vectors, shape.lanes), "float32", annotations=STACK)
 
 
 def _multiply_add(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.attention_shape import CELLS, LOWEST, AttentionShape
+from q35c.codegen.kernels.attention_shape import CELLS, LOWEST, STEP, AttentionShape
 from q35c.codegen.kernels.common import (
     STACK,
     Expr,
@@ -76,7 +76,7 @@ class Work:
         columns = -(-shape.D // (2 * lanes)) * lanes
         tiles = T.Bind(T.truncdiv(live_tokens * shape.group + (shape.tile_rows - 1), shape.tile_rows))  # fmt: skip
         return Work(
-            shape, local(columns, "int32"), local(shape.step, "float32"), local(shape.step // 2, "int32"),
+            shape, local(columns, "int32"), local(STEP, "float32"), local(STEP // 2, "int32"),
             local(2, "float32"), local(lanes, "float32"), local(lanes, "float32"), local(lanes, "float32"),
             sums, at, tiles,
         )  # fmt: skip
@@ -133,11 +133,11 @@ def attend_paired(
         with T.Then():
             _begin(form, work, q, first, kv_head, tokens)
             with T.serial(end_step - first_step) as i:
-                cell = T.Bind((first_step + i) * shape.step)
-                blocks = T.Bind(T.min(T.truncdiv(end_cell - cell + (CELLS - 1), CELLS), T.int64(shape.step // CELLS)))  # fmt: skip
+                cell = T.Bind((first_step + i) * STEP)
+                blocks = T.Bind(T.min(T.truncdiv(end_cell - cell + (CELLS - 1), CELLS), T.int64(STEP // CELLS)))  # fmt: skip
                 block = T.Bind(T.truncdiv(cell, CELLS))
                 form.score(work, state, shape.cache.key(base, kv_head, block), blocks)
-                with T.If(cell + (shape.step - 1) > start + first), T.Then():
+                with T.If(cell + (STEP - 1) > start + first), T.Then():
                     _mask(work, first, tokens, start, cell)
                 value = shape.cache.value(base, kv_head, cell)
                 with T.serial(work.live_rows) as row:
@@ -166,7 +166,7 @@ def _mask(work: Work, first: Expr, tokens: Expr, start: Expr, cell: Expr) -> Non
     lanes = work.lanes
     with T.serial(work.live_rows) as row:
         limit = T.Bind(T.cast(start + work.token(first, row, tokens) - cell, "int32"))
-        for v in range(work.shape.step // lanes):
+        for v in range(STEP // lanes):
             columns = ramp(v * lanes, lanes)
             is_seen = T.ramp(T.int32(v * lanes), 1, lanes) <= T.broadcast(limit, lanes)
             score = T.Select(is_seen, work.scores[row, columns], splat(LOWEST, lanes))
@@ -176,7 +176,7 @@ def _mask(work: Work, first: Expr, tokens: Expr, start: Expr, cell: Expr) -> Non
 def _soften(form: Form, work: Work, state: Expr, values: Expr, row: Expr) -> None:
     """Emit the online softmax of one row: its maximum, factor, weights and sum of weights."""
     lanes, line = work.lanes, ramp(0, work.lanes)
-    scores = [work.scores[row, ramp(v * lanes, lanes)] for v in range(work.shape.step // lanes)]
+    scores = [work.scores[row, ramp(v * lanes, lanes)] for v in range(STEP // lanes)]
     scores = [T.Bind(score) for score in scores]
     best = scores
     while len(best) > 1:
@@ -223,5 +223,5 @@ def fetch_ahead(work: Work, state: Expr, at: Expr) -> None:
     """
     shape = work.shape
     if shape.query_tokens == 1:
-        step_elements = shape.step // CELLS * shape.cache.block_elements
+        step_elements = STEP // CELLS * shape.cache.block_elements
         fetch(state[at + step_elements], 2)

@@ -23,10 +23,12 @@ from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import Expr, ceil_div, ramp, widen
 
 CELLS = 32  # keys of one block
-STEP = 2 * CELLS  # cells of one step of the paired form's online softmax
-TILE_ROWS = 4  # query rows computed together
-QUERY_TOKENS = (
-    8  # tokens of a prefill task: all their heads read each key block from the cache once
+STEP = (
+    2 * CELLS
+)  # cells of one step of the online softmax; steps begin at cell 0, whatever a call's first token
+TILE_ROWS = 6  # most query rows computed together in f32: 12 sums hide an FMA's latency
+QUERY_ROWS = (
+    72  # rows of a prefill task: more share a widened panel, fewer leave more tasks for threads
 )
 PAIRED_QUERY_ROWS = 64  # rows of a paired prefill task: their sums and queries take 100 KiB of L2
 LOWEST = -1e30  # below any score; a real -inf would make NaN of inf - inf
@@ -179,11 +181,6 @@ class AttentionShape:
         return isinstance(self.cache, PairedCache)
 
     @property
-    def step(self) -> int:
-        """Cells of one step of the online softmax; steps begin at cell 0, whatever a call's first token."""
-        return STEP if self.is_paired else CELLS
-
-    @property
     def group(self) -> int:
         """Query heads that share a key head."""
         return self.Hq // self.Hkv
@@ -200,8 +197,10 @@ class AttentionShape:
 
     @property
     def tile_rows(self) -> int:
-        # Two vectors of accumulators for each row take half of the registers.
-        return min(self.rows, self.isa.registers // 4) if self.is_paired else TILE_ROWS
+        """Query rows of a register tile."""
+        if self.is_paired:  # two vectors of accumulators for each row take half of the registers
+            return min(self.rows, self.isa.registers // 4)
+        return ceil_div(self.rows, ceil_div(self.rows, TILE_ROWS))
 
     @property
     def tiles(self) -> int:
@@ -218,7 +217,7 @@ class AttentionShape:
 
 
 def query_tokens(group: int, kv_dtype: str, isa: Isa) -> int:
-    """Return the tokens of a prefill task; their rows fill whole tiles where the group is no larger than one."""
+    """Return the tokens of a prefill task; paired, their rows fill whole tiles where the group is no larger than one."""
     if not is_paired(kv_dtype, isa):
-        return QUERY_TOKENS
+        return max(1, QUERY_ROWS // group)
     return 1 << max(0, (PAIRED_QUERY_ROWS // group).bit_length() - 1)
