@@ -171,30 +171,42 @@ def _soften_row(
 
     The factor for the sums so far is left behind the row's maximum and sum.
     """
-    lanes = shape.lanes
-    columns = [ramp(v * lanes, lanes) for v in range(STEP // lanes)]
-    seen = [
-        T.ramp(T.int32(v * lanes), 1, lanes) <= T.broadcast(last_cell, lanes)
-        for v in range(len(columns))
-    ]
-    masked = [
-        T.Bind(T.Select(mask, scores[row, column], splat(LOWEST, lanes)))
-        for mask, column in zip(seen, columns, strict=True)
-    ]
-    best = masked[0]
-    for score in masked[1:]:
-        best = T.max(best, score)
+    lanes, whole = shape.lanes, ramp(0, shape.lanes)
+    offsets = range(
+        0, CELLS, lanes
+    )  # of a block's vectors: a whole step unrolled takes three times as long to compile
+    best = T.alloc_buffer((1, lanes), "float32", annotations=STACK)
+    total = T.alloc_buffer((1, lanes), "float32", annotations=STACK)
+
+    def seen(column: Expr) -> Expr:
+        return T.ramp(T.cast(column, "int32"), 1, lanes) <= T.broadcast(last_cell, lanes)
+
+    T.buffer_store(best, splat(LOWEST, lanes), [0, whole])
+    T.buffer_store(total, splat(0.0, lanes), [0, whole])
+    with T.serial(T.int64(STEP // CELLS)) as block:
+        highest = best[0, whole]
+        for column in (block * CELLS + offset for offset in offsets):
+            score = T.Bind(
+                T.Select(seen(column), scores[row, ramp(column, lanes)], splat(LOWEST, lanes))
+            )
+            T.buffer_store(scores, score, [row, ramp(column, lanes)])
+            highest = T.max(highest, score)
+        T.buffer_store(best, highest, [0, whole])
     old = T.Bind(w[at + shape.D])
-    new = T.Bind(T.max(old, hmax(best, lanes)))
-    total = splat(0.0, lanes)
-    for mask, score, column in zip(seen, masked, columns, strict=True):
-        power = vexp(score - splat(new, lanes), lanes)
-        weight = T.Bind(T.Select(mask, power, splat(0.0, lanes)))
-        T.buffer_store(scores, weight, [row, column])
-        total = total + weight
+    new = T.Bind(T.max(old, hmax(best[0, whole], lanes)))
+    with T.serial(T.int64(STEP // CELLS)) as block:
+        added = total[0, whole]
+        for column in (block * CELLS + offset for offset in offsets):
+            power = vexp(scores[row, ramp(column, lanes)] - splat(new, lanes), lanes)
+            weight = T.Bind(T.Select(seen(column), power, splat(0.0, lanes)))
+            T.buffer_store(scores, weight, [row, ramp(column, lanes)])
+            added = added + weight
+        T.buffer_store(total, added, [0, whole])
     factor = T.Bind(vexp(old - new, 1))
     T.buffer_store(w, new, [at + shape.D])
-    T.buffer_store(w, w[at + shape.D + 1] * factor + hsum(total, lanes), [at + shape.D + 1])
+    T.buffer_store(
+        w, w[at + shape.D + 1] * factor + hsum(total[0, whole], lanes), [at + shape.D + 1]
+    )
     T.buffer_store(w, factor, [at + shape.D + 2])
 
 
@@ -234,7 +246,9 @@ def _multiply_add(
 ) -> None:
     """Emit acc[r, j] += the j-th vector of row k of a panel * factors[r]."""
     lanes, (_, vectors, _) = shape.lanes, acc.shape
+    row = [T.Bind(panel(k, j)) for j in range(int(vectors))]
     for r, factor in enumerate(factors):
-        for j in range(int(vectors)):
+        wide = T.Bind(splat(factor, lanes))
+        for j, vector in enumerate(row):
             at = [r, j, ramp(0, lanes)]
-            T.buffer_store(acc, acc[*at] + panel(k, j) * splat(factor, lanes), at)
+            T.buffer_store(acc, acc[*at] + vector * wide, at)
