@@ -172,9 +172,8 @@ def _soften_row(
     The factor for the sums so far is left behind the row's maximum and sum.
     """
     lanes, whole = shape.lanes, ramp(0, shape.lanes)
-    offsets = range(
-        0, CELLS, lanes
-    )  # of a block's vectors: a whole step unrolled takes three times as long to compile
+    # A block's vectors at a time: a whole step, unrolled, takes three times as long to compile.
+    offsets = range(0, CELLS, lanes)
     best = T.alloc_buffer((1, lanes), "float32", annotations=STACK)
     total = T.alloc_buffer((1, lanes), "float32", annotations=STACK)
 
