@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
-import shutil
-import tempfile
+import hashlib
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +14,23 @@ import numpy as np
 import torch
 
 import q35c
+import q35c.compile
 from q35c.compile import compile_model
+from tests.conftest import COMPILED
 from tests.models import eager_model, eager_model_logits, write_checkpoint
 
 CONTEXT, BATCH = 4096, 3
-_ROOT = Path(tempfile.mkdtemp(prefix="q35c-tests-"))
+# A trace depends on the shape alone, and takes a seventh of what compiling such a checkpoint does.
+trace_model = q35c.compile.trace_model = functools.cache(q35c.compile.trace_model)
 
 
-def clean_up() -> None:
-    """Remove every checkpoint and artifact; `conftest.py` calls it when a run ends."""
-    shutil.rmtree(_ROOT, ignore_errors=True)
+def once(path: Path, make: Callable[[], object]) -> Path:
+    """Return a path that `make` makes; other workers wait for the first, and use what it made."""
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make()
+    return path
 
 
 @functools.cache
@@ -30,11 +39,12 @@ def checkpoint(kind: str, precision: str = "f32", seed: int = 0, **overrides: An
     name = "-".join(
         [kind, precision, str(seed), *(f"{k}={v}" for k, v in sorted(overrides.items()))]
     )
-    path = _ROOT / name.replace("/", "_").replace(" ", "")[:180]
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    path = Path(os.environ[COMPILED]) / f"{kind}-{precision}-{digest}"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # Three layers, linear - full - linear: both kinds, and a last layer that is not full attention.
     shape = {"num_hidden_layers": 3, "full_attention_interval": 2, **overrides}
-    return write_checkpoint(path, kind, seed, dtype=dtype, **shape)
+    return once(path, lambda: write_checkpoint(path, kind, seed, dtype=dtype, **shape))
 
 
 @functools.cache
@@ -43,10 +53,9 @@ def artifact(
 ) -> Path:
     """Return the compiled artifact of `checkpoint` with the same arguments."""
     source = checkpoint(kind, precision, seed, **overrides)
-    output = source.with_suffix(f".{kv_dtype}.q35c")
+    output = source.with_name(f"{source.name}.{kv_dtype}.q35c")
     options = {"precision": precision, "kv_dtype": kv_dtype, "context": CONTEXT, "batch": BATCH}
-    compile_model(source, output, **options)
-    return output
+    return once(output, lambda: compile_model(source, output, **options))
 
 
 @functools.cache
