@@ -42,14 +42,12 @@ class IntegerLayout:
     form: IntegerFormat
     isa: Isa
     K: int
+    by_line: bool = False  # of 4 bits, whose sets are lines that stand for themselves
 
     @property
     def set_inputs(self) -> int:
-        """Number of inputs that one turn of a loop takes: what is stored together, but with 16 registers a line of 4 bits.
-
-        Two lines of levels and the sums of 4 rows do not fit 16 registers (measured: 11 to 15 % slower).
-        """
-        return 8 if self.form.bits == 4 and self.isa.registers == 16 else self.form.set_inputs
+        """Number of inputs that one turn of a loop takes: what is stored together, or a line of 4 bits."""
+        return 8 if self.by_line else self.form.set_inputs
 
     @property
     def set_words(self) -> int:
@@ -90,6 +88,9 @@ class IntegerLayout:
 
 class Weights(Protocol):
     """What a tile reads of a block of weights. `group` counts in the whole row."""
+
+    @property
+    def layout(self) -> IntegerLayout: ...
 
     def parts(self, group: Expr, number: Expr, vectors: Sequence[int]) -> Parts:
         """Return how to get the words of a set's inputs."""

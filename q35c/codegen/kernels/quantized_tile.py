@@ -23,7 +23,7 @@ faster with VBMI and 13 % without, while 4 bits would be 5 % slower); so do the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm.script import tirx as T
 
@@ -91,6 +91,13 @@ class IntegerProduct(Product):
             return (self.vectors,)
         return (self.vectors[:2], self.vectors[2:])
 
+    def goes_by_line(self, rows: int) -> bool:
+        """Whether a tile that unpacks for itself takes a line at a time: two lines' levels and 8 sums pass 16 registers.
+
+        Measured on Zen 3: 4 rows 11 to 15 % faster; no gain with fewer, nor where levels lie unpacked.
+        """
+        return self.form.bits == 4 and self.isa.registers == 16 and rows == self.heights[0]
+
     @property
     def moves_signs(self) -> bool:
         """Whether levels are multiplied as signed bytes: half the products, where there is no VNNI (dot.py)."""
@@ -137,7 +144,8 @@ def _tiles(
     """Emit tiles that read the packed block, all its groups at once."""
     # One row keeps up with memory by itself where one instruction multiplies bytes.
     runs_ahead = rows > 1 or not product.isa.has_vnni
-    packed = Packed(product.layout, operands.w, operands.block, runs_ahead)
+    layout = replace(product.layout, by_line=product.goes_by_line(rows))
+    packed = Packed(layout, operands.w, operands.block, runs_ahead)
     with T.serial(count) as tile:
         first = T.Bind(begin + tile * rows)
         x_rows = [T.Bind(operands.x_row(first + i)) for i in range(rows)]
@@ -190,7 +198,7 @@ def _add_group(
     group: Expr,
 ) -> None:
     """Emit acc += the scaled sums of one group of inputs."""
-    size, rows, form, layout = product.isa.lanes, product.rows, product.form, product.layout
+    size, rows, form, layout = product.isa.lanes, product.rows, product.form, weights.layout
     lanes = ramp(0, size)
     inner = accumulators(product, len(x_rows), vectors, "int32")
     for i, row in enumerate(x_rows):
