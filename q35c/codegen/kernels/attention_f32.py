@@ -35,17 +35,11 @@ def attend(
     queries = T.alloc_buffer((shape.tiles, shape.D, height), "float32", annotations=STACK)
     scores = T.alloc_buffer((shape.tiles * height, STEP), "float32", annotations=STACK)
     wide = T.alloc_buffer((_DIMS, CELLS), "float32", annotations=STACK)
-    live_rows = T.Bind(T.min(tokens - first, T.int64(shape.query_tokens)) * shape.group)
-    tiles = T.Bind(T.truncdiv(live_rows + (height - 1), T.int64(height)))
-
-    def token_of(row: Expr) -> Expr:
-        """Return a row's token; rows behind the last repeat it."""
-        return T.Bind(first + T.truncdiv(T.min(row, live_rows - 1), T.int64(shape.group)))
-
+    tiles = T.Bind(shape.live_tiles(T.min(tokens - first, T.int64(shape.query_tokens))))
     with T.serial(tiles) as tile, T.serial(T.int64(height)) as r:
         row = T.Bind(tile * height + r)
         head = kv_head * shape.group + T.truncmod(row, T.int64(shape.group))
-        token, column = token_of(row), T.Bind(head * shape.D)
+        token, column = T.Bind(shape.token(first, row, tokens)), T.Bind(head * shape.D)
         with T.serial(T.int64(shape.D)) as d:
             T.buffer_store(queries, q[token, column + d], [tile, d, r])
         _clear_row(shape, w, T.Bind(at + row * shape.row_words))
@@ -57,7 +51,8 @@ def attend(
             place = (base, kv_head, block, end_cell)
             _score_block(shape, queries, state, place, tiles, scores, number * CELLS, wide)
         with T.serial(tiles * height) as row:
-            last_cell = T.Bind(T.cast(start + token_of(row) - step * STEP, "int32"))
+            token = shape.token(first, row, tokens)
+            last_cell = T.Bind(T.cast(start + token - step * STEP, "int32"))
             _soften_row(shape, scores, row, last_cell, w, T.Bind(at + row * shape.row_words))
         values = T.Bind(shape.cache.value(base, kv_head, step * STEP))
         width = _VECTORS * lanes
@@ -247,7 +242,7 @@ def _multiply_add(
     lanes, (_, vectors, _) = shape.lanes, acc.shape
     row = [T.Bind(panel(k, j)) for j in range(int(vectors))]
     for r, factor in enumerate(factors):
-        wide = T.Bind(splat(factor, lanes))
+        factor = T.Bind(splat(factor, lanes))
         for j, vector in enumerate(row):
             at = [r, j, ramp(0, lanes)]
-            T.buffer_store(acc, acc[*at] + vector * wide, at)
+            T.buffer_store(acc, acc[*at] + vector * factor, at)

@@ -74,7 +74,7 @@ class Work:
             return T.alloc_buffer((rows, columns), dtype, annotations=STACK)
 
         columns = -(-shape.D // (2 * lanes)) * lanes
-        tiles = T.Bind(T.truncdiv(live_tokens * shape.group + (shape.tile_rows - 1), shape.tile_rows))  # fmt: skip
+        tiles = T.Bind(shape.live_tiles(live_tokens))
         return Work(
             shape, local(columns, "int32"), local(STEP, "float32"), local(STEP // 2, "int32"),
             local(2, "float32"), local(lanes, "float32"), local(lanes, "float32"), local(lanes, "float32"),
@@ -92,10 +92,6 @@ class Work:
     def row(self, row: Expr) -> Expr:
         """Return where a row's sums begin."""
         return self.at + row * self.shape.row_words
-
-    def token(self, first: Expr, row: Expr, tokens: Expr) -> Expr:
-        """Return the token of a row; rows beyond the last token repeat it."""
-        return T.min(first + T.truncdiv(row, T.int64(self.shape.group)), tokens - 1)
 
     def tile(self, vectors: int, dtype: str) -> Expr:
         """Return a register tile [tile rows, vectors, lanes]."""
@@ -152,7 +148,7 @@ def _begin(form: Form, work: Work, q: Expr, first: Expr, kv_head: Expr, tokens: 
     """Emit the start of a task: queries in pairs, no sums yet, the lowest maximum."""
     shape, lanes = work.shape, work.lanes
     with T.serial(work.live_rows) as row:
-        token = T.Bind(work.token(first, row, tokens))
+        token = T.Bind(work.shape.token(first, row, tokens))
         head = T.Bind(kv_head * shape.group + T.truncmod(row, T.int64(shape.group)))
         form.pack_query(work, q, row, token, head * shape.D)
         T.buffer_store(work.peak, splat(LOWEST, lanes), [row, ramp(0, lanes)])
@@ -165,7 +161,7 @@ def _mask(work: Work, first: Expr, tokens: Expr, start: Expr, cell: Expr) -> Non
     """Emit the lowest score for cells behind a row's own; what is there may be NaN."""
     lanes = work.lanes
     with T.serial(work.live_rows) as row:
-        limit = T.Bind(T.cast(start + work.token(first, row, tokens) - cell, "int32"))
+        limit = T.Bind(T.cast(start + work.shape.token(first, row, tokens) - cell, "int32"))
         for v in range(STEP // lanes):
             columns = ramp(v * lanes, lanes)
             is_seen = T.ramp(T.int32(v * lanes), 1, lanes) <= T.broadcast(limit, lanes)

@@ -23,14 +23,9 @@ from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import Expr, ceil_div, ramp, widen
 
 CELLS = 32  # keys of one block
-STEP = (
-    2 * CELLS
-)  # cells of one step of the online softmax; steps begin at cell 0, whatever a call's first token
-TILE_ROWS = 6  # most query rows computed together in f32: 12 sums hide an FMA's latency
-QUERY_ROWS = (
-    72  # rows of a prefill task: more share a widened panel, fewer leave more tasks for threads
-)
-PAIRED_QUERY_ROWS = 64  # rows of a paired prefill task: their sums and queries take 100 KiB of L2
+# Cells of one step of the online softmax; steps begin at cell 0, whatever a call's first token.
+STEP = 2 * CELLS
+QUERY_ROWS = 64  # of a prefill task: their sums and queries take 100 to 140 KiB of L2
 LOWEST = -1e30  # below any score; a real -inf would make NaN of inf - inf
 SLOT_BYTES = 64  # unit of the slots that the runtime passes
 
@@ -197,14 +192,20 @@ class AttentionShape:
 
     @property
     def tile_rows(self) -> int:
-        """Query rows of a register tile."""
-        if self.is_paired:  # two vectors of accumulators for each row take half of the registers
-            return min(self.rows, self.isa.registers // 4)
-        return ceil_div(self.rows, ceil_div(self.rows, TILE_ROWS))
+        """Query rows of a register tile: two vectors of sums for each take half of the registers."""
+        return min(self.rows, self.isa.registers // 4)
 
     @property
     def tiles(self) -> int:
         return ceil_div(self.rows, self.tile_rows)
+
+    def token(self, first: Expr, row: Expr, tokens: Expr) -> Expr:
+        """Return the token of a task's row; rows beyond the last token repeat it."""
+        return T.min(first + T.truncdiv(row, T.int64(self.group)), tokens - 1)
+
+    def live_tiles(self, tokens: Expr) -> Expr:
+        """Return how many tiles the rows of a task's first tokens fill."""
+        return T.truncdiv(tokens * self.group + (self.tile_rows - 1), T.int64(self.tile_rows))
 
     @property
     def row_words(self) -> int:
@@ -216,8 +217,6 @@ class AttentionShape:
         return self.tiles * self.tile_rows * self.row_words
 
 
-def query_tokens(group: int, kv_dtype: str, isa: Isa) -> int:
-    """Return the tokens of a prefill task; paired, their rows fill whole tiles where the group is no larger than one."""
-    if not is_paired(kv_dtype, isa):
-        return max(1, QUERY_ROWS // group)
-    return 1 << max(0, (PAIRED_QUERY_ROWS // group).bit_length() - 1)
+def query_tokens(group: int) -> int:
+    """Return the tokens of a prefill task; their rows fill whole tiles where the group is no larger than one."""
+    return 1 << max(0, (QUERY_ROWS // group).bit_length() - 1)
