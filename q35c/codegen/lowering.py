@@ -161,7 +161,7 @@ class Lowering:
     def row_words(self, dtype: str, width: int) -> int:
         """Return the 4-byte words of one row; bf16 rows are rounded ones."""
         if form := integer_format(dtype):
-            return RowLayout(width, form.group).words
+            return RowLayout(width, form.group, self.shared.target.isa).words
         return bf16_row_words(width, self.shared.target.isa) if dtype == "bf16" else width
 
     def rounded(self, x: View, width: int, dtype: str, pairs: int) -> View:

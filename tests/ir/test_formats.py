@@ -42,6 +42,28 @@ def test_searched_scale_is_not_worse_than_the_plain_one(dtype: str):
     assert errors[0].sum() <= errors[1].sum()
 
 
+@pytest.mark.parametrize("dtype", [name for name in INTEGERS if not name.startswith("i8")])
+def test_every_group_keeps_its_sums(dtype: str):
+    """Even where no scale that is tried first does: the sums of 16 magnitudes are what 16 bits allow with int8 rows."""
+    form = integer_format(dtype)
+    assert form is not None
+    assert formats.LARGEST_SUM * 127 < 1 << 15
+    rng = np.random.default_rng(5)
+    shape = (300, 2 * form.group)
+    rows = {
+        "normal": rng.standard_normal(shape),
+        "even": rng.uniform(-1, 1, shape),
+        "equal": np.ones(shape),
+    }
+    rows["all but equal"] = rng.choice([-1, 1], shape) * rng.uniform(0.97, 1, shape)
+    for name, values in rows.items():
+        w = values.astype(np.float32)
+        levels, _, _ = formats.quantize_weight(w, form)
+        halves = np.abs(levels.astype(int)).reshape(-1, 8, 2, 2).sum((1, 3))
+        assert halves.max() <= formats.LARGEST_SUM, name
+        assert np.square(formats.stored(w, dtype) - w).sum() <= 0.01 * np.square(w).sum(), name
+
+
 def test_scales_are_rounded_to_the_nearest_that_is_stored():
     exponents, every = np.array([100]), np.arange(256, dtype=np.uint8)[None]
     scales = formats.scale_values(every, exponents)
@@ -64,7 +86,7 @@ def test_a_row_uses_the_upper_half_of_its_scales(dtype: str):
     rows *= np.float32(10) ** np.random.default_rng(4).integers(-15, 15, (500, 1))
     _, codes, exponents = formats.quantize_weight(rows, form)
     assert (codes & 127 >= 64).all()
-    for share in formats.TOP_SHARES[form.bits]:
+    for share in formats.TOP_SHARES[form.bits] + formats.LAST_SHARES[form.bits]:
         wanted = rows[:, :1] / np.float32(share * form.zero_point)
         got = formats.scale_values(formats.scale_codes(wanted, exponents), exponents)
         np.testing.assert_allclose(got, wanted, rtol=1 / 32)

@@ -75,8 +75,8 @@ class RoundedRows:
     The kernels it is checked with must hold `quantize_rows`.
     """
 
-    def __init__(self, count: int, width: int, group: int) -> None:
-        self.layout = RowLayout(width, group) if group else None
+    def __init__(self, count: int, width: int, group: int, isa: Isa = ISA) -> None:
+        self.layout = RowLayout(width, group, isa) if group else None
         words = self.layout.words if self.layout else 16
         self.words = guard(np.zeros((count, words), np.int32), poison=True)
 
@@ -86,7 +86,7 @@ class RoundedRows:
             return
         want, exact = guard(np.zeros(self.words.shape, np.int32)), guard(y)
         kernels.call(name, exact, want, len(want), exact.shape[1], want.shape[1])
-        used = self.layout.sums + self.layout.groups
+        used = self.layout.used_words
         np.testing.assert_array_equal(self.words[:, :used], want[:, :used])
 
 
@@ -181,6 +181,7 @@ class Kernels:
     """Hold compiled kernels by name."""
 
     def __init__(self, functions: Mapping[str, PrimFunc], isa: Isa) -> None:
+        self.isa = isa
         entries = {f"call_{name}": _trampoline(name, f) for name, f in functions.items()}
         self.code = build_shared(functions, entries, isa)
         self._library = Library(self.code)

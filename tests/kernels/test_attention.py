@@ -156,7 +156,7 @@ class Problem:
         shape = attention_shape(h.Hq, h.Hkv, h.D, rows=rows, splits=splits, isa=h.isa, **h.cache)
         tasks = count * h.Hkv * splits if rows == "batch" else threads
         scratch = guard(np.zeros(shape.task_words * tasks, np.float32), poison=True)
-        rounded = RoundedRows(count, h.Hq * h.D, 0 if h.D % 32 else 32)
+        rounded = RoundedRows(count, h.Hq * h.D, 0 if h.D % 32 else 32, h.isa)
         strides = (widths[0], h.Hq * h.D, rounded.words.shape[1])
         self.kernels.call(
             f"attend_{rows}", q, part["q_gate"], state, slots, starts, y, rounded.words, scratch,

@@ -65,7 +65,7 @@ class Net:
         size = gated_delta_scratch_bytes(*self.shape, self.isa)
         scratch = guard(np.zeros(size * threads // 4, np.float32), poison=True)
         slots = guard(np.zeros(1, np.int64))
-        rounded = RoundedRows(count, width, group_of(value_dim))
+        rounded = RoundedRows(count, width, group_of(value_dim), self.isa)
         inputs = [part[name] for name in ("qkv", "z", "b", "a")]
         args = [conv_w, conv, *inputs, a_log, dt_bias, norm_w, delta, slots, y, rounded.words]
         strides = [self.channels, width, value_heads, value_heads, width, rounded.words.shape[1]]

@@ -111,7 +111,7 @@ class Problem:
         width = self.shape[1] * self.shape[3]
         qkv, *others = self.rows.values()
         y = guard(np.zeros((count, width + 1), np.float32), poison=True)
-        rounded = RoundedRows(count, width, group_of(self.shape))
+        rounded = RoundedRows(count, width, group_of(self.shape), kernels.isa)
         delta, conv = (guard(memory) for memory in self.memories)
         conv_w = guard(np.ascontiguousarray(self.conv_w[:, 0].T))
         arrays = [conv_w, conv, guard(qkv), *others, *self.weights.values(), delta]

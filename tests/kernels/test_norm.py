@@ -61,7 +61,7 @@ def test_norm_that_rounds(kernels, width, group, tokens):
     for threads in (1, 2, 3):
         for is_kept in (True, False):
             y = guard(np.zeros((tokens, width), np.float32), poison=True)
-            untouched, rounded = y.tobytes(), RoundedRows(tokens, width, group)
+            untouched, rounded = y.tobytes(), RoundedRows(tokens, width, group, kernels.isa)
             kernels.call(
                 f"rounding{width}_{group}_{is_kept}", x, w, y, rounded.words,
                 tokens, ld_x, width, rounded.words.shape[1], threads=threads,

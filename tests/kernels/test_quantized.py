@@ -64,23 +64,29 @@ def pack(weight, dtype, layout="linear"):
 
 def round_rows(kernels, x, width, group, threads=1, extra_words=0):
     """Run `quantize_rows`; return the words, rows [T, words] of int32."""
-    layout = RowLayout(width, group)
+    layout = RowLayout(width, group, kernels.isa)
     words = guard(np.zeros((len(x), layout.words + extra_words), np.int32), poison=True)
     strides = (len(x), x.shape[1], words.shape[1])
     kernels.call(f"round_{width}_{group}", x, words, *strides, threads=threads)
     return words
 
 
-def row_values(words, width, group):
+def row_values(words, width, group, isa):
     """Return the float64 values that rounded rows stand for, and check their sums."""
     words = np.array(words)
-    layout = RowLayout(width, group)
+    layout = RowLayout(width, group, isa)
     codes = words[:, : layout.scales].view(np.int8).astype(np.float64)
     scales = words[:, layout.scales : layout.sums].copy().view(np.float32).astype(np.float64)
     sums = words[:, layout.sums : layout.sums + layout.groups]
     assert (codes[:, width:] == 0).all()
     grouped = codes.reshape(len(words), layout.groups, group)
     np.testing.assert_array_equal(sums, -32 * grouped.sum(-1))
+    if not isa.has_vnni:
+        halves = codes.reshape(len(words), -1, 8, 2, 2).sum((2, 4)).astype(np.int64)
+        starts = words[:, layout.starts : layout.used_words].copy().view(np.int16)
+        np.testing.assert_array_equal(
+            starts, (-32 * halves).astype(np.int16).reshape(len(words), -1)
+        )
     return (grouped * scales[..., None]).reshape(len(words), -1)[:, :width]
 
 
@@ -94,14 +100,14 @@ def test_rows_are_rounded_to_the_nearest_code(kernels, case):
         x[0, : width // 2] = 0  # a group of zeros must not divide by zero
         x = guard(x.astype(np.float32))
         first = round_rows(kernels, x, width, group)
-        got = row_values(first, width, group)
+        got = row_values(first, width, group, kernels.isa)
         want = formats.round_rows(x[:, :width].astype(np.float64), f"q8g{group}")
         step = np.abs(formats.split_groups(x[:, :width], group)).max(-1) / 127
         wide = np.repeat(step, group, -1)[:, :width]
         assert (np.abs(got - x[:, :width]) <= 0.5001 * wide).all()
         assert nmse(got, want) <= 1e-5  # a tie may fall either way
         second = round_rows(kernels, x, width, group, threads=2)
-        used = RowLayout(width, group).sums + RowLayout(width, group).groups
+        used = RowLayout(width, group, kernels.isa).used_words
         assert np.array_equal(first[:, :used], second[:, :used])
 
 
@@ -115,7 +121,7 @@ class Case:
         group = formats.integer_format(self.dtype).group
         x = guard(rng.normal(size=(tokens, self.width)).astype(np.float32))
         self.x = round_rows(kernels, x, self.width, group, extra_words=tokens % 3 * 16)
-        values = row_values(self.x, self.width, group)
+        values = row_values(self.x, self.width, group, kernels.isa)
         weight = rng.normal(size=(rows_of(self.outputs, self.epilogue), self.width))
         weight = weight.astype(np.float32)
         self.w = pack(weight, self.dtype, "swiglu" if self.epilogue == "swiglu" else "linear")
@@ -151,17 +157,28 @@ def test_linear(kernels, case):
         assert results[0].tobytes() == results[1].tobytes() == results[2].tobytes()
 
 
+def largest_levels(form):
+    """Return 32 levels of largest magnitude, the least level among them, so that they have the scale 1."""
+    if form.bits == 8:
+        return np.array([form.levels[0]] + [form.levels[-1]] * 31, np.float32)
+    half = [form.levels[0]]
+    while len(half) < 16:
+        rest = formats.LARGEST_SUM - sum(map(abs, half))
+        half.append(max(level for level in form.levels if level <= rest))
+    assert sum(map(abs, half)) >= formats.LARGEST_SUM - 2
+    return np.repeat(np.reshape(half, (8, 1, 2)), 2, 1).reshape(-1).astype(np.float32)
+
+
 @pytest.mark.parametrize("case", [LINEARS[2], LINEARS[8], LINEARS[-2]], ids=name_of)
 def test_the_largest_products_do_not_overflow(kernels, case):
-    """Every activation is 127 or -127 and nearly every weight the level farthest from the zero point."""
+    """Every activation is 127 or -127, weights are as far from 0 as a format lets them, and no two products cancel."""
     outputs, width, dtype, _ = case
     form = formats.integer_format(dtype)
     made = Case(kernels, case, 9)
-    weight = np.full((outputs, width), form.levels[-1], np.float32)
-    weight[:, :: form.group] = form.levels[0]  # so that the scale is 1
+    weight = np.tile(largest_levels(form), (outputs, width // 32))
     made.w = pack(weight, dtype)
     for sign in (1, -1):
-        x = guard(np.full((9, width), sign, np.float32))
+        x = guard(np.tile(np.sign(weight[0]) * np.float32(sign), (9, 1)))
         made.x = round_rows(kernels, x, width, form.group)
         stored = formats.stored(weight, dtype).astype(np.float64)
         np.testing.assert_allclose(stored, weight)
@@ -219,7 +236,7 @@ def test_swiglu_that_rounds(dtype):
             (2, 13),
             (1, 24),
         ):
-            rounded = RoundedRows(tokens, inner, group)
+            rounded = RoundedRows(tokens, inner, group, kernels.isa)
             parts = (threads + inner // group) * tokens
             scratch = guard(np.zeros((parts, group), np.float32), poison=True)
             arrivals = guard(np.zeros(inner // group, np.int32))
@@ -257,18 +274,20 @@ def test_experts(shape):
         kernels.call("group", guard(ids), *groups, tokens)
         x = guard(rng.normal(size=(tokens, hidden)).astype(np.float32))
         x = round_rows(kernels, x, hidden, group)
-        values = row_values(x, hidden, group)
+        values = row_values(x, hidden, group, kernels.isa)
         y1 = guard(np.zeros((tokens * top_k, inner), np.float32), poison=True)
         kernels.call("up", w_up, x, *groups, y1, tokens, x.shape[1], threads=2)
         product = np.einsum("tk,tsnk->tsn", values, formats.stored(weights, dtype)[ids].astype(np.float64))  # fmt: skip
         gate, up = product[..., :inner], product[..., inner:]
         assert_close(y1, (gate / (1 + np.exp(-gate)) * up).reshape(-1, inner))
-        words = guard(np.zeros((tokens * top_k, RowLayout(inner, group).words), np.int32))
+        words = guard(
+            np.zeros((tokens * top_k, RowLayout(inner, group, kernels.isa).words), np.int32)
+        )
         strides = (tokens, inner, words.shape[1])
         kernels.call(f"round_{inner}_{group}", y1, words, *strides, threads=2)
         y2 = guard(np.zeros((tokens * top_k, hidden), np.float32), poison=True)
         kernels.call("down", w_down, words, *groups, y2, tokens, words.shape[1], threads=2)
-        rounded = row_values(words, inner, group).reshape(tokens, top_k, inner)
+        rounded = row_values(words, inner, group, kernels.isa).reshape(tokens, top_k, inner)
         want = np.einsum("tsk,tsnk->tsn", rounded, formats.stored(down, dtype)[ids].astype(np.float64))  # fmt: skip
         assert_close(y2, want.reshape(-1, hidden))
 
@@ -304,7 +323,7 @@ def test_experts_that_round(shape):
         kernels.call("plain", w, x, *groups, y, tokens, x.shape[1], threads=2)
         # Boundaries of parts cut groups, some more than once.
         for threads, divided in ((1, 1), (2, 2), (3, 3), (16, 16), (2, 7), (3, 32)):
-            rounded = RoundedRows(tokens * top_k, inner, group)
+            rounded = RoundedRows(tokens * top_k, inner, group, kernels.isa)
             parts = tokens * (threads + top_k * inner // group)
             scratch = guard(np.zeros((parts, group), np.float32), poison=True)
             arrivals = guard(np.zeros(experts * inner // group, np.int32))

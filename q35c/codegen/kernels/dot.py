@@ -11,6 +11,7 @@ from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import Expr, splat_int
 
 _SIGN = "llvm.x86.avx2.psign.b"  # 16 words have no such instruction
+_WIDEN = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 _SHUFFLE = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}
 
 
@@ -29,14 +30,21 @@ def dot_bytes(isa: Isa, total: Expr, unsigned: Expr, signed: Expr) -> Expr:
     return _add_pairs(lanes, total, high_halves(unsigned, lanes), signed, 16)
 
 
-def dot_two(isa: Isa, total: Expr, unsigned: Sequence[Expr], signed: Sequence[Expr]) -> Expr:
-    """Return total + the eight products of each int32 lane of two words of u8, at most 64, and two of s8 from -127.
+def add_products(isa: Isa, sums: Expr, unsigned: Expr, signed: Expr) -> Expr:
+    """Return the two 16-bit sums of each int32 lane plus the products of two of its u8 by two of its s8 each.
 
-    Without VNNI: four products of 64 by 127 fit 16 bits, so that one step widens both words' sums.
+    Both products of a sum must fit 16 bits together; the sum wraps around.
     """
-    lanes = isa.lanes
-    operands = (total, unsigned[0], signed[0], unsigned[1], signed[1])
-    return T.call_pure_extern(f"int32x{lanes}", f"q35c_dot_two_x{lanes}", *operands)
+    kind, operands = f"int32x{isa.lanes}", (sums, unsigned, signed)
+    return T.call_pure_extern(kind, f"q35c_add_products_x{isa.lanes}", *operands)
+
+
+def scale_sums(isa: Isa, sums: Expr, scales: Expr) -> Expr:
+    """Return for each int32 lane its two 16-bit sums, each times the scale in the same place, added up."""
+    intrinsic = T.llvm_lookup_intrinsic_id(_WIDEN[isa.lanes])
+    kind = f"int16x{2 * isa.lanes}"
+    operands = (T.reinterpret(value, dtype=kind) for value in (sums, scales))
+    return T.call_llvm_pure_intrin(intrinsic, *operands, dtype=f"int32x{isa.lanes}")
 
 
 def dot_levels(total: Expr, levels: Expr, signed: Expr) -> Expr:

@@ -18,9 +18,11 @@ from q35c.codegen.kernels.common import (
     LINE_WORDS,
     STACK,
     Expr,
+    bits,
     ceil_div,
     fetch,
     from_bits,
+    let,
     ramp,
     splat_int,
     vector,
@@ -30,6 +32,9 @@ from q35c.ir.formats import IntegerFormat
 
 SCALE_WORDS = BLOCK // 4  # a byte for each output
 _SIGN_AND_STEPS = -0x7C080000  # where the byte of a scale lies in f32 bits: 0x83F80000
+_WHOLE_EXPONENT = (
+    127 + 4
+)  # the least biased one with which the 4 bits behind a scale's point become whole
 _AHEAD_WORDS = 1024  # how far reading runs ahead of what is multiplied
 
 Parts = Callable[[int], list[Expr]]  # 4 inputs of a set -> their words, a vector for each `Vectors`
@@ -43,6 +48,11 @@ class IntegerLayout:
     isa: Isa
     K: int
     by_line: bool = False  # of 4 bits, whose sets are lines that stand for themselves
+
+    @property
+    def has_narrow_sums(self) -> bool:
+        """Whether products are added up in 16 bits and scales are integers (narrow_sums.py)."""
+        return self.form.bits != 8 and not self.isa.has_vnni
 
     @property
     def set_inputs(self) -> int:
@@ -97,7 +107,7 @@ class Weights(Protocol):
         ...
 
     def scales(self, group: Expr, vectors: Sequence[int]) -> list[Expr]:
-        """Return the outputs' scales, f32."""
+        """Return the outputs' scales: f32, or a pair of equal int16 that `factors` complete."""
         ...
 
 
@@ -129,9 +139,20 @@ class Packed:
 
     def scales(self, group: Expr, vectors: Sequence[int]) -> list[Expr]:
         size, start = self.layout.isa.lanes, self.layout.scales_start(group)
-        codes = (self._bytes(start, v, "int8") for v in vectors)
+        codes = [self._bytes(start, v, "int8") for v in vectors]
+        if self.layout.has_narrow_sums:
+            return [whole_scale_of(code, size) for code in codes]
         exponents = (self._bytes(0, v, "uint8") for v in vectors)
         return [scale_of(*pair, size) for pair in zip(codes, exponents, strict=True)]
+
+    def factors(self, vectors: Sequence[int]) -> list[Expr]:
+        """Return for each output the power of two, f32, by which integer scales are too large."""
+        size = self.layout.isa.lanes
+        exponents = (self._bytes(0, v, "uint8") - splat_int(4, size) for v in vectors)
+        return [
+            from_bits(T.max(exponent, splat_int(0, size)) << splat_int(23, size), size)
+            for exponent in exponents
+        ]
 
     def _bytes(self, start: Expr, v: int, dtype: str) -> Expr:
         """Return the bytes of the outputs of vector v in a line that begins at word `start`, as int32."""
@@ -146,6 +167,17 @@ def scale_of(code: Expr, exponent: Expr, lanes: int) -> Expr:
     return from_bits(steps + (exponent << splat_int(23, lanes)), lanes)
 
 
+def whole_scale_of(code: Expr, lanes: int) -> Expr:
+    """Return pairs of equal int16, the scales of widened codes for an exponent with which all are integers, up to 3,968."""
+    steps = (code << splat_int(19, lanes)) & splat_int(_SIGN_AND_STEPS, lanes)
+    scale = from_bits(steps + splat_int(_WHOLE_EXPONENT << 23, lanes), lanes)
+
+    def pair(whole: Expr) -> Expr:
+        return (whole & splat_int(0xFFFF, lanes)) | (whole << splat_int(16, lanes))
+
+    return let(T.cast(scale, vector("int32", lanes)), pair)
+
+
 def _fetch_lines(w: Expr, block: Expr, start: Expr, lines: int) -> None:
     """Emit prefetches of some lines into L1. A tile of few rows alternates between waiting for memory and multiplying.
 
@@ -158,20 +190,25 @@ def _fetch_lines(w: Expr, block: Expr, start: Expr, lines: int) -> None:
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Read vectors of levels [words, vectors] and of scales [groups, vectors] of the groups from `first` on."""
+    """Read a panel [groups, words + 1, vectors] of the groups from `first` on: levels, and in the last line scales."""
 
     layout: IntegerLayout
-    levels: Expr
-    column_scales: Expr
+    panel: Expr
     first: Expr
 
+    @property
+    def words(self) -> int:
+        return self.layout.form.group // 4
+
     def parts(self, group: Expr, number: Expr, vectors: Sequence[int]) -> Parts:
-        form = self.layout.form
-        word = (group - self.first) * (form.group // 4) + number * self.layout.set_words
-        return lambda part: [self.levels[word + part, v] for v in vectors]
+        at, word = group - self.first, number * self.layout.set_words
+        return lambda part: [self.panel[at, word + part, v] for v in vectors]
 
     def scales(self, group: Expr, vectors: Sequence[int]) -> list[Expr]:
-        return [self.column_scales[group - self.first, v] for v in vectors]
+        found = [self.panel[group - self.first, self.words, v] for v in vectors]
+        if self.layout.has_narrow_sums:
+            return found
+        return [from_bits(scale, self.layout.isa.lanes) for scale in found]
 
 
 def unpack_groups(packed: Packed, first: Expr, count: Expr, most: int) -> Unpacked:
@@ -179,19 +216,18 @@ def unpack_groups(packed: Packed, first: Expr, count: Expr, most: int) -> Unpack
     layout = packed.layout
     size, form = layout.isa.lanes, layout.form
     vectors = range(BLOCK // size)
-    shape = (most * form.group // 4, len(vectors))
-    levels = T.alloc_buffer(shape, f"int32x{size}", annotations=STACK)
-    scales = T.alloc_buffer((most, len(vectors)), f"float32x{size}", annotations=STACK)
-    unpacked = Unpacked(layout, levels, scales, first)
+    shape = (most, form.group // 4 + 1, len(vectors))
+    panel = T.alloc_buffer(shape, f"int32x{size}", annotations=STACK)
+    unpacked = Unpacked(layout, panel, first)
     with T.serial(count) as at:
         for v, scale in zip(vectors, packed.scales(first + at, vectors), strict=True):
-            T.buffer_store(scales, scale, [at, v])
+            kept = scale if layout.has_narrow_sums else bits(scale, size)
+            T.buffer_store(panel, kept, [at, unpacked.words, v])
         with T.serial(T.int64(layout.sets)) as number:
             parts = packed.parts(first + at, number, vectors)
-            word = at * (form.group // 4) + number * layout.set_words
             for part in range(layout.set_words):
                 for v, value in zip(vectors, parts(part), strict=True):
-                    T.buffer_store(levels, value, [word + part, v])
+                    T.buffer_store(panel, value, [at, number * layout.set_words + part, v])
     return unpacked
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -28,7 +29,7 @@ from q35c.codegen.kernels.common import (
 )
 from q35c.codegen.kernels.integer_weights import scale_of
 from q35c.codegen.kernels.quantized_tile import IntegerProduct
-from q35c.ir.formats import TOP_SHARES, scale_bound
+from q35c.ir.formats import LARGEST_SUM, LAST_SHARES, SUM_INPUTS, TOP_SHARES, scale_bound
 
 _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
@@ -139,26 +140,65 @@ def choose_scale(
     top = T.Bind(T.Select(largest >= T.float32(0) - smallest, largest, smallest))
     T.buffer_store(least, T.float32(float("inf")), [0])
     T.buffer_store(best, T.int32(0), [0])
-    factors = [1 / (part * form.zero_point) for part in TOP_SHARES[form.bits]]
-    table = T.alloc_buffer((len(factors),), "float32", annotations=STACK)
-    for number, factor in enumerate(factors):
-        T.buffer_store(table, T.float32(factor), [number])
+    _try_shares(product, values, exponent, top, TOP_SHARES[form.bits], least, best)
+    if LAST_SHARES[form.bits]:
+        with T.If(least[0] == T.float32(float("inf"))), T.Then():
+            last = LAST_SHARES[form.bits]
+            _try_shares(product, values, exponent, top, last, least, best, is_last=True)
+
+
+def _try_shares(
+    product: IntegerProduct,
+    values: Expr,
+    exponent: Expr,
+    top: Expr,
+    shares: Sequence[float],
+    least: Expr,
+    best: Expr,
+    is_last: bool = False,
+) -> None:
+    """Emit the trial of some scales; of the last ones the first that keeps to LARGEST_SUM is taken."""
+    L, form = product.isa.lanes, product.form
+    table = T.alloc_buffer((len(shares),), "float32", annotations=STACK)
+    for number, share_of_top in enumerate(shares):
+        T.buffer_store(table, T.float32(1 / (share_of_top * form.zero_point)), [number])
     # Loops, not code for each share and vector: that took LLVM half a minute.
-    with T.serial(len(factors)) as trial:
+    with T.serial(len(shares)) as trial:
         code = T.Bind(_nearest_code(top * table[trial], exponent))
         scale = T.Bind(_scale(code, exponent))
         inverse = T.Bind(splat(T.float32(1) / scale, L))
         wide = T.Bind(splat(scale, L))
         total = T.alloc_buffer((1, L), "float32")
+        largest = T.alloc_buffer((1,), "float32")
         T.buffer_store(total, splat(0.0, L), [0, ramp(0, L)])
-        with T.serial(form.group // L) as v:
-            x = T.Bind(values[ramp(v * L, L)])
-            error = T.Bind(x - _level(product, x, inverse) * wide)
-            T.buffer_store(total, total[0, ramp(0, L)] + error * error, [0, ramp(0, L)])
+        T.buffer_store(largest, T.float32(0), [0])
+        with T.serial(form.group // SUM_INPUTS) as part:
+            sums = T.alloc_buffer((1, L), "float32")
+            T.buffer_store(sums, splat(0.0, L), [0, ramp(0, L)])
+            with T.serial(SUM_INPUTS // L) as v:
+                x = T.Bind(values[ramp(part * SUM_INPUTS + v * L, L)])
+                level = T.Bind(_level(product, x, inverse))
+                error = T.Bind(x - level * wide)
+                T.buffer_store(total, total[0, ramp(0, L)] + error * error, [0, ramp(0, L)])
+                T.buffer_store(sums, sums[0, ramp(0, L)] + T.fabs(level), [0, ramp(0, L)])
+            for pair in range(2):
+                one = _sum_of_pairs(sums[0, ramp(0, L)], pair, L)
+                T.buffer_store(largest, T.max(largest[0], one), [0])
         whole = T.Bind(hsum(total[0, ramp(0, L)], L))
-        with T.If(whole < least[0]), T.Then():
+        is_better = whole < least[0]
+        if form.bits != 8:
+            is_better = tirx.And(is_better, largest[0] <= T.float32(LARGEST_SUM))
+        if is_last:
+            is_better = tirx.And(is_better, least[0] == T.float32(float("inf")))
+        with T.If(is_better), T.Then():
             T.buffer_store(least, whole, [0])
             T.buffer_store(best, code, [0])
+
+
+def _sum_of_pairs(sums: Expr, pair: int, lanes: int) -> Expr:
+    """Return the sum of the lanes of the first, or the second, two of every 4."""
+    kept = [T.float32(lane % 4 // 2 == pair) for lane in range(lanes)]
+    return hsum(sums * tirx.Shuffle(kept, [T.int32(lane) for lane in range(lanes)]), lanes)
 
 
 def write_codes(product: IntegerProduct, values: Expr, scale: Expr, words: Expr, row: Expr) -> None:

@@ -23,7 +23,8 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import STACK, Expr, ramp, splat_int, vector
-from q35c.codegen.kernels.dot import dot_bytes, dot_two
+from q35c.codegen.kernels.dot import add_products as add_byte_products
+from q35c.codegen.kernels.dot import dot_bytes
 from q35c.codegen.program import Call, Nt, Pointer, Tid, Tokens, program_entry
 
 _PAGE_WORDS = 1024
@@ -62,7 +63,7 @@ def probes(isa: Isa) -> Iterator[Probe]:
     yield Probe("read", reading(isa, is_cached=False), 4 * _PAGE_WORDS)
     yield Probe("cache", reading(isa, is_cached=True), 4 * _PAGE_WORDS * _CACHED_PAGES)
     one = sums_of(isa) * isa.lanes
-    yield Probe("int8", multiplying(isa, add_bytes), (8 if isa.has_vnni else 16) * one)
+    yield Probe("int8", multiplying(isa, add_bytes), 8 * one)
     if isa.has_bf16:
         yield Probe("bf16", multiplying(isa, add_pairs), 4 * one)
     yield Probe("f32", multiplying(isa, add_products), 2 * one)
@@ -141,7 +142,7 @@ def stamp(data: Expr, first: Expr, index: int) -> Expr:
 def add_bytes(isa: Isa, total: Expr, factor: Expr) -> Expr:
     if isa.has_vnni:
         return dot_bytes(isa, total, total, factor)
-    return dot_two(isa, total, (total, factor), (factor, total))
+    return add_byte_products(isa, total, total, factor)
 
 
 def add_pairs(isa: Isa, total: Expr, factor: Expr) -> Expr:

@@ -28,8 +28,16 @@ from dataclasses import dataclass, replace
 from tvm.script import tirx as T
 
 from q35c.codegen.kernels.common import Expr, ceil_div, ramp, splat, splat_int
-from q35c.codegen.kernels.dot import dot_bytes, dot_levels, dot_two
-from q35c.codegen.kernels.integer_weights import IntegerLayout, Packed, Weights, unpack_groups
+from q35c.codegen.kernels.dot import dot_bytes, dot_levels
+from q35c.codegen.kernels.integer_weights import (
+    IntegerLayout,
+    Packed,
+    Unpacked,
+    Weights,
+    unpack_groups,
+)
+from q35c.codegen.kernels.narrow_sums import add_group_narrowly, add_groups
+from q35c.codegen.kernels.narrow_tile import ROWS
 from q35c.codegen.kernels.product import (
     Operands,
     Product,
@@ -69,7 +77,7 @@ class IntegerProduct(Product):
     @property
     def rows(self) -> RowLayout:
         """Where a row of X keeps its codes, scales and sums."""
-        return RowLayout(self.K, self.form.group)
+        return RowLayout(self.K, self.form.group, self.isa)
 
     @property
     def layout(self) -> IntegerLayout:
@@ -83,7 +91,14 @@ class IntegerProduct(Product):
     @property
     def heights(self) -> tuple[int, ...]:
         """Rows of a tile: each height takes what the taller ones leave."""
-        return (4, 3, 2, 1) if self.isa.registers == 16 else (8, 6, 5, 4, 3, 2, 1)
+        if self.isa.registers == 32:
+            return (8, 6, 5, 4, 3, 2, 1)
+        return (ROWS, 4, 3, 2, 1) if self.is_assembled else (4, 3, 2, 1)
+
+    @property
+    def is_assembled(self) -> bool:
+        """Whether tall tiles are those of narrow_tile.py, which need a panel."""
+        return self.layout.has_narrow_sums and self.isa.registers == 16
 
     def passes(self, rows: int) -> tuple[Vectors, ...]:
         """Vectors of a line that one tile takes at a time: its sums must fit the registers."""
@@ -96,7 +111,7 @@ class IntegerProduct(Product):
 
         Measured on Zen 3: 4 rows 11 to 15 % faster; no gain with fewer, nor where levels lie unpacked.
         """
-        return self.form.bits == 4 and self.isa.registers == 16 and rows == self.heights[0]
+        return self.form.bits == 4 and self.isa.registers == 16 and rows == 4
 
     @property
     def moves_signs(self) -> bool:
@@ -104,38 +119,43 @@ class IntegerProduct(Product):
         return self.form.bits == 8 and self.isa.lanes == 8
 
     @property
-    def step_words(self) -> int:
-        """Words of a row that are multiplied in one step: two where there is no VNNI and levels are small (dot.py)."""
-        return 1 if self.isa.has_vnni or self.form.bits == 8 else 2
-
-    @property
     def sharing_tiles(self) -> int:
-        """The fewest tiles that share. Measured: up to 6 tall ones are as fast or faster alone, two of 4 rows are not."""
-        return 2 if self.heights[0] == 4 else 8
+        """The fewest tall tiles that share what was unpacked.
+
+        Measured with 8 rows: up to 6 tiles are as fast or faster alone. With 6 rows that unpack for themselves sums spill.
+        """
+        return 1 if self.isa.registers == 16 else 8
 
     @property
     def chunk(self) -> int:
-        """Inputs that are unpacked at once: 16 KiB, half of L1, or half of that for tiles of 4 rows (3 % faster)."""
-        return 256 if self.heights[0] == 4 else 512
+        """Inputs that are unpacked at once: 16 KiB, half of L1, or half of that for AVX2 (3 % faster)."""
+        return 256 if self.isa.registers == 16 else 512
 
     @property
     def unpacks_slowly(self) -> bool:
-        """Whether tiles should share what is unpacked: 5 bits take more steps, and 4 rows use it half as often as 8."""
-        return self.form.bits == 5 or (self.form.bits == 4 and self.heights[0] == 4)
+        """Whether tiles should share what is unpacked: 5 bits take more steps, and AVX2's tiles use it less often."""
+        return self.form.bits == 5 or (self.form.bits == 4 and self.isa.registers == 16)
 
     def sweep(self, operands: Operands, begin: Expr, end: Expr) -> None:
         position = begin
         for rows in self.heights:
             count = T.Bind(T.truncdiv(end - position, rows))
             if rows == self.heights[0] and self.unpacks_slowly:
-                with T.If(count < self.sharing_tiles):
-                    with T.Then():
-                        _tiles(self, operands, position, count, rows)
-                    with T.Else():
-                        _sharing_tiles(self, operands, position, count, rows)
+                self._tall_tiles(operands, position, count)
             else:
                 _tiles(self, operands, position, count, rows)
             position = T.Bind(position + count * rows)
+
+    def _tall_tiles(self, operands: Operands, position: Expr, count: Expr) -> None:
+        rows = self.heights[0]
+        if self.sharing_tiles == 1:
+            _sharing_tiles(self, operands, position, count, rows)
+            return
+        with T.If(count < self.sharing_tiles):
+            with T.Then():
+                _tiles(self, operands, position, count, rows)
+            with T.Else():
+                _sharing_tiles(self, operands, position, count, rows)
 
 
 def _tiles(
@@ -156,6 +176,7 @@ def _tiles(
             with T.serial(product.form.groups(product.K)) as group:
                 _add_group(product, operands.x, acc, x_rows, vectors, packed, group)
             store_sums(product, acc, sums, T.int64(0), vectors)
+        _complete_scales(product, packed, sums, T.int64(rows))
         finish(product, operands, sums, first, T.int64(rows))
 
 
@@ -179,13 +200,42 @@ def _sharing_tiles(
             weights = unpack_groups(packed, start, size, most)
             with T.serial(tiles) as tile:
                 x_rows = [T.Bind(operands.x_row(first + tile * rows + i)) for i in range(rows)]
-                for vectors in product.passes(rows):
-                    acc = accumulators(product, rows, vectors)
-                    load_sums(product, acc, sums, tile * rows, vectors)
-                    with T.serial(size) as at:
-                        _add_group(product, operands.x, acc, x_rows, vectors, weights, start + at)
-                    store_sums(product, acc, sums, tile * rows, vectors)
+                if product.is_assembled:
+                    add_groups(product.rows, operands.x, sums, tile * rows, x_rows, weights, size)
+                else:
+                    _add_groups(product, operands.x, sums, tile * rows, x_rows, weights, size)
+        _complete_scales(product, packed, sums, tiles * rows)
         finish(product, operands, sums, first, tiles * rows)
+
+
+def _add_groups(
+    product: IntegerProduct,
+    x: Expr,
+    sums: Expr,
+    first: Expr,
+    x_rows: Sequence[Expr],
+    weights: Unpacked,
+    groups: Expr,
+) -> None:
+    """Emit sums += those of the first groups of a panel, for the tile whose first row is `first`."""
+    for vectors in product.passes(len(x_rows)):
+        acc = accumulators(product, len(x_rows), vectors)
+        load_sums(product, acc, sums, first, vectors)
+        with T.serial(groups) as at:
+            _add_group(product, x, acc, x_rows, vectors, weights, weights.first + at)
+        store_sums(product, acc, sums, first, vectors)
+
+
+def _complete_scales(product: IntegerProduct, packed: Packed, sums: Expr, rows: Expr) -> None:
+    """Emit the product of sums with what integer scales leave."""
+    if not packed.layout.has_narrow_sums:
+        return
+    lanes = product.isa.lanes
+    factors = [T.Bind(factor) for factor in packed.factors(product.vectors)]
+    with T.serial(rows) as i:
+        for v, factor in zip(product.vectors, factors, strict=True):
+            at = [i, ramp(v * lanes, lanes)]
+            T.buffer_store(sums, sums[*at] * factor, at)
 
 
 def _add_group(
@@ -199,6 +249,9 @@ def _add_group(
 ) -> None:
     """Emit acc += the scaled sums of one group of inputs."""
     size, rows, form, layout = product.isa.lanes, product.rows, product.form, weights.layout
+    if layout.has_narrow_sums:
+        add_group_narrowly(rows, x, acc, x_rows, vectors, weights, group)
+        return
     lanes = ramp(0, size)
     inner = accumulators(product, len(x_rows), vectors, "int32")
     for i, row in enumerate(x_rows):
@@ -208,12 +261,11 @@ def _add_group(
     with T.serial(layout.sets) as number:
         parts = weights.parts(group, number, vectors)
         column = group * (form.group // 4) + number * layout.set_words
-        for part in range(0, layout.set_words, product.step_words):
-            step = range(part, part + product.step_words)
-            words = [[T.Bind(_factor(product, word)) for word in parts(one)] for one in step]
+        for part in range(layout.set_words):
+            words = [T.Bind(_factor(product, word)) for word in parts(part)]
             for i, row in enumerate(x_rows):
-                signed = [T.Bind(splat_int(x[row, column + one], size)) for one in step]
-                for j, levels in enumerate(zip(*words, strict=True)):
+                signed = T.Bind(splat_int(x[row, column + part], size))
+                for j, levels in enumerate(words):
                     at = [i, j, lanes]
                     T.buffer_store(inner, _add_products(product, inner[*at], levels, signed), at)
     scales = [T.Bind(scale) for scale in weights.scales(group, vectors)]
@@ -238,11 +290,7 @@ def _factor(product: IntegerProduct, word: Expr) -> Expr:
     return word ^ splat_int(_SIGN_BITS, product.isa.lanes) if product.moves_signs else word
 
 
-def _add_products(
-    product: IntegerProduct, total: Expr, levels: Sequence[Expr], signed: Sequence[Expr]
-) -> Expr:
-    if product.step_words == 2:
-        return dot_two(product.isa, total, levels, signed)
+def _add_products(product: IntegerProduct, total: Expr, levels: Expr, signed: Expr) -> Expr:
     if product.moves_signs:
-        return dot_levels(total, levels[0], signed[0])
-    return dot_bytes(product.isa, total, levels[0], signed[0])
+        return dot_levels(total, levels, signed)
+    return dot_bytes(product.isa, total, levels, signed)

@@ -15,6 +15,8 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.kernels.narrow_tile import tile_ir
+
 # Cache lines: int32 arrivals at 0, generation at 64, sleepers at 68, then counters of `q35c_claim`. They and what follows in
 # the block, counters of `q35c_arrive`, start as zeros.
 PART_COUNTERS = 128
@@ -44,19 +46,17 @@ define linkonce_odr hidden {kind} @q35c_dot_bytes_x{lanes}({kind} %sum, {kind} %
 """
 
 
-def _dot_two(lanes: int) -> str:
-    """Return the function that does so with two words of bytes at a time, whose products it adds up in 16 bits first.
+def _add_products(lanes: int) -> str:
+    """Return the function that adds to pairs of 16-bit sums the products of two u8 by two s8 each.
 
-    The ones come from memory: a tile's 16 registers hold 8 sums, 4 words of weights, 2 of rows and 2 products.
+    As assembly, too: LLVM would add products to each other before it adds them to sums.
     """
     kind = f"<{lanes} x i32>"
-    products = ("vpmaddubsw $4, $3, $1", "vpmaddubsw $6, $5, $2", "vpaddw $2, $1, $1")
-    steps = "\\0A".join((*products, "vpmaddwd $7, $1, $1", "vpaddd $1, $0, $0"))
-    operands = ", ".join(f"{kind} %{name}" for name in ("u0", "s0", "u1", "s1"))
+    steps = "\\0A".join(("vpmaddubsw $3, $2, $1", "vpaddw $1, $0, $0"))
     return f"""
-define linkonce_odr hidden {kind} @q35c_dot_two_x{lanes}({kind} %sum, {operands}) alwaysinline {{
-  %r = call {{ {kind}, {kind}, {kind} }} asm "{steps}", "=v,=&v,=&v,v,v,v,v,*m,0"({operands}, ptr elementtype({kind}) @q35c_ones, {kind} %sum)
-  %total = extractvalue {{ {kind}, {kind}, {kind} }} %r, 0
+define linkonce_odr hidden {kind} @q35c_add_products_x{lanes}({kind} %sums, {kind} %u, {kind} %s) alwaysinline {{
+  %r = call {{ {kind}, {kind} }} asm "{steps}", "=v,=&v,v,v,0"({kind} %u, {kind} %s, {kind} %sums)
+  %total = extractvalue {{ {kind}, {kind} }} %r, 0
   ret {kind} %total
 }}
 """
@@ -69,8 +69,8 @@ define linkonce_odr hidden {kind} @q35c_dot_two_x{lanes}({kind} %sum, {operands}
 # Either the opener sees the sleeper's count, or the kernel sees the new generation and does not let it sleep.
 SUPPORT_IR = f"""
 {_dot_bytes(8)}{_dot_bytes(16)}
-@q35c_ones = linkonce_odr hidden constant <16 x i32> <{", ".join(["i32 65537"] * 16)}>, align 64
-{_dot_two(8)}{_dot_two(16)}
+{_add_products(8)}{_add_products(16)}
+{"".join(tile_ir(group) for group in (32, 64, 128))}
 declare i64 @llvm.readcyclecounter()
 declare void @llvm.x86.sse.stmxcsr(ptr)
 declare void @llvm.x86.sse.ldmxcsr(ptr)

@@ -1,0 +1,111 @@
+"""Sums of products of small levels in 16 bits, for instruction sets without VNNI.
+
+There u8 times s8 gives sums of two products in 16 bits, and adding them to sums of 32 bits takes another two
+instructions. Levels of 4 and 5 bits are small enough to put that off: u = w + 32 is at most 64, so two products fit, and
+of 16 inputs the levels w themselves are held to 258 in magnitude (ir/formats.py), so that
+
+    sum(q w) = sum(q u) - 32 sum(q)
+
+fits 16 bits for all codes q of a row, up to 127. That sum(q u) does not is no matter, as 16 bits wrap around: a sum starts
+with -32 sum(q), which comes with the rows (quantize.py). The instruction that adds two of 16 bits in 32 multiplies
+them, too: by the column's scale, which its 8 bits make an integer up to 3,968 times a power of two that belongs to the
+row. So only the row's scale is left to do in f32, every 32 inputs.
+
+A step of 4 inputs takes two instructions instead of two and a half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm.script import tirx as T
+
+from q35c.codegen.isa.x86 import Isa
+from q35c.codegen.kernels.common import BLOCK, STACK, Expr, ramp, splat, splat_int
+from q35c.codegen.kernels.dot import add_products, scale_sums
+from q35c.codegen.kernels.integer_weights import Unpacked, Weights
+from q35c.codegen.kernels.narrow_tile import VECTORS, tile_name
+from q35c.codegen.kernels.quantize import RowLayout
+from q35c.ir.formats import SUM_INPUTS
+
+_WORDS = SUM_INPUTS // 4
+
+
+def add_group_narrowly(
+    layout: RowLayout,
+    x: Expr,
+    acc: Expr,
+    x_rows: Sequence[Expr],
+    vectors: Sequence[int],
+    weights: Weights,
+    group: Expr,
+) -> None:
+    """Emit acc += the sums of one group of inputs, scaled but for the columns' factors."""
+    isa, lanes = layout.isa, ramp(0, layout.isa.lanes)
+    narrow = T.alloc_buffer((len(x_rows), len(vectors), isa.lanes), "int32", annotations=STACK)
+    scales = [T.Bind(scale) for scale in weights.scales(group, vectors)]
+    with T.serial(layout.starts_in_group) as part:
+        for i, row in enumerate(x_rows):
+            start = x[row, layout.starts + group * layout.starts_in_group + part]
+            for j in range(len(vectors)):
+                T.buffer_store(narrow, splat_int(start, isa.lanes), [i, j, lanes])
+        _add_levels(isa, x, narrow, x_rows, vectors, weights, group, part)
+        for i, row in enumerate(x_rows):
+            row_scale = T.reinterpret(x[row, layout.scales + group], dtype="float32")
+            wide = T.Bind(splat(row_scale, isa.lanes))
+            for j, scale in enumerate(scales):
+                whole = scale_sums(isa, narrow[i, j, lanes], scale)
+                value = T.cast(whole, f"float32x{isa.lanes}") * wide
+                T.buffer_store(acc, acc[i, j, lanes] + value, [i, j, lanes])
+
+
+def add_groups(
+    layout: RowLayout,
+    x: Expr,
+    sums: Expr,
+    first: Expr,
+    x_rows: Sequence[Expr],
+    weights: Unpacked,
+    groups: Expr,
+) -> None:
+    """Emit sums += those of all groups of a panel, for the tile whose first row is `first`; AVX2 alone."""
+    form = weights.layout.form
+    rows = [T.address_of(x[row, 0]) for row in x_rows]
+    words = (
+        weights.first * (form.group // 4),
+        layout.scales + weights.first,
+        layout.starts + weights.first * layout.starts_in_group,
+    )
+    offsets = [T.Bind(T.cast(4 * word, "int64")) for word in words]
+    for v in range(0, BLOCK // layout.isa.lanes, VECTORS):
+        panel = T.address_of(weights.panel[0, 0, v])
+        out = T.address_of(sums[first, v * layout.isa.lanes])
+        T.evaluate(
+            T.call_extern("int32", tile_name(form.group), *rows, *offsets, panel, out, groups)
+        )
+
+
+def _add_levels(
+    isa: Isa,
+    x: Expr,
+    narrow: Expr,
+    x_rows: Sequence[Expr],
+    vectors: Sequence[int],
+    weights: Weights,
+    group: Expr,
+    part: Expr,
+) -> None:
+    """Emit narrow += the products of 32 inputs."""
+    layout, lanes = weights.layout, ramp(0, isa.lanes)
+    sets = _WORDS // layout.set_words
+    with T.serial(sets) as at:
+        number = part * sets + at
+        parts = weights.parts(group, number, vectors)
+        column = group * (layout.form.group // 4) + number * layout.set_words
+        for word in range(layout.set_words):
+            levels = [T.Bind(one) for one in parts(word)]
+            for i, row in enumerate(x_rows):
+                signed = T.Bind(splat_int(x[row, column + word], isa.lanes))
+                for j, level in enumerate(levels):
+                    sums = add_products(isa, narrow[i, j, lanes], level, signed)
+                    T.buffer_store(narrow, sums, [i, j, lanes])
