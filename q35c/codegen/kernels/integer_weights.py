@@ -47,7 +47,6 @@ class IntegerLayout:
     form: IntegerFormat
     isa: Isa
     K: int
-    by_line: bool = False  # of 4 bits, whose sets are lines that stand for themselves
 
     @property
     def has_narrow_sums(self) -> bool:
@@ -56,8 +55,8 @@ class IntegerLayout:
 
     @property
     def set_inputs(self) -> int:
-        """Number of inputs that one turn of a loop takes: what is stored together, or a line of 4 bits."""
-        return 8 if self.by_line else self.form.set_inputs
+        """Number of inputs that one turn of a loop takes: what is stored together."""
+        return self.form.set_inputs
 
     @property
     def set_words(self) -> int:

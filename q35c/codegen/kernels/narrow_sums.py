@@ -23,8 +23,8 @@ from tvm.script import tirx as T
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.common import BLOCK, STACK, Expr, ramp, splat, splat_int
 from q35c.codegen.kernels.dot import add_products, scale_sums
-from q35c.codegen.kernels.integer_weights import Unpacked, Weights
-from q35c.codegen.kernels.narrow_tile import VECTORS, tile_name
+from q35c.codegen.kernels.integer_weights import Packed, Unpacked, Weights
+from q35c.codegen.kernels.narrow_tile import Tile
 from q35c.codegen.kernels.quantize import RowLayout
 from q35c.ir.formats import SUM_INPUTS
 
@@ -59,7 +59,7 @@ def add_group_narrowly(
                 T.buffer_store(acc, acc[i, j, lanes] + value, [i, j, lanes])
 
 
-def add_groups(
+def add_panel(
     layout: RowLayout,
     x: Expr,
     sums: Expr,
@@ -68,21 +68,52 @@ def add_groups(
     weights: Unpacked,
     groups: Expr,
 ) -> None:
-    """Emit sums += those of all groups of a panel, for the tile whose first row is `first`; AVX2 alone."""
-    form = weights.layout.form
-    rows = [T.address_of(x[row, 0]) for row in x_rows]
-    words = (
-        weights.first * (form.group // 4),
+    """Emit sums += those of the first groups of a panel, for the tile whose first row is `first`; AVX2 alone."""
+    group = weights.layout.form.group
+    tile = Tile(len(x_rows), group, 0)
+    offsets = (
+        weights.first * (group // 4),
         layout.scales + weights.first,
         layout.starts + weights.first * layout.starts_in_group,
     )
-    offsets = [T.Bind(T.cast(4 * word, "int64")) for word in words]
-    for v in range(0, BLOCK // layout.isa.lanes, VECTORS):
-        panel = T.address_of(weights.panel[0, 0, v])
+    for v in range(0, BLOCK // layout.isa.lanes, tile.vectors):
+        places = [_address(weights.panel[0, line, v]) for line in (0, weights.words)]
         out = T.address_of(sums[first, v * layout.isa.lanes])
-        T.evaluate(
-            T.call_extern("int32", tile_name(form.group), *rows, *offsets, panel, out, groups)
-        )
+        _call_tile(tile, x, x_rows, [T.Bind(4 * word) for word in offsets], places, out, groups)
+
+
+def add_block(
+    layout: RowLayout, x: Expr, sums: Expr, x_rows: Sequence[Expr], packed: Packed
+) -> None:
+    """Emit sums += those of a packed block, for a tile of its own; AVX2 alone."""
+    form = packed.layout.form
+    tile = Tile(len(x_rows), form.group, form.bits)
+    offsets = [T.int64(4 * word) for word in (0, layout.scales, layout.starts)]
+    for v in range(0, BLOCK // layout.isa.lanes, tile.vectors):
+        lines = packed.layout.set_start(0, 0) + v * layout.isa.lanes
+        scales = packed.layout.scales_start(0) + v * (layout.isa.lanes // 4)
+        places = [_address(packed.w[packed.block, word]) for word in (lines, scales)]
+        out = T.address_of(sums[0, v * layout.isa.lanes])
+        _call_tile(tile, x, x_rows, offsets, places, out, T.int64(layout.groups))
+
+
+def _call_tile(
+    tile: Tile,
+    x: Expr,
+    x_rows: Sequence[Expr],
+    offsets: Sequence[Expr],
+    places: Sequence[Expr],
+    out: Expr,
+    groups: Expr,
+) -> None:
+    rows = [T.address_of(x[row, 0]) for row in x_rows]
+    arguments = (*rows, *offsets, *places, out, groups)
+    with T.attr(T.int32(0), "pragma_import_llvm", tile.ir()):
+        T.evaluate(T.call_extern("int32", tile.name, *arguments))
+
+
+def _address(element: Expr) -> Expr:
+    return T.reinterpret(T.address_of(element), dtype="int64")
 
 
 def _add_levels(

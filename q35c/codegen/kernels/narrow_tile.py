@@ -1,101 +1,237 @@
-"""The tile of 6 rows and 2 vectors with sums of 16 bits (narrow_sums.py), as AVX2 instructions.
+"""Tiles with sums of 16 bits (narrow_sums.py) as AVX2 instructions.
 
-As assembly because it lives from the number of instructions, loads and moves included: Zen 3 ends 4.6 of them a cycle,
-whatever they are. These are 3.3 for 4 inputs of a row and vector; LLVM makes 4.3 of the same statements, as it spills what 16
-registers would just hold, and then 6 rows are no faster than 4 with sums of 32 bits. This is 16 % faster, and 6 % where
-another thread shares the core. The loop takes 32 inputs: written out for a group of 128 it is a fifth slower than those, as
-its 1,200 instructions come from the decoders.
+As assembly because they live from the number of instructions, loads and moves included: Zen 3 ends 4.6 of them a cycle,
+whatever they are. The tile of 6 rows takes 3.3 for 4 inputs of a row and vector; LLVM makes 4.3 of the same statements, as it
+spills what 16 registers would just hold, and then 6 rows are no faster than 4 with sums of 32 bits. The loop takes 32 inputs:
+written out for a group of 128 it is a third slower, as its 1,200 instructions come from the decoders.
+
+A tile reads levels from a panel, where many tiles share what was unpacked, or unpacks them itself from a packed block.
 """
 
 from __future__ import annotations
 
-from q35c.ir.formats import SUM_INPUTS
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-ROWS, VECTORS = 6, 2
-_LINE = 128  # bytes of a word of the panel, and of a row of f32 sums: 32 outputs
+from q35c.ir.formats import SUM_INPUTS, IntegerFormat
+
+TALLEST = 6  # rows: more have no registers for their sums
+_LINE = 128  # bytes of a word of a panel, of a stored line, and of a row of f32 sums: 32 outputs
 _WORDS = SUM_INPUTS // 4
-_SUMS = ROWS * VECTORS  # registers 0 to 11; 12 and 13 hold levels, 14 a word of a row, 15 a product
-_LEVELS, _ROW, _PRODUCT = _SUMS, _SUMS + VECTORS, _SUMS + VECTORS + 1
+_AHEAD = 4096  # bytes that reading a packed block runs ahead, see integer_weights.py
+_REGISTERS = 16
+_SCALE_BITS = -0x7C080000  # of f32: the sign, 3 bits of the exponent and 4 of the mantissa
+_WHOLE_SCALES = (127 + 4) << 23  # the exponent with which the least scale is 16
+
+# Vectors of constants in memory.
+_NIBBLES, _TABLE, _LOW_TABLE, _HIGH_TABLE, _SCALE_MASK, _SCALE_BASE = range(6)
 
 # Operands of the assembly: what it advances, then what stays. The inputs in between are tied to the first ones.
-_CODES, _SCALES, _STARTS, _PANEL, _COLUMNS, _END, _FIRST_ROW, _OUT = 0, 1, 2, 3, 4, 5, 6, 12
+_MOVED = ("codes", "scales", "starts", "weights", "columns")
+_CODES, _SCALES, _STARTS, _WEIGHTS, _COLUMNS, _SCRATCH, _CONSTANTS, _END, _OUT, _ROW0 = range(10)  # fmt: skip
 
 
-def tile_name(group: int) -> str:
-    return f"q35c_narrow_tile_{group}"
+@dataclass(frozen=True)
+class Tile:
+    """A tile of some rows; `bits` of the codes that it unpacks, 0 for a panel."""
 
+    rows: int
+    group: int
+    bits: int
 
-def tile_ir(group: int) -> str:
-    """Return the function (6 rows, offsets of the first group's codes, scale and starts in them, panel, sums, groups).
+    @property
+    def name(self) -> str:
+        return f"q35c_narrow_{self.bits}_{self.group}_{self.rows}"
 
-    Offsets count bytes. The panel holds for each group a line for each 4 inputs, and one of scales; from the address on 64
-    bytes of each are read. It adds to f32 sums [6, 32], of which each row's first 16 are meant.
-    """
-    rows = ", ".join(f"ptr %row{i}" for i in range(ROWS))
-    moved = ("codes", "scales", "starts", "panel", "columns")
-    results = f"{{ {', '.join(['i64'] * len(moved))} }}"
-    clobbers = (
-        ",".join(f"~{{xmm{i}}}" for i in range(16)) + ",~{memory},~{dirflag},~{fpsr},~{flags}"
-    )
-    constraints = "=&r,=&r,=&r,=&r,=&r,r," + "r," * ROWS + f"r,0,1,2,3,4,{clobbers}"
-    text = "\\0A".join(_instructions(group))
-    operands = ", ".join(
-        ["i64 %end", *(f"ptr %row{i}" for i in range(ROWS)), "ptr %sums"]
-        + [f"i64 %{name}" for name in moved]
-    )
-    return f"""
-define linkonce_odr hidden i32 @{tile_name(group)}({rows}, i64 %codes, i64 %scales, i64 %starts, ptr %first, ptr %sums, i64 %count) noinline {{
-  %panel = ptrtoint ptr %first to i64
-  %columns = add i64 %panel, {group // 4 * _LINE}
-  %inputs = mul i64 %count, {group}
+    @property
+    def vectors(self) -> int:
+        """Vectors of the 4 of a line that it takes at a time."""
+        return 4 if self.rows <= 2 and self.bits else 2
+
+    @property
+    def sums(self) -> int:
+        return self.rows * self.vectors
+
+    @property
+    def levels(self) -> int:
+        """The first register of the levels of 4 inputs; the sums lie before."""
+        return self.sums
+
+    @property
+    def row(self) -> int:
+        """The register of a word of a row."""
+        return self.sums + self.vectors
+
+    @property
+    def product(self) -> int:
+        return self.row + 1
+
+    @property
+    def resident(self) -> dict[int, int]:
+        """The registers of constants that fit: the more often one is used, the sooner."""
+        wanted = {0: (), 4: (_TABLE, _NIBBLES), 5: (_LOW_TABLE, _HIGH_TABLE, _NIBBLES)}[self.bits]
+        return dict(zip(wanted, range(self.product + 1, _REGISTERS), strict=False))
+
+    @property
+    def lines(self) -> int:
+        """Lines that hold 32 inputs."""
+        return {0: _WORDS, 4: _WORDS // 2, 5: _WORDS // 2 + 1}[self.bits]
+
+    def ir(self) -> str:
+        """Return the LLVM function and the constants it reads.
+
+        Its arguments are the rows, the offsets in them of the first group's codes, scale and starts, where its levels
+        or lines begin and where its columns' scales, f32 sums [rows, 32] to which it adds, and the number of groups. Offsets count bytes; pointers to levels, scales and sums count from the first output.
+        """
+        rows = ", ".join(f"ptr %row{i}" for i in range(self.rows))
+        moved = ", ".join(f"i64 %{name}" for name in _MOVED)
+        results = f"{{ {', '.join(['i64'] * len(_MOVED))} }}"
+        clobbers = [f"xmm{i}" for i in range(_REGISTERS)] + ["memory", "dirflag", "fpsr", "flags"]
+        constraints = ["=&r"] * len(_MOVED) + ["=*m", "*m"] + ["r"] * (2 + self.rows)
+        constraints += [str(i) for i in range(len(_MOVED))] + [f"~{{{name}}}" for name in clobbers]
+        memory = f"ptr elementtype({_SCRATCH_TYPE}) %scratch, ptr elementtype({_CONSTANTS_TYPE}) @q35c_narrow_constants"
+        text = "\\0A".join(self._instructions())
+        return f"""{_constants()}
+define linkonce_odr hidden i32 @{self.name}({rows}, {moved}, ptr %sums, i64 %count) noinline {{
+  %scratch = alloca {_SCRATCH_TYPE}, align 16
+  %inputs = mul i64 %count, {self.group}
   %end = add i64 %codes, %inputs
-  %r = call {results} asm sideeffect "{text}", "{constraints}"({operands})
+  %r = call {results} asm sideeffect "{text}", "{",".join(constraints)}"({memory}, i64 %end, ptr %sums, {rows}, {moved})
   ret i32 0
 }}
 """
 
+    def _instructions(self) -> list[str]:
+        """Return a loop over groups, and in it one over 32 inputs."""
+        lines = [f"vmovdqa {_constant(one)}, %ymm{to}" for one, to in self.resident.items()]
+        lines += ["1:", *(self._unpack_scales() if self.bits else ()), "2:"]
+        lines += self._fetch() if self.bits else ()
+        for word in range(_WORDS):
+            lines += self._load_levels(word) if not self.bits else self._unpack_levels(word)
+            lines += self._multiply(word)
+        lines += self._add_sums()
+        lines += _advance({_CODES: SUM_INPUTS, _STARTS: 4, _WEIGHTS: self.lines * _LINE})
+        if self.group > SUM_INPUTS:
+            lines += [f"testb $${self.group - 1}, ${{{_CODES}:b}}", "jne 2b"]
+        lines += [*_advance({_SCALES: 4}), *(self._next_packed() if self.bits else self._next())]
+        return [*lines, f"cmpq ${_END}, ${_CODES}", "jne 1b"]
 
-def _instructions(group: int) -> list[str]:
-    """Return a loop over blocks of 32 inputs; a group's end moves on to the next scales."""
-    lines = ["1:"]
-    for word in range(_WORDS):
-        lines += _word(word)
-    lines += _finish()
-    steps = {_CODES: SUM_INPUTS, _STARTS: 4, _PANEL: _WORDS * _LINE}
-    lines += [f"addq $${step}, ${operand}" for operand, step in steps.items()]
-    if group > SUM_INPUTS:
-        lines += [f"testb $${group - 1}, ${{{_CODES}:b}}", "jne 1b"]
-    steps = {_SCALES: 4, _PANEL: _LINE, _COLUMNS: (group // 4 + 1) * _LINE}
-    lines += [f"addq $${step}, ${operand}" for operand, step in steps.items()]
-    return [*lines, f"cmpq ${_END}, ${_CODES}", "jne 1b"]
+    def _load_levels(self, word: int) -> Iterable[str]:
+        for v in range(self.vectors):
+            yield f"vmovdqa {word * _LINE + 32 * v}(${_WEIGHTS}), %ymm{self.levels + v}"
+
+    def _unpack_levels(self, word: int) -> Iterable[str]:
+        """Yield the look-up of the levels of 4 inputs: of the low or high halves of a line's bytes, two words each."""
+        code = f"%ymm{self.product}"
+        first_line = 1 if self.bits == 5 else 0
+        for v in range(self.vectors):
+            line = f"{(first_line + word // 2) * _LINE + 32 * v}(${_WEIGHTS})"
+            if word % 2 == 0 and _NIBBLES in self.resident:
+                yield f"vpand {line}, %ymm{self.resident[_NIBBLES]}, {code}"
+            else:
+                yield f"vmovdqu {line}, {code}"
+                if word % 2:
+                    yield f"vpsrld $$4, {code}, {code}"
+                nibbles = self.resident.get(_NIBBLES)
+                where = _constant(_NIBBLES) if nibbles is None else f"%ymm{nibbles}"
+                yield f"vpand {where}, {code}, {code}"
+            level = self.levels + v
+            if self.bits == 4:
+                yield from self._look_up(_TABLE, code, level)
+                continue
+            other = self.row  # no word of a row is there yet
+            yield from self._look_up(_LOW_TABLE, code, level)
+            yield from self._look_up(_HIGH_TABLE, code, other)
+            # As the sign of its byte, the fifth bit is what a blend of bytes looks at.
+            yield f"vmovdqu {32 * v}(${_WEIGHTS}), {code}"
+            if word < 7:
+                yield f"vpslld $${7 - word}, {code}, {code}"
+            yield f"vpblendvb {code}, %ymm{other}, %ymm{level}, %ymm{level}"
+
+    def _look_up(self, table: int, code: str, to: int) -> Iterable[str]:
+        held = self.resident.get(table)
+        if held is None:
+            yield f"vmovdqa {_constant(table)}, %ymm{to}"
+        yield f"vpshufb {code}, %ymm{to if held is None else held}, %ymm{to}"
+
+    def _multiply(self, word: int) -> Iterable[str]:
+        """Yield the products of 4 inputs; the first ones join what a sum starts with."""
+        for i in range(self.rows):
+            if word == 0:
+                yield f"vpbroadcastd (${_ROW0 + i}, ${_STARTS}), %ymm{self.product}"
+            yield f"vpbroadcastd {4 * word}(${_ROW0 + i}, ${_CODES}), %ymm{self.row}"
+            for v in range(self.vectors):
+                total = i * self.vectors + v
+                product = total if word == 0 else self.product
+                yield f"vpmaddubsw %ymm{self.row}, %ymm{self.levels + v}, %ymm{product}"
+                yield f"vpaddw %ymm{self.product}, %ymm{total}, %ymm{total}"
+
+    def _add_sums(self) -> Iterable[str]:
+        """Yield the end of 32 inputs: their sums, times the column's and the row's scale, join those in f32."""
+        for i in range(self.rows):
+            yield f"vbroadcastss (${_ROW0 + i}, ${_SCALES}), %ymm{self.row}"
+            for v in range(self.vectors):
+                total, place = i * self.vectors + v, f"{i * _LINE + 32 * v}(${_OUT})"
+                scale = f"{32 * v}+${_SCRATCH}" if self.bits else f"{32 * v}(${_COLUMNS})"
+                yield f"vpmaddwd {scale}, %ymm{total}, %ymm{total}"
+                yield f"vcvtdq2ps %ymm{total}, %ymm{total}"
+                yield f"vfmadd213ps {place}, %ymm{self.row}, %ymm{total}"
+                yield f"vmovups %ymm{total}, {place}"
+
+    def _unpack_scales(self) -> Iterable[str]:
+        """Yield the making of pairs of equal int16 from the bytes of a group's scales; see `whole_scale_of`."""
+        one, two = f"%ymm{self.row}", f"%ymm{self.product}"
+        for v in range(self.vectors):
+            yield f"vpmovsxbd {8 * v}(${_COLUMNS}), {one}"
+            yield f"vpslld $$19, {one}, {one}"
+            yield f"vpand {_constant(_SCALE_MASK)}, {one}, {one}"
+            yield f"vpaddd {_constant(_SCALE_BASE)}, {one}, {one}"
+            yield f"vcvttps2dq {one}, {one}"
+            yield f"vpslld $$16, {one}, {two}"
+            yield f"vpblendw $$0xAA, {two}, {one}, {one}"
+            yield f"vmovdqu {one}, {32 * v}+${_SCRATCH}"
+
+    def _fetch(self) -> Iterable[str]:
+        for line in range(0, self.lines * _LINE, 64):
+            yield f"prefetcht0 {_AHEAD + line}(${_WEIGHTS})"
+
+    def _next(self) -> Iterable[str]:
+        """Yield the step over a panel's line of scales."""
+        return _advance({_WEIGHTS: _LINE, _COLUMNS: (self.group // 4 + 1) * _LINE})
+
+    def _next_packed(self) -> Iterable[str]:
+        """Yield the step to the next scales, of the same pair of groups or of the next pair, and over the latter."""
+        pair = 2 * self.group // SUM_INPUTS * self.lines * _LINE
+        yield from (f"testl $${self.group}, ${{{_CODES}:k}}", "je 3f")
+        yield from (*_advance({_COLUMNS: 32}), "jmp 4f", "3:")
+        yield from (*_advance({_COLUMNS: 32 + pair, _WEIGHTS: 64}), "4:")
 
 
-def _word(word: int) -> list[str]:
-    """Return the products of 4 inputs."""
-    lines = []
-    for v in range(VECTORS):
-        lines.append(f"vmovdqa {word * _LINE + 32 * v}(${_PANEL}), %ymm{_LEVELS + v}")
-    for i in range(ROWS):
-        lines.append(f"vpbroadcastd {4 * word}(${_FIRST_ROW + i}, ${_CODES}), %ymm{_ROW}")
-        if word == 0:
-            lines.append(f"vpbroadcastd (${_FIRST_ROW + i}, ${_STARTS}), %ymm{_PRODUCT}")
-        for v in range(VECTORS):
-            total = i * VECTORS + v
-            product = total if word == 0 else _PRODUCT
-            lines.append(f"vpmaddubsw %ymm{_ROW}, %ymm{_LEVELS + v}, %ymm{product}")
-            lines.append(f"vpaddw %ymm{_PRODUCT}, %ymm{total}, %ymm{total}")
-    return lines
+_SCRATCH_TYPE = "[32 x i32]"
+_CONSTANTS_TYPE = "[48 x i32]"
 
 
-def _finish() -> list[str]:
-    """Return the end of 32 inputs: their sums, times the column's and the row's scale, join those in f32."""
-    lines = []
-    for i in range(ROWS):
-        lines.append(f"vbroadcastss (${_FIRST_ROW + i}, ${_SCALES}), %ymm{_ROW}")
-        for v in range(VECTORS):
-            total, place = i * VECTORS + v, f"{i * _LINE + 32 * v}(${_OUT})"
-            lines.append(f"vpmaddwd {32 * v}(${_COLUMNS}), %ymm{total}, %ymm{total}")
-            lines.append(f"vcvtdq2ps %ymm{total}, %ymm{total}")
-            lines.append(f"vfmadd213ps {place}, %ymm{_ROW}, %ymm{total}")
-            lines.append(f"vmovaps %ymm{total}, {place}")
-    return lines
+def _constant(number: int) -> str:
+    return f"{32 * number}+${_CONSTANTS}"
+
+
+def _advance(steps: dict[int, int]) -> list[str]:
+    return [f"addq $${step}, ${operand}" for operand, step in steps.items()]
+
+
+def _words(table: Sequence[int]) -> list[int]:
+    """Return a vector that 16 bytes fill twice, as signed words."""
+    octets = bytes(table) * 2
+    words = (octets[at : at + 4] for at in range(0, 32, 4))
+    return [int.from_bytes(word, "little", signed=True) for word in words]
+
+
+def _constants() -> str:
+    four, five = (IntegerFormat(bits, 64) for bits in (4, 5))
+    unsigned = [[level + form.zero_point for level in form.levels] for form in (four, five)]
+    vectors = (
+        _words([0x0F] * 16), _words(unsigned[0]), _words(unsigned[1][:16]), _words(unsigned[1][16:]),
+        [_SCALE_BITS] * 8, [_WHOLE_SCALES] * 8,
+    )  # fmt: skip
+    words = ", ".join(f"i32 {word}" for vector in vectors for word in vector)
+    return f"@q35c_narrow_constants = linkonce_odr hidden constant {_CONSTANTS_TYPE} [{words}], align 64"

@@ -23,7 +23,7 @@ faster with VBMI and 13 % without, while 4 bits would be 5 % slower); so do the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
@@ -36,8 +36,8 @@ from q35c.codegen.kernels.integer_weights import (
     Weights,
     unpack_groups,
 )
-from q35c.codegen.kernels.narrow_sums import add_group_narrowly, add_groups
-from q35c.codegen.kernels.narrow_tile import ROWS
+from q35c.codegen.kernels.narrow_sums import add_block, add_group_narrowly, add_panel
+from q35c.codegen.kernels.narrow_tile import TALLEST
 from q35c.codegen.kernels.product import (
     Operands,
     Product,
@@ -93,11 +93,11 @@ class IntegerProduct(Product):
         """Rows of a tile: each height takes what the taller ones leave."""
         if self.isa.registers == 32:
             return (8, 6, 5, 4, 3, 2, 1)
-        return (ROWS, 4, 3, 2, 1) if self.is_assembled else (4, 3, 2, 1)
+        return tuple(range(TALLEST if self.is_assembled else 4, 0, -1))
 
     @property
     def is_assembled(self) -> bool:
-        """Whether tall tiles are those of narrow_tile.py, which need a panel."""
+        """Whether tiles are those of narrow_tile.py."""
         return self.layout.has_narrow_sums and self.isa.registers == 16
 
     def passes(self, rows: int) -> tuple[Vectors, ...]:
@@ -105,13 +105,6 @@ class IntegerProduct(Product):
         if len(self.vectors) == 2 or rows == 1:
             return (self.vectors,)
         return (self.vectors[:2], self.vectors[2:])
-
-    def goes_by_line(self, rows: int) -> bool:
-        """Whether a tile that unpacks for itself takes a line at a time: two lines' levels and 8 sums pass 16 registers.
-
-        Measured on Zen 3: 4 rows 11 to 15 % faster; no gain with fewer, nor where levels lie unpacked.
-        """
-        return self.form.bits == 4 and self.isa.registers == 16 and rows == 4
 
     @property
     def moves_signs(self) -> bool:
@@ -122,9 +115,9 @@ class IntegerProduct(Product):
     def sharing_tiles(self) -> int:
         """The fewest tall tiles that share what was unpacked.
 
-        Measured with 8 rows: up to 6 tiles are as fast or faster alone. With 6 rows that unpack for themselves sums spill.
+        Measured: up to 6 of 8 rows are as fast or faster alone, two of 4 or 6 rows are not.
         """
-        return 1 if self.isa.registers == 16 else 8
+        return 2 if self.isa.registers == 16 else 8
 
     @property
     def chunk(self) -> int:
@@ -141,21 +134,14 @@ class IntegerProduct(Product):
         for rows in self.heights:
             count = T.Bind(T.truncdiv(end - position, rows))
             if rows == self.heights[0] and self.unpacks_slowly:
-                self._tall_tiles(operands, position, count)
+                with T.If(count < self.sharing_tiles):
+                    with T.Then():
+                        _tiles(self, operands, position, count, rows)
+                    with T.Else():
+                        _sharing_tiles(self, operands, position, count, rows)
             else:
                 _tiles(self, operands, position, count, rows)
             position = T.Bind(position + count * rows)
-
-    def _tall_tiles(self, operands: Operands, position: Expr, count: Expr) -> None:
-        rows = self.heights[0]
-        if self.sharing_tiles == 1:
-            _sharing_tiles(self, operands, position, count, rows)
-            return
-        with T.If(count < self.sharing_tiles):
-            with T.Then():
-                _tiles(self, operands, position, count, rows)
-            with T.Else():
-                _sharing_tiles(self, operands, position, count, rows)
 
 
 def _tiles(
@@ -164,18 +150,16 @@ def _tiles(
     """Emit tiles that read the packed block, all its groups at once."""
     # One row keeps up with memory by itself where one instruction multiplies bytes.
     runs_ahead = rows > 1 or not product.isa.has_vnni
-    layout = replace(product.layout, by_line=product.goes_by_line(rows))
-    packed = Packed(layout, operands.w, operands.block, runs_ahead)
+    packed = Packed(product.layout, operands.w, operands.block, runs_ahead)
     with T.serial(count) as tile:
         first = T.Bind(begin + tile * rows)
         x_rows = [T.Bind(operands.x_row(first + i)) for i in range(rows)]
         sums = sums_buffer(rows)
-        for vectors in product.passes(rows):
-            acc = accumulators(product, rows, vectors)
-            clear(product, acc)
-            with T.serial(product.form.groups(product.K)) as group:
-                _add_group(product, operands.x, acc, x_rows, vectors, packed, group)
-            store_sums(product, acc, sums, T.int64(0), vectors)
+        if product.is_assembled:
+            _clear_sums(product, sums, T.int64(rows))
+            add_block(product.rows, operands.x, sums, x_rows, packed)
+        else:
+            _add_block(product, operands.x, sums, x_rows, packed)
         _complete_scales(product, packed, sums, T.int64(rows))
         finish(product, operands, sums, first, T.int64(rows))
 
@@ -184,16 +168,14 @@ def _sharing_tiles(
     product: IntegerProduct, operands: Operands, begin: Expr, count: Expr, rows: int
 ) -> None:
     """Emit tiles that share a chunk of unpacked groups, up to _TILES of them; their sums wait on the stack."""
-    lanes, form = product.isa.lanes, product.form
+    form = product.form
     packed = Packed(product.layout, operands.w, operands.block, runs_ahead=True)
     most = product.chunk // form.group
     with T.serial(T.truncdiv(count + (_TILES - 1), _TILES)) as turn:
         sums = sums_buffer(_TILES * rows)
         first = T.Bind(begin + turn * (_TILES * rows))
         tiles = T.Bind(T.min(count - turn * _TILES, T.int64(_TILES)))
-        with T.serial(tiles * rows) as i:
-            for v in product.vectors:
-                T.buffer_store(sums, splat(0.0, lanes), [i, ramp(v * lanes, lanes)])
+        _clear_sums(product, sums, tiles * rows)
         with T.serial(T.int64(ceil_div(form.groups(product.K), most))) as chunk:
             start = T.Bind(chunk * most)
             size = T.Bind(T.min(form.groups(product.K) - start, T.int64(most)))
@@ -201,11 +183,30 @@ def _sharing_tiles(
             with T.serial(tiles) as tile:
                 x_rows = [T.Bind(operands.x_row(first + tile * rows + i)) for i in range(rows)]
                 if product.is_assembled:
-                    add_groups(product.rows, operands.x, sums, tile * rows, x_rows, weights, size)
+                    add_panel(product.rows, operands.x, sums, tile * rows, x_rows, weights, size)
                 else:
                     _add_groups(product, operands.x, sums, tile * rows, x_rows, weights, size)
         _complete_scales(product, packed, sums, tiles * rows)
         finish(product, operands, sums, first, tiles * rows)
+
+
+def _clear_sums(product: IntegerProduct, sums: Expr, rows: Expr) -> None:
+    lanes = product.isa.lanes
+    with T.serial(rows) as i:
+        for v in product.vectors:
+            T.buffer_store(sums, splat(0.0, lanes), [i, ramp(v * lanes, lanes)])
+
+
+def _add_block(
+    product: IntegerProduct, x: Expr, sums: Expr, x_rows: Sequence[Expr], packed: Packed
+) -> None:
+    """Emit sums = those of a packed block, for a tile of its own."""
+    for vectors in product.passes(len(x_rows)):
+        acc = accumulators(product, len(x_rows), vectors)
+        clear(product, acc)
+        with T.serial(product.form.groups(product.K)) as group:
+            _add_group(product, x, acc, x_rows, vectors, packed, group)
+        store_sums(product, acc, sums, T.int64(0), vectors)
 
 
 def _add_groups(

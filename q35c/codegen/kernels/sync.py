@@ -15,8 +15,6 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from q35c.codegen.kernels.narrow_tile import tile_ir
-
 # Cache lines: int32 arrivals at 0, generation at 64, sleepers at 68, then counters of `q35c_claim`. They and what follows in
 # the block, counters of `q35c_arrive`, start as zeros.
 PART_COUNTERS = 128
@@ -70,7 +68,6 @@ define linkonce_odr hidden {kind} @q35c_add_products_x{lanes}({kind} %sums, {kin
 SUPPORT_IR = f"""
 {_dot_bytes(8)}{_dot_bytes(16)}
 {_add_products(8)}{_add_products(16)}
-{"".join(tile_ir(group) for group in (32, 64, 128))}
 declare i64 @llvm.readcyclecounter()
 declare void @llvm.x86.sse.stmxcsr(ptr)
 declare void @llvm.x86.sse.ldmxcsr(ptr)
