@@ -27,8 +27,8 @@ _MANTISSA = 19  # bits of an f32 mantissa behind the 4 that a scale keeps
 _LARGEST_SCALE = 127  # code of the largest scale of a row: its exponent is 7 above the row's
 
 # Near the means of a normal distribution's parts: integers found by steps of 1 that lower the squared error of groups of 64
-# and 128, scaled as below. A fifth less of it than even spacing has. Up to 32, so that four products fit 16 bits, which is
-# what AVX2 adds them in (dot.py); up to 64 the error is 1 % lower in 4 bits and 11 % in 5, up to 16 15 % higher in 4.
+# and 128, scaled as below. A fifth less of it than even spacing has. Up to 32, as AVX2 adds products in 16 bits
+# (narrow_sums.py); up to 64 the error is 1 % lower in 4 bits and 11 % in 5, up to 16 15 % higher in 4.
 # 0 is a level.
 _NORMAL_LEVELS = {
     4: (-32, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 12, 16, 21, 27),
@@ -38,7 +38,7 @@ _NORMAL_LEVELS = {
     ),
 }  # fmt: skip
 
-# The levels of every 16 inputs that such a sum takes are held to this much in magnitude, so that their products with int8
+# The levels of every 16 inputs that such a sum of products takes are held to this much in magnitude, so that their products with int8
 # rows fit 16 bits: 258 * 127 < 2^15. Normal weights in groups of 64 pass it in one group of seventy, which then takes another
 # scale, for 0.2 % of squared error; evenly spread ones cost 16 %.
 SUM_INPUTS = 32  # two such sums: of the first and of the second two of every 4 inputs

@@ -28,6 +28,8 @@ def test_packer(pack, inputs: int, dtype: str) -> None:
     rows[3] = 0
     rows[4] *= np.float32(1e-12)
     rows[5, :] = np.abs(rows[5])
+    rows[6] = rng.uniform(-1, 1, inputs)  # no scale that is tried first keeps to LARGEST_SUM
+    rows[7] = 0.3
     got, want = pack(rows, dtype), pack_blocks(rows, dtype)
     form = integer_format(dtype)
     assert form is not None

@@ -140,59 +140,47 @@ def choose_scale(
     top = T.Bind(T.Select(largest >= T.float32(0) - smallest, largest, smallest))
     T.buffer_store(least, T.float32(float("inf")), [0])
     T.buffer_store(best, T.int32(0), [0])
-    _try_shares(product, values, exponent, top, TOP_SHARES[form.bits], least, best)
-    if LAST_SHARES[form.bits]:
-        with T.If(least[0] == T.float32(float("inf"))), T.Then():
-            last = LAST_SHARES[form.bits]
-            _try_shares(product, values, exponent, top, last, least, best, is_last=True)
-
-
-def _try_shares(
-    product: IntegerProduct,
-    values: Expr,
-    exponent: Expr,
-    top: Expr,
-    shares: Sequence[float],
-    least: Expr,
-    best: Expr,
-    is_last: bool = False,
-) -> None:
-    """Emit the trial of some scales; of the last ones the first that keeps to LARGEST_SUM is taken."""
-    L, form = product.isa.lanes, product.form
+    shares = TOP_SHARES[form.bits] + LAST_SHARES[form.bits]
     table = T.alloc_buffer((len(shares),), "float32", annotations=STACK)
-    for number, share_of_top in enumerate(shares):
-        T.buffer_store(table, T.float32(1 / (share_of_top * form.zero_point)), [number])
+    for number, part in enumerate(shares):
+        T.buffer_store(table, T.float32(1 / (part * form.zero_point)), [number])
     # Loops, not code for each share and vector: that took LLVM half a minute.
     with T.serial(len(shares)) as trial:
-        code = T.Bind(_nearest_code(top * table[trial], exponent))
-        scale = T.Bind(_scale(code, exponent))
-        inverse = T.Bind(splat(T.float32(1) / scale, L))
-        wide = T.Bind(splat(scale, L))
-        total = T.alloc_buffer((1, L), "float32")
-        largest = T.alloc_buffer((1,), "float32")
-        T.buffer_store(total, splat(0.0, L), [0, ramp(0, L)])
-        T.buffer_store(largest, T.float32(0), [0])
-        with T.serial(form.group // SUM_INPUTS) as part:
-            sums = T.alloc_buffer((1, L), "float32")
-            T.buffer_store(sums, splat(0.0, L), [0, ramp(0, L)])
-            with T.serial(SUM_INPUTS // L) as v:
-                x = T.Bind(values[ramp(part * SUM_INPUTS + v * L, L)])
-                level = T.Bind(_level(product, x, inverse))
-                error = T.Bind(x - level * wide)
-                T.buffer_store(total, total[0, ramp(0, L)] + error * error, [0, ramp(0, L)])
-                T.buffer_store(sums, sums[0, ramp(0, L)] + T.fabs(level), [0, ramp(0, L)])
-            for pair in range(2):
-                one = _sum_of_pairs(sums[0, ramp(0, L)], pair, L)
-                T.buffer_store(largest, T.max(largest[0], one), [0])
-        whole = T.Bind(hsum(total[0, ramp(0, L)], L))
-        is_better = whole < least[0]
+        is_due = least[0] == T.float32(float("inf"))  # the last ones: where none has kept its sums
+        with T.If(tirx.Or(trial < len(TOP_SHARES[form.bits]), is_due)), T.Then():
+            code = T.Bind(_nearest_code(top * table[trial], exponent))
+            _try_scale(product, values, code, _scale(code, exponent), least, best)
+
+
+def _try_scale(
+    product: IntegerProduct, values: Expr, code: Expr, scale: Expr, least: Expr, best: Expr
+) -> None:
+    """Emit best = a code, if its scale has the least error so far and keeps to LARGEST_SUM."""
+    L, form = product.isa.lanes, product.form
+    scale = T.Bind(scale)
+    inverse, wide = T.Bind(splat(T.float32(1) / scale, L)), T.Bind(splat(scale, L))
+    total = T.alloc_buffer((2, L), "float32")  # squared errors; magnitudes of 32 inputs' levels
+    largest = T.alloc_buffer((1,), "float32")
+    errors, magnitudes = (total[i, ramp(0, L)] for i in range(2))
+    T.buffer_store(total, splat(0.0, L), [0, ramp(0, L)])
+    T.buffer_store(largest, T.float32(0), [0])
+    with T.serial(form.group // SUM_INPUTS) as part:
+        T.buffer_store(total, splat(0.0, L), [1, ramp(0, L)])
+        with T.serial(SUM_INPUTS // L) as v:
+            x = T.Bind(values[ramp(part * SUM_INPUTS + v * L, L)])
+            level = T.Bind(_level(product, x, inverse))
+            error = T.Bind(x - level * wide)
+            T.buffer_store(total, errors + error * error, [0, ramp(0, L)])
+            T.buffer_store(total, magnitudes + T.fabs(level), [1, ramp(0, L)])
         if form.bits != 8:
-            is_better = tirx.And(is_better, largest[0] <= T.float32(LARGEST_SUM))
-        if is_last:
-            is_better = tirx.And(is_better, least[0] == T.float32(float("inf")))
-        with T.If(is_better), T.Then():
-            T.buffer_store(least, whole, [0])
-            T.buffer_store(best, code, [0])
+            for pair in range(2):
+                one = _sum_of_pairs(magnitudes, pair, L)
+                T.buffer_store(largest, T.max(largest[0], one), [0])
+    whole = T.Bind(hsum(errors, L))
+    keeps = largest[0] <= T.float32(LARGEST_SUM)  # of 8 bits nothing was added up
+    with T.If(tirx.And(whole < least[0], keeps)), T.Then():
+        T.buffer_store(least, whole, [0])
+        T.buffer_store(best, code, [0])
 
 
 def _sum_of_pairs(sums: Expr, pair: int, lanes: int) -> Expr:

@@ -5,9 +5,9 @@
 w is the level that a code stands for. The instruction multiplies unsigned by signed bytes, so u = w + z takes its place:
 codes of 8 bits are u, those of 4 and 5 are looked up in a register (byte shuffle) after they are unpacked. Then
 sum(q w) = sum(q u) - z sum(q), and the last sum, times -32, comes ready with the rows (quantize.py). Without VNNI
-products are added in 16 bits first, which takes more of them the smaller u is: of 4 and 5 bits it is at most 64. AVX2
-multiplies levels of 8 bits by their magnitude and moves the sign to q (dot.py). Inner sums are
-exact int32; the outer sum runs over the groups in order, so a row's result depends neither on how many rows are
+products of 4 and 5 bits are added in 16 bits and the column's scale is an integer (narrow_sums.py), for AVX2 in tiles of
+assembly (narrow_tile.py); AVX2 multiplies levels of 8 bits by their magnitude and moves the sign to q (dot.py). Inner sums
+are exact integers; the outer sum runs over the groups in order, so a row's result depends neither on how many rows are
 computed with it nor on the number of threads.
 
 A block of 32 output columns begins with the columns' exponents; then come, for each pair of groups, its scales, a byte
@@ -17,7 +17,7 @@ stored as a line with the high bits of 32 inputs and their low 4 bits (codegen/p
 the limit is memory bandwidth. Many
 rows: the limit is one byte-product instruction a cycle. A tall tile unpacks 4 bits beside its products, at no cost that
 shows; for 5 bits, which take more instructions, many tall tiles share what was unpacked once (measured on Zen 4: 4 %
-faster with VBMI and 13 % without, while 4 bits would be 5 % slower); so do the tiles of 4 bits on AVX2, which are half as tall.
+faster with VBMI and 13 % without, while 4 bits would be 5 % slower); so do AVX2's tiles.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from q35c.codegen.kernels.quantize import SUM_FACTOR, RowLayout
 from q35c.ir.formats import IntegerFormat, integer_format
 
 _SIGN_BITS = -0x7F7F7F80  # 0x80 in every byte: takes 128 from an unsigned one
-_TILES = 32  # most tiles that share them; their sums, 32 KiB, pass once a chunk
+_TILES = 32  # most tiles that share them; their sums, up to 32 KiB, pass once a chunk
 
 
 @dataclass(frozen=True)
