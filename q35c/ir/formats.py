@@ -38,8 +38,8 @@ _NORMAL_LEVELS = {
     ),
 }  # fmt: skip
 
-# The levels of every 16 inputs that such a sum of products takes are held to this much in magnitude, so that their products with int8
-# rows fit 16 bits: 258 * 127 < 2^15. Normal weights in groups of 64 pass it in one group of seventy, which then takes another
+# The levels of the 16 inputs that such a sum takes are held to this much in magnitude, so that with int8 rows it fits
+# 16 bits: 258 * 127 < 2^15. Normal weights in groups of 64 pass it in one group of seventy, which then takes another
 # scale, for 0.2 % of squared error; evenly spread ones cost 16 %.
 SUM_INPUTS = 32  # two such sums: of the first and of the second two of every 4 inputs
 LARGEST_SUM = 258
@@ -52,9 +52,8 @@ TOP_SHARES: dict[int, tuple[float, ...]] = {
     8: (-1.0, -0.97, -0.94),  # scales are 3 to 6 % apart, and what is rounded down clips
 }
 # For groups that pass LARGEST_SUM with all of these; with the last no level is above 16, and none can.
-LAST_SHARES: dict[int, tuple[float, ...]] = dict.fromkeys((4, 5), (-0.85, -0.72, -0.6, -0.5)) | {
-    8: ()
-}
+_LAST_SHARES = (-0.85, -0.72, -0.6, -0.5)
+LAST_SHARES: dict[int, tuple[float, ...]] = {4: _LAST_SHARES, 5: _LAST_SHARES, 8: ()}
 
 
 @dataclass(frozen=True, slots=True)

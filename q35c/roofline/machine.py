@@ -40,6 +40,7 @@ _PERCENT = 5  # of the samples are faster
 _CALIBRATION_SECONDS = 0.2
 _PAGE_BYTES = 4096
 _STAMP_WORD = 256  # of a thread's part: cycles before and after
+_PROBES = 2  # raised when a probe changes what it measures: limits of before are measured again
 _MEASURED = ("read", "cache", "int8", "bf16", "f32")
 
 
@@ -82,7 +83,7 @@ def cached_limits(target: str, threads: int) -> Limits | None:
 
 
 def limits_key(target: str, threads: int) -> str:
-    return f"{processor_name()}, {target}, {threads} threads"
+    return f"{processor_name()}, {target}, {threads} threads, probes {_PROBES}"
 
 
 def processor_name(path: Path = Path("/proc/cpuinfo")) -> str:

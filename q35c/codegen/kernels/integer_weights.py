@@ -28,13 +28,10 @@ from q35c.codegen.kernels.common import (
     vector,
 )
 from q35c.codegen.kernels.dot import as_bytes, high_halves, look_up, look_up_modulo, low_halves
+from q35c.codegen.kernels.narrow_tile import SCALE_BITS, WHOLE_SCALES
 from q35c.ir.formats import IntegerFormat
 
 SCALE_WORDS = BLOCK // 4  # a byte for each output
-_SIGN_AND_STEPS = -0x7C080000  # where the byte of a scale lies in f32 bits: 0x83F80000
-_WHOLE_EXPONENT = (
-    127 + 4
-)  # the least biased one with which the 4 bits behind a scale's point become whole
 _AHEAD_WORDS = 1024  # how far reading runs ahead of what is multiplied
 
 Parts = Callable[[int], list[Expr]]  # 4 inputs of a set -> their words, a vector for each `Vectors`
@@ -162,14 +159,14 @@ class Packed:
 
 def scale_of(code: Expr, exponent: Expr, lanes: int) -> Expr:
     """Return the f32 scales of codes that were widened with their sign, and of their rows' exponents."""
-    steps = (code << splat_int(19, lanes)) & splat_int(_SIGN_AND_STEPS, lanes)
+    steps = (code << splat_int(19, lanes)) & splat_int(SCALE_BITS, lanes)
     return from_bits(steps + (exponent << splat_int(23, lanes)), lanes)
 
 
 def whole_scale_of(code: Expr, lanes: int) -> Expr:
     """Return pairs of equal int16, the scales of widened codes for an exponent with which all are integers, up to 3,968."""
-    steps = (code << splat_int(19, lanes)) & splat_int(_SIGN_AND_STEPS, lanes)
-    scale = from_bits(steps + splat_int(_WHOLE_EXPONENT << 23, lanes), lanes)
+    steps = (code << splat_int(19, lanes)) & splat_int(SCALE_BITS, lanes)
+    scale = from_bits(steps + splat_int(WHOLE_SCALES, lanes), lanes)
 
     def pair(whole: Expr) -> Expr:
         return (whole & splat_int(0xFFFF, lanes)) | (whole << splat_int(16, lanes))

@@ -20,8 +20,10 @@ _LINE = 128  # bytes of a word of a panel, of a stored line, and of a row of f32
 _WORDS = SUM_INPUTS // 4
 _AHEAD = 4096  # bytes that reading a packed block runs ahead, see integer_weights.py
 _REGISTERS = 16
-_SCALE_BITS = -0x7C080000  # of f32: the sign, 3 bits of the exponent and 4 of the mantissa
-_WHOLE_SCALES = (127 + 4) << 23  # the exponent with which the least scale is 16
+# Of f32: what a scale's byte holds, sign, 3 bits of the exponent and 4 of the mantissa; and the least exponent with which all
+# scales are integers.
+SCALE_BITS = -0x7C080000
+WHOLE_SCALES = (127 + 4) << 23
 
 # Vectors of constants in memory.
 _NIBBLES, _TABLE, _LOW_TABLE, _HIGH_TABLE, _SCALE_MASK, _SCALE_BASE = range(6)
@@ -231,7 +233,7 @@ def _constants() -> str:
     unsigned = [[level + form.zero_point for level in form.levels] for form in (four, five)]
     vectors = (
         _words([0x0F] * 16), _words(unsigned[0]), _words(unsigned[1][:16]), _words(unsigned[1][16:]),
-        [_SCALE_BITS] * 8, [_WHOLE_SCALES] * 8,
+        [SCALE_BITS] * 8, [WHOLE_SCALES] * 8,
     )  # fmt: skip
     words = ", ".join(f"i32 {word}" for vector in vectors for word in vector)
     return f"@q35c_narrow_constants = linkonce_odr hidden constant {_CONSTANTS_TYPE} [{words}], align 64"

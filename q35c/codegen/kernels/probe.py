@@ -9,7 +9,7 @@ They are ordinary private kernels (DATA, amount, tid, nt) behind programs of the
 DATA in the place of the state. A thread reads and scratches its own part of DATA, and leaves in words 256 and 257 of
 that part (8 bytes each) the cycle counter before and after its work: threads that share nothing are each timed alone.
 The products keep all operands in registers: each sum is also one of its own factors, so that nothing can be moved out
-of the loop or computed once.
+of the loop or computed once. Without VNNI the byte product is that of narrow_sums.py, and what scales its sums does not count.
 """
 
 from __future__ import annotations
