@@ -83,7 +83,8 @@ class Tile:
         """Return the LLVM function and the constants it reads.
 
         Its arguments are the rows, the offsets in them of the first group's codes, scale and starts, where its levels
-        or lines begin and where its columns' scales, f32 sums [rows, 32] to which it adds, and the number of groups. Offsets count bytes; pointers to levels, scales and sums count from the first output.
+        or lines begin and where its columns' scales, f32 sums [rows, 32] to which it adds, and the number of groups.
+        Offsets count bytes; pointers to levels, scales and sums count from the first output.
         """
         rows = ", ".join(f"ptr %row{i}" for i in range(self.rows))
         moved = ", ".join(f"i64 %{name}" for name in _MOVED)
