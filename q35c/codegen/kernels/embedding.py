@@ -101,7 +101,7 @@ def _copy_integers(
         column = T.Bind(begin + c)
         group = T.Bind(T.truncdiv(column, T.int64(form.group)))
         within = T.Bind(T.cast(column - group * form.group, "int32"))
-        number = T.shift_right(within, layout.set_inputs.bit_length() - 1)
+        number = T.shift_right(within, layout.form.set_inputs.bit_length() - 1)
         lines = T.Bind(layout.set_start(group, number) + lane)
         code = T.cast(T.cast(_byte_of(word, layout.scales_start(group), lane), "int8"), "int32")
         scale = T.Bind(scale_of(code, exponent, 1))

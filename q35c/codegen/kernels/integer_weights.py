@@ -28,11 +28,10 @@ from q35c.codegen.kernels.common import (
     vector,
 )
 from q35c.codegen.kernels.dot import as_bytes, high_halves, look_up, look_up_modulo, low_halves
-from q35c.codegen.kernels.narrow_tile import SCALE_BITS, WHOLE_SCALES
+from q35c.codegen.kernels.narrow_tile import AHEAD_BYTES, SCALE_BITS, WHOLE_SCALES
 from q35c.ir.formats import IntegerFormat
 
 SCALE_WORDS = BLOCK // 4  # a byte for each output
-_AHEAD_WORDS = 1024  # how far reading runs ahead of what is multiplied
 
 Parts = Callable[[int], list[Expr]]  # 4 inputs of a set -> their words, a vector for each `Vectors`
 
@@ -51,14 +50,9 @@ class IntegerLayout:
         return self.form.bits != 8 and not self.isa.has_vnni
 
     @property
-    def set_inputs(self) -> int:
-        """Number of inputs that one turn of a loop takes: what is stored together."""
-        return self.form.set_inputs
-
-    @property
     def set_words(self) -> int:
         """Number of words of a row that a set of inputs meets."""
-        return self.set_inputs // 4
+        return self.form.set_inputs // 4
 
     @property
     def set_lines(self) -> int:
@@ -68,7 +62,7 @@ class IntegerLayout:
     @property
     def sets(self) -> int:
         """Number of sets of one group."""
-        return self.form.group // self.set_inputs
+        return self.form.group // self.form.set_inputs
 
     @property
     def group_words(self) -> int:
@@ -120,7 +114,7 @@ class Packed:
         layout, size = self.layout, self.layout.isa.lanes
         start = layout.set_start(group, number)
         if self.runs_ahead and 0 in vectors:  # the first pass over a line
-            _fetch_lines(self.w, self.block, start + _AHEAD_WORDS, layout.set_lines)
+            _fetch_lines(self.w, self.block, start + AHEAD_BYTES // 4, layout.set_lines)
         # Bound in the order in which they lie: the processor's own prefetching loses a stream whose lines are first
         # touched out of order (measured: one row of 5 bits 3 to 15 % slower).
         lines = [

@@ -13,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from q35c.codegen.kernels.common import BLOCK
 from q35c.ir.formats import SUM_INPUTS, IntegerFormat
 
 TALLEST = 6  # rows: more have no registers for their sums
-_LINE = 128  # bytes of a word of a panel, of a stored line, and of a row of f32 sums: 32 outputs
+_LINE = (
+    4 * BLOCK
+)  # bytes of a word of a panel, of a stored line, and of a row of f32 sums: 32 outputs
 _WORDS = SUM_INPUTS // 4
-_AHEAD = 4096  # bytes that reading a packed block runs ahead, see integer_weights.py
+AHEAD_BYTES = 4096  # how far reading a packed block runs ahead of what is multiplied
 _REGISTERS = 16
 # Of f32: what a scale's byte holds, sign, 3 bits of the exponent and 4 of the mantissa; and the least exponent with which all
 # scales are integers.
@@ -196,7 +199,7 @@ define linkonce_odr hidden i32 @{self.name}({rows}, {moved}, ptr %sums, i64 %cou
 
     def _fetch(self) -> Iterable[str]:
         for line in range(0, self.lines * _LINE, 64):
-            yield f"prefetcht0 {_AHEAD + line}(${_WEIGHTS})"
+            yield f"prefetcht0 {AHEAD_BYTES + line}(${_WEIGHTS})"
 
     def _next(self) -> Iterable[str]:
         """Yield the step over a panel's line of scales."""

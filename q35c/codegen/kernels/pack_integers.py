@@ -171,7 +171,8 @@ def _try_scale(
             level = T.Bind(_level(product, x, inverse))
             error = T.Bind(x - level * wide)
             T.buffer_store(total, errors + error * error, [0, ramp(0, L)])
-            T.buffer_store(total, magnitudes + T.fabs(level), [1, ramp(0, L)])
+            if form.bits != 8:
+                T.buffer_store(total, magnitudes + T.fabs(level), [1, ramp(0, L)])
         if form.bits != 8:
             for pair in range(2):
                 one = _sum_of_pairs(magnitudes, pair, L)
