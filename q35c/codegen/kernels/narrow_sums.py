@@ -9,7 +9,8 @@ of 16 inputs the levels w themselves are held to 258 in magnitude (ir/formats.py
 fits 16 bits for all codes q of a row, up to 127. That sum(q u) does not is no matter, as 16 bits wrap around: a sum starts
 with -32 sum(q), which comes with the rows (quantize.py). The instruction that adds two of 16 bits in 32 multiplies
 them, too: by the column's scale, which its 8 bits make an integer up to 3,968 times a power of two that belongs to the
-row. So only the row's scale is left to do in f32, every 32 inputs.
+row. Sums of 32 inputs so scaled add up in 32 bits over a group, up to 128 inputs; only the row's scale is left to do
+in f32.
 
 A step of 4 inputs takes two instructions instead of two and a half.
 """
@@ -42,7 +43,11 @@ def add_group_narrowly(
 ) -> None:
     """Emit acc += the sums of one group of inputs, scaled but for the columns' factors."""
     isa, lanes = layout.isa, ramp(0, layout.isa.lanes)
-    narrow = T.alloc_buffer((len(x_rows), len(vectors), isa.lanes), "int32", annotations=STACK)
+    shape = (len(x_rows), len(vectors), isa.lanes)
+    narrow, wide = (T.alloc_buffer(shape, "int32", annotations=STACK) for _ in range(2))
+    places = [(i, j, lanes) for i in range(len(x_rows)) for j in range(len(vectors))]
+    for at in places:
+        T.buffer_store(wide, splat_int(0, isa.lanes), at)
     scales = [T.Bind(scale) for scale in weights.scales(group, vectors)]
     with T.serial(layout.starts_in_group) as part:
         for i, row in enumerate(x_rows):
@@ -50,13 +55,15 @@ def add_group_narrowly(
             for j in range(len(vectors)):
                 T.buffer_store(narrow, splat_int(start, isa.lanes), [i, j, lanes])
         _add_levels(isa, x, narrow, x_rows, vectors, weights, group, part)
-        for i, row in enumerate(x_rows):
-            row_scale = T.reinterpret(x[row, layout.scales + group], dtype="float32")
-            wide = T.Bind(splat(row_scale, isa.lanes))
-            for j, scale in enumerate(scales):
-                whole = scale_sums(isa, narrow[i, j, lanes], scale)
-                value = T.cast(whole, f"float32x{isa.lanes}") * wide
-                T.buffer_store(acc, acc[i, j, lanes] + value, [i, j, lanes])
+        for at in places:
+            scaled = scale_sums(isa, narrow[*at], scales[at[1]])
+            T.buffer_store(wide, wide[*at] + scaled, at)
+    for i, row in enumerate(x_rows):
+        row_scale = T.reinterpret(x[row, layout.scales + group], dtype="float32")
+        factor = T.Bind(splat(row_scale, isa.lanes))
+        for j in range(len(vectors)):
+            value = T.cast(wide[i, j, lanes], f"float32x{isa.lanes}") * factor
+            T.buffer_store(acc, acc[i, j, lanes] + value, [i, j, lanes])
 
 
 def add_panel(
@@ -89,12 +96,9 @@ def add_block(
     form = packed.layout.form
     tile = Tile(len(x_rows), form.group, form.bits)
     offsets = [T.int64(4 * word) for word in (0, layout.scales, layout.starts)]
-    for v in range(0, BLOCK // layout.isa.lanes, tile.vectors):
-        lines = packed.layout.set_start(0, 0) + v * layout.isa.lanes
-        scales = packed.layout.scales_start(0) + v * (layout.isa.lanes // 4)
-        places = [_address(packed.w[packed.block, word]) for word in (lines, scales)]
-        out = T.address_of(sums[0, v * layout.isa.lanes])
-        _call_tile(tile, x, x_rows, offsets, places, out, T.int64(layout.groups))
+    starts = packed.layout.set_start(0, 0), packed.layout.scales_start(0)
+    places = [_address(packed.w[packed.block, word]) for word in starts]
+    _call_tile(tile, x, x_rows, offsets, places, T.address_of(sums[0, 0]), T.int64(layout.groups))
 
 
 def _call_tile(

@@ -5,7 +5,9 @@ whatever they are. The tile of 6 rows takes 3.3 for 4 inputs of a row and vector
 spills what 16 registers would just hold, and then 6 rows are no faster than 4 with sums of 32 bits. The loop takes 32 inputs:
 written out for a group of 128 it is a third slower, as its 1,200 instructions come from the decoders.
 
-A tile reads levels from a panel, where many tiles share what was unpacked, or unpacks them itself from a packed block.
+A tile reads levels from a panel, where many tiles share what was unpacked, or unpacks them itself from a packed block. From
+a block three rows and more take each group twice, for half of its outputs each: their sums need the registers, and a
+block read twice from front to back would ask memory for all of it in half of the time.
 """
 
 from __future__ import annotations
@@ -52,6 +54,11 @@ class Tile:
     def vectors(self) -> int:
         """Vectors of the 4 of a line that it takes at a time."""
         return 4 if self.rows <= 2 and self.bits else 2
+
+    @property
+    def takes_halves(self) -> bool:
+        """Whether it takes all outputs, those of half a line at a time."""
+        return bool(self.bits) and self.vectors == 2
 
     @property
     def sums(self) -> int:
@@ -110,15 +117,16 @@ define linkonce_odr hidden i32 @{self.name}({rows}, {moved}, ptr %sums, i64 %cou
     def _instructions(self) -> list[str]:
         """Return a loop over groups, and in it one over 32 inputs."""
         lines = [f"vmovdqa {_constant(one)}, %ymm{to}" for one, to in self.resident.items()]
+        if self.takes_halves:
+            lines.append(f"movl $$0, {_HALF}")
         lines += ["1:", *(self._unpack_scales() if self.bits else ()), "2:"]
         lines += self._fetch() if self.bits else ()
         for word in range(_WORDS):
             lines += self._load_levels(word) if not self.bits else self._unpack_levels(word)
             lines += self._multiply(word)
-        lines += self._add_sums()
         lines += _advance({_CODES: SUM_INPUTS, _STARTS: 4, _WEIGHTS: self.lines * _LINE})
-        if self.group > SUM_INPUTS:
-            lines += [f"testb $${self.group - 1}, ${{{_CODES}:b}}", "jne 2b"]
+        lines += self._end_inputs()
+        lines += self._other_half() if self.takes_halves else ()
         lines += [*_advance({_SCALES: 4}), *(self._next_packed() if self.bits else self._next())]
         return [*lines, f"cmpq ${_END}, ${_CODES}", "jne 1b"]
 
@@ -172,14 +180,35 @@ define linkonce_odr hidden i32 @{self.name}({rows}, {moved}, ptr %sums, i64 %cou
                 yield f"vpmaddubsw %ymm{self.row}, %ymm{self.levels + v}, %ymm{product}"
                 yield f"vpaddw %ymm{self.product}, %ymm{total}, %ymm{total}"
 
-    def _add_sums(self) -> Iterable[str]:
-        """Yield the end of 32 inputs: their sums, times the column's and the row's scale, join those in f32."""
+    def _end_inputs(self) -> Iterable[str]:
+        """Yield the ends of 32 inputs: of the first of a group, those between, the last."""
+        parts = self.group // SUM_INPUTS
+        if parts > 1:
+            yield from (f"testb $${self.group - 1}, ${{{_CODES}:b}}", "je 7f")
+        if parts > 2:
+            yield from (f"testb $${self.group - 1 - SUM_INPUTS}, ${{{_CODES}:b}}", "je 6f")
+            yield from (*self._scale_sums(joins=True, waits=True), "jmp 2b", "6:")
+        if parts > 1:
+            yield from (*self._scale_sums(joins=False, waits=True), "jmp 2b", "7:")
+        yield from self._scale_sums(joins=parts > 1, waits=False)
+
+    def _scale_sums(self, joins: bool, waits: bool) -> Iterable[str]:
+        """Yield sums times the column's scale, in 32 bits: they may join those that wait, and then wait in their place, or
+        times the row's scale join those in f32.
+        """
         for i in range(self.rows):
-            yield f"vbroadcastss (${_ROW0 + i}, ${_SCALES}), %ymm{self.row}"
+            if not waits:
+                yield f"vbroadcastss (${_ROW0 + i}, ${_SCALES}), %ymm{self.row}"
             for v in range(self.vectors):
                 total, place = i * self.vectors + v, f"{i * _LINE + 32 * v}(${_OUT})"
+                waiting = f"{_WAITING + 32 * total}+${_SCRATCH}"
                 scale = f"{32 * v}+${_SCRATCH}" if self.bits else f"{32 * v}(${_COLUMNS})"
                 yield f"vpmaddwd {scale}, %ymm{total}, %ymm{total}"
+                if joins:
+                    yield f"vpaddd {waiting}, %ymm{total}, %ymm{total}"
+                if waits:
+                    yield f"vmovdqu %ymm{total}, {waiting}"
+                    continue
                 yield f"vcvtdq2ps %ymm{total}, %ymm{total}"
                 yield f"vfmadd213ps {place}, %ymm{self.row}, %ymm{total}"
                 yield f"vmovups %ymm{total}, {place}"
@@ -198,7 +227,7 @@ define linkonce_odr hidden i32 @{self.name}({rows}, {moved}, ptr %sums, i64 %cou
             yield f"vmovdqu {one}, {32 * v}+${_SCRATCH}"
 
     def _fetch(self) -> Iterable[str]:
-        for line in range(0, self.lines * _LINE, 64):
+        for line in range(0, self.lines * _LINE, _LINE if self.takes_halves else _LINE // 2):
             yield f"prefetcht0 {AHEAD_BYTES + line}(${_WEIGHTS})"
 
     def _next(self) -> Iterable[str]:
@@ -212,8 +241,19 @@ define linkonce_odr hidden i32 @{self.name}({rows}, {moved}, ptr %sums, i64 %cou
         yield from (*_advance({_COLUMNS: 32}), "jmp 4f", "3:")
         yield from (*_advance({_COLUMNS: 32 + pair, _WEIGHTS: 64}), "4:")
 
+    def _other_half(self) -> Iterable[str]:
+        """Yield the way back to the first inputs of the group, for the second half of its outputs; or to the first half."""
+        parts, half = self.group // SUM_INPUTS, {_WEIGHTS: _LINE // 2, _COLUMNS: BLOCK // 2, _OUT: _LINE // 2}  # fmt: skip
+        group = {_CODES: self.group, _STARTS: 4 * parts, _WEIGHTS: parts * self.lines * _LINE}
+        yield from (f"xorl $$1, {_HALF}", "je 5f")
+        yield from _advance({at: half.get(at, 0) - group.get(at, 0) for at in {**half, **group}})
+        yield from ("jmp 1b", "5:", *_advance({at: -step for at, step in half.items()}))
 
-_SCRATCH_TYPE = "[32 x i32]"
+
+# Bytes of the scratch: a line of scales, sums of 32 bits, which half of the outputs.
+_WAITING = _LINE
+_HALF = f"{_WAITING + 32 * 2 * TALLEST}+${_SCRATCH}"
+_SCRATCH_TYPE = f"[{(_WAITING + 32 * 2 * TALLEST) // 4 + 1} x i32]"
 _CONSTANTS_TYPE = "[48 x i32]"
 
 
