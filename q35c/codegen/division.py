@@ -66,7 +66,7 @@ def _attention(
 ) -> Division:
     if rows == "batch":  # keys and values, were the sequence half as long as it may become
         return Division(Hkv * splits, context // 2 * Hkv * D * 4)
-    return Division(ceil_div(Hq * context, QUERY_ROWS), PART_BYTES)
+    return Division(ceil_div(Hq * context, min(QUERY_ROWS.values())), PART_BYTES)
 
 
 def _gated_delta(Hk: int, Hv: int, Dk: int, Dv: int, **_: Any) -> Division:

@@ -42,7 +42,7 @@ def attention_shape(
 ) -> AttentionShape:  # fmt: skip
     """Return the shape of the kernel with these parameters."""
     cache = make_cache(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes, isa)
-    tokens = 1 if rows == "batch" else query_tokens(Hq // Hkv)
+    tokens = 1 if rows == "batch" else query_tokens(Hq // Hkv, isa)
     return AttentionShape(Hq, cache, tokens, splits, isa)
 
 

@@ -183,7 +183,6 @@ def _soften_row(
             score = T.Bind(
                 T.Select(seen(column), scores[row, ramp(column, lanes)], splat(LOWEST, lanes))
             )
-            T.buffer_store(scores, score, [row, ramp(column, lanes)])
             highest = T.max(highest, score)
         T.buffer_store(best, highest, [0, whole])
     old = T.Bind(w[at + shape.D])

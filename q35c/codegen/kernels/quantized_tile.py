@@ -53,7 +53,7 @@ from q35c.codegen.kernels.quantize import SUM_FACTOR, RowLayout
 from q35c.ir.formats import IntegerFormat, integer_format
 
 _SIGN_BITS = -0x7F7F7F80  # 0x80 in every byte: takes 128 from an unsigned one
-_TILES = 32  # most tiles that share them; their sums, up to 32 KiB, pass once a chunk
+_SHARING_ROWS = 256  # most rows whose tiles share them; their sums, 32 KiB, pass once a chunk
 
 
 @dataclass(frozen=True)
@@ -167,14 +167,14 @@ def _tiles(
 def _sharing_tiles(
     product: IntegerProduct, operands: Operands, begin: Expr, count: Expr, rows: int
 ) -> None:
-    """Emit tiles that share a chunk of unpacked groups, up to _TILES of them; their sums wait on the stack."""
-    form = product.form
+    """Emit tiles that share a chunk of unpacked groups, of up to _SHARING_ROWS rows; their sums wait on the stack."""
+    form, together = product.form, _SHARING_ROWS // rows
     packed = Packed(product.layout, operands.w, operands.block, runs_ahead=True)
     most = product.chunk // form.group
-    with T.serial(T.truncdiv(count + (_TILES - 1), _TILES)) as turn:
-        sums = sums_buffer(_TILES * rows)
-        first = T.Bind(begin + turn * (_TILES * rows))
-        tiles = T.Bind(T.min(count - turn * _TILES, T.int64(_TILES)))
+    with T.serial(T.truncdiv(count + (together - 1), together)) as turn:
+        sums = sums_buffer(together * rows)
+        first = T.Bind(begin + turn * (together * rows))
+        tiles = T.Bind(T.min(count - turn * together, T.int64(together)))
         _clear_sums(product, sums, tiles * rows)
         with T.serial(T.int64(ceil_div(form.groups(product.K), most))) as chunk:
             start = T.Bind(chunk * most)
