@@ -17,6 +17,7 @@ from q35c.codegen.kernels.attention_shape import CELLS, LOWEST, STEP, AttentionS
 from q35c.codegen.kernels.common import STACK, Expr, fetch, hmax, hsum, ramp, splat, vexp
 
 _VECTORS = 2  # vectors of a register tile, in keys or in dims
+_UNROLL = 4  # rows of a panel in one turn; LLVM would take one, where a turn's own instructions are a sixth
 _DIMS = 128  # of keys in one panel: in f32 it takes 16 KiB, half of L1
 
 Panel = Callable[[Expr, int], Expr]  # k, j -> the j-th vector of row k
@@ -152,9 +153,11 @@ def _score_tile(
     for r, j, place in places:
         before = scores[*place] if first else splat(0.0, lanes)
         T.buffer_store(acc, before, [r, j, ramp(0, lanes)])
-    with T.serial(T.int64(count)) as d:
-        factors = [queries[tile, first + d, r] for r in range(shape.tile_rows)]
-        _multiply_add(shape, acc, keys, d, factors)
+
+    def factors(d: Expr) -> list[Expr]:
+        return [queries[tile, first + d, r] for r in range(shape.tile_rows)]
+
+    _multiply_add(shape, acc, keys, factors, T.int64(count))
     for r, j, place in places:
         T.buffer_store(scores, acc[r, j, ramp(0, lanes)], place)
 
@@ -222,10 +225,11 @@ def _add_values(
         for r, j, place in sums:
             factor = splat(w[starts[r] + shape.D + 2], lanes)
             T.buffer_store(acc, w[place] * factor, [r, j, ramp(0, lanes)])
-        with T.serial(cells) as cell:
-            _multiply_add(
-                shape, acc, panel, cell, [scores[row + r, cell] for r in range(shape.tile_rows)]
-            )
+
+        def factors(cell: Expr, row: Expr = row) -> list[Expr]:
+            return [scores[row + r, cell] for r in range(shape.tile_rows)]
+
+        _multiply_add(shape, acc, panel, factors, cells)
         for r, j, place in sums:
             T.buffer_store(w, acc[r, j, ramp(0, lanes)], [place])
 
@@ -235,9 +239,22 @@ def _tile(shape: AttentionShape, vectors: int) -> Expr:
 
 
 def _multiply_add(
+    shape: AttentionShape, acc: Expr, panel: Panel, factors: Callable[[Expr], list[Expr]], count: Expr
+) -> None:  # fmt: skip
+    """Emit acc[r, j] += the j-th vector of row k of a panel * factors(k)[r] for k < count, in this order."""
+    turns = T.Bind(T.truncdiv(count, T.int64(_UNROLL)))
+    with T.serial(turns) as turn:
+        for u in range(_UNROLL):
+            k = turn * _UNROLL + u
+            _multiply_add_row(shape, acc, panel, k, factors(k))
+    with T.serial(count - turns * _UNROLL) as rest:
+        k = turns * _UNROLL + rest
+        _multiply_add_row(shape, acc, panel, k, factors(k))
+
+
+def _multiply_add_row(
     shape: AttentionShape, acc: Expr, panel: Panel, k: Expr, factors: list[Expr]
 ) -> None:
-    """Emit acc[r, j] += the j-th vector of row k of a panel * factors[r]."""
     lanes, (_, vectors, _) = shape.lanes, acc.shape
     row = [T.Bind(panel(k, j)) for j in range(int(vectors))]
     for r, factor in enumerate(factors):
