@@ -77,6 +77,7 @@ CASES = (
     Heads(3, 1, 48, 16),
     Heads(4, 2, 80, 16, "bf16"),
     Heads(6, 2, 64, 16),
+    Heads(5, 1, 64, 16, "bf16"),  # AVX2's rows of a prompt leave one of the last tile's 6 empty
     Heads(8, 1, 256, 64, "bf16"),
     Heads(8, 4, 128, 32),
 )

@@ -255,6 +255,7 @@ def _multiply_add(
 def _multiply_add_row(
     shape: AttentionShape, acc: Expr, panel: Panel, k: Expr, factors: list[Expr]
 ) -> None:
+    """Emit acc[r, j] += the j-th vector of row k of a panel * factors[r]."""
     lanes, (_, vectors, _) = shape.lanes, acc.shape
     row = [T.Bind(panel(k, j)) for j in range(int(vectors))]
     for r, factor in enumerate(factors):

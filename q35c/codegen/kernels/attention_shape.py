@@ -25,8 +25,8 @@ from q35c.codegen.kernels.common import Expr, ceil_div, ramp, widen
 CELLS = 32  # keys of one block
 # Cells of one step of the online softmax; steps begin at cell 0, whatever a call's first token.
 STEP = 2 * CELLS
-# Of a prefill task, by registers: their sums and queries take 100 to 200 KiB of L2. AVX2 widens keys and values once a
-# task, which more rows share (96 instead of 64: 4 % faster).
+# By number of registers. Rows of a prefill task: their sums and queries take 100 to 200 KiB of L2; AVX2 widens keys and values
+# once a task, which more rows share (96 instead of 72: 3 % faster). Rows of a register tile.
 QUERY_ROWS = {16: 96, 32: 64}
 _TILE_ROWS = {16: (6, 4), 32: (8,)}
 LOWEST = -1e30  # below any score; a real -inf would make NaN of inf - inf
@@ -195,9 +195,7 @@ class AttentionShape:
 
     @property
     def tile_rows(self) -> int:
-        """Query rows of a register tile, with two vectors of sums for each: 8 where there are 32 registers; of 6 and 4 the one that
-        leaves fewer rows empty where there are 16.
-        """
+        """Query rows of a register tile, with two vectors of sums for each: of several heights the one that leaves fewest empty."""
         heights = [min(self.rows, height) for height in _TILE_ROWS[self.isa.registers]]
         return min(heights, key=lambda height: ceil_div(self.rows, height) * height)
 
@@ -224,6 +222,8 @@ class AttentionShape:
 
 
 def query_tokens(group: int, isa: Isa) -> int:
-    """Return the tokens of a prefill task; their rows fill whole tiles where the group is no larger than one."""
+    """Return the tokens of a prefill task: about QUERY_ROWS rows. For tiles of 8 a power of two, which fills whole ones where
+    the group is no larger than one.
+    """
     tokens = max(1, QUERY_ROWS[isa.registers] // group)
     return tokens if isa.registers == 16 else 1 << (tokens.bit_length() - 1)
