@@ -120,8 +120,8 @@ define linkonce_odr hidden i32 @{self.name}({rows}, {moved}, ptr %sums, i64 %cou
         if self.takes_halves:
             lines.append(f"movl $$0, {_HALF}")
         lines += ["1:", *(self._unpack_scales() if self.bits else ()), "2:"]
-        lines += self._fetch() if self.bits else ()
         for word in range(_WORDS):
+            lines += self._fetch(word) if self.bits else ()
             lines += self._load_levels(word) if not self.bits else self._unpack_levels(word)
             lines += self._multiply(word)
         lines += _advance({_CODES: SUM_INPUTS, _STARTS: 4, _WEIGHTS: self.lines * _LINE})
@@ -226,8 +226,11 @@ define linkonce_odr hidden i32 @{self.name}({rows}, {moved}, ptr %sums, i64 %cou
             yield f"vpblendw $$0xAA, {two}, {one}, {one}"
             yield f"vmovdqu {one}, {32 * v}+${_SCRATCH}"
 
-    def _fetch(self) -> Iterable[str]:
-        for line in range(0, self.lines * _LINE, _LINE if self.takes_halves else _LINE // 2):
+    def _fetch(self, word: int) -> Iterable[str]:
+        """Yield the part before a word: of 4 bits one by one, which makes one row 1 to 5 % faster, but one of 5 bits slower."""
+        step = _LINE if self.takes_halves else _LINE // 2
+        turns = _WORDS if self.bits == 4 else 1
+        for line in range(word * step, self.lines * _LINE if word < turns else 0, turns * step):
             yield f"prefetcht0 {AHEAD_BYTES + line}(${_WEIGHTS})"
 
     def _next(self) -> Iterable[str]:
