@@ -66,7 +66,9 @@ def _attention(
 ) -> Division:
     if rows == "batch":  # keys and values, were the sequence half as long as it may become
         return Division(Hkv * splits, context // 2 * Hkv * D * 4)
-    return Division(ceil_div(Hq * context, min(QUERY_ROWS.values())), PART_BYTES)
+    # Of a task, on any target: more parts than tasks do no harm.
+    fewest_rows = min(QUERY_ROWS.values())
+    return Division(ceil_div(Hq * context, fewest_rows), PART_BYTES)
 
 
 def _gated_delta(Hk: int, Hv: int, Dk: int, Dv: int, **_: Any) -> Division:

@@ -183,10 +183,8 @@ def _soften_row(
     with T.serial(T.int64(STEP // CELLS)) as block:
         highest = best[0, whole]
         for column in (block * CELLS + offset for offset in offsets):
-            score = T.Bind(
-                T.Select(seen(column), scores[row, ramp(column, lanes)], splat(LOWEST, lanes))
-            )
-            highest = T.max(highest, score)
+            score = scores[row, ramp(column, lanes)]
+            highest = T.max(highest, T.Select(seen(column), score, splat(LOWEST, lanes)))
         T.buffer_store(best, highest, [0, whole])
     old = T.Bind(w[at + shape.D])
     new = T.Bind(T.max(old, hmax(best[0, whole], lanes)))
