@@ -62,7 +62,7 @@ attr     = integer | float | true | false | "text" | dim | "(" attr* ")"
 STAGE_NOTES = {
     "traced": "as imported: one op per ATen op, four composites, no state",
     "fused": "composites only after the last fusion, still no state; ONNX export writes such graphs",
-    "stateful": "mixers continue the sequences named by `slots`; split into prefill, decode and score",
+    "stateful": "mixers continue the sequences named by `slots`; split into prefill, decode, score and extend",
     "quantized": "each weight has its precision (not used yet: precision is a policy of the lowering)",
     "scheduled": "ready for code generation",
 }

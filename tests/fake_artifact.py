@@ -80,6 +80,7 @@ def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) 
     """Return the fields that a compiler hands to the writer."""
     entries = [("prefill", "sequence", MAX_TOKENS, "last"), ("decode", "batch", batch, "all")]
     entries.append(("score", "sequence", MAX_TOKENS // 2, "all"))
+    entries.append(("extend", "sequence", MAX_TOKENS, "none"))
     names = ("name", "rows", "max_tokens", "logits")
     return {
         "model": MODEL,

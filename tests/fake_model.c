@@ -44,7 +44,9 @@ static uint64_t append(char *region, int token, int place, const int *positions,
   return mix(*hash ^ sum);
 }
 
-static int step(Call c, int is_batch, int is_last) {
+enum { ALL, LAST, NONE }; /* which rows get logits */
+
+static int step(Call c, int is_batch, int rows) {
   const int *tokens = (int *)(c.io + TOKENS), *positions = (int *)(c.io + POSITIONS), *starts = (int *)(c.io + STARTS);
   const int64_t *slots = (int64_t *)(c.io + SLOTS);
   const float *bigram = (float *)c.weights, *noise = (float *)(c.weights + NOISE);
@@ -59,8 +61,8 @@ static int step(Call c, int is_batch, int is_last) {
       hashes[t] = append(region, tokens[t], starts[row] + (is_batch ? 0 : t), positions + t, MAX_TOKENS);
     }
   wait_for_all(c.barrier, c.nt);
-  for (int t = is_last ? c.tokens - 1 : 0; t < c.tokens; t++) {
-    float *row = logits + (int64_t)(is_last ? 0 : t) * VOCAB;
+  for (int t = rows == ALL ? 0 : rows == LAST ? c.tokens - 1 : c.tokens; t < c.tokens; t++) {
+    float *row = logits + (int64_t)(rows == LAST ? 0 : t) * VOCAB;
     for (int64_t v = VOCAB * c.tid / c.nt; v < VOCAB * (c.tid + 1) / c.nt; v++)
       row[v] = bigram[tokens[t] * VOCAB + v] + noise[0] * (float)(mix(hashes[t] + v) >> 40) / 16777216.0f;
   }
@@ -68,14 +70,15 @@ static int step(Call c, int is_batch, int is_last) {
   return 0;
 }
 
-static int enter(Any *args, int count, int is_batch, int is_last) {
+static int enter(Any *args, int count, int is_batch, int rows) {
   int64_t v[8];
   if (count != 8) return 9;
   for (int i = 0; i < 8; i++) v[i] = args[i].value;
   Call call = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]};
-  return step(call, is_batch, is_last);
+  return step(call, is_batch, rows);
 }
 
-int __tvm_ffi_prefill(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 0, 1); }
-int __tvm_ffi_decode(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 1, 0); }
-int __tvm_ffi_score(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 0, 0); }
+int __tvm_ffi_prefill(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 0, LAST); }
+int __tvm_ffi_decode(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 1, ALL); }
+int __tvm_ffi_score(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 0, ALL); }
+int __tvm_ffi_extend(void *h, Any *a, int32_t n, Any *r) { return enter(a, n, 0, NONE); }

@@ -80,6 +80,11 @@ def max_tokens(entries: Iterable[HasMaxTokens]) -> int:
     return max(entry.max_tokens for entry in entries)
 
 
+def logits_rows(logits: str, tokens: int) -> int:
+    """Return how many rows of logits an entry writes for so many tokens."""
+    return {"none": 0, "last": 1, "all": tokens}[logits]
+
+
 def io_layout(tokens: int, batch: int, logits_rows: int, vocab: int, steps: int) -> dict[str, Any]:
     """Return the manifest's `io`: tokens, three position axes, slots, starts, logits, clock.
 

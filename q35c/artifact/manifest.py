@@ -17,7 +17,7 @@ from q35c.artifact.schema import Items, Pattern, Range, Reader, decode, encode, 
 from q35c.config import FULL, LINEAR, ModelConfig
 from q35c.errors import ArtifactVersionError
 
-FORMAT = 2
+FORMAT = 3
 PLAN_MARK = b"\nq35c-plan:"
 
 Flag = bool
@@ -58,7 +58,7 @@ class Entry:
     symbol: Symbol
     rows: Literal["sequence", "batch"]
     max_tokens: Annotated[int, Range(1, 65536)]
-    logits: Literal["last", "all"]
+    logits: Literal["none", "last", "all"]
     steps: Annotated[tuple[Index, ...], Items(1, 2**16)]
     step_weights: Annotated[tuple[Annotated[int, Range(-1, 2**16)], ...], Items(1, 2**16)]
     single_row_steps: Annotated[tuple[Index, ...], Items(0, 2**16)]
@@ -66,7 +66,7 @@ class Entry:
     @property
     def logits_rows(self) -> int:
         """Return how many rows of logits a call may write."""
-        return 1 if self.logits == "last" else self.max_tokens
+        return layout.logits_rows(self.logits, self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +177,7 @@ class Memory:
 class Manifest:
     """Everything about an artifact but its data."""
 
-    format: Literal[2]
+    format: Literal[3]
     producer: Text
     model: Annotated[ModelConfig, Reader(ModelConfig.from_dict)]
     target: Target
@@ -312,7 +312,7 @@ def _check_entries(manifest: Manifest) -> None:
     names = [entry.name for entry in manifest.entries]
     if len(set(names)) != len(names):
         raise refuse("$.entries", "two entries have one name", got=names)
-    required = {"prefill": ("sequence", "last"), "decode": ("batch", "all")}
+    required = {"prefill": ("sequence", "last"), "decode": ("batch", "all"), "extend": ("sequence", "none")}  # fmt: skip
     for index, entry in enumerate(manifest.entries):
         kind = ("sequence", "all") if entry.name == "score" else required.get(entry.name)
         if kind is not None and (entry.rows, entry.logits) != kind:
@@ -327,6 +327,8 @@ def _check_entries(manifest: Manifest) -> None:
     for name in required:
         if name not in names:
             raise refuse("$.entries", f"entry {name!r} is missing", got=names)
+    sizes = {entry.name: entry.max_tokens for entry in manifest.entries}
+    _check_equal("$.entries, max_tokens of extend", sizes["extend"], sizes["prefill"])
     for index, entry in enumerate(manifest.entries):
         _check_steps(f"$.entries[{index}]", entry, manifest)
 

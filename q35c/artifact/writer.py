@@ -101,7 +101,7 @@ def _add_derived(document: dict[str, Any]) -> None:
 
     entries = document["entries"]
     tokens = max(entry["max_tokens"] for entry in entries)
-    rows = max(1 if entry["logits"] == "last" else entry["max_tokens"] for entry in entries)
+    rows = max(layout.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
     document.setdefault("producer", f"q35c {__version__}")
     document.setdefault("barrier_bytes", 128)
     vocab = document["model"]["vocab_size"]

@@ -128,6 +128,7 @@ def describe_entries(module: Module, target: Target, limits: Limits) -> list[dic
         "prefill": ("sequence", target.prefill_tokens, "last"),
         "decode": ("batch", limits.batch, "all"),
         "score": ("sequence", min(max(1, score_tokens), target.prefill_tokens), "all"),
+        "extend": ("sequence", target.prefill_tokens, "none"),
     }
     names = ("rows", "max_tokens", "logits")
     return [
@@ -167,7 +168,7 @@ def io_places(
     limits: Limits, tokens: int, entries: list[dict[str, Any]]
 ) -> dict[str, tuple[int, int]]:
     """Return offset and bytes of each io field."""
-    rows = max(1 if entry["logits"] == "last" else entry["max_tokens"] for entry in entries)
+    rows = max(layout.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
     steps = max(len(entry["steps"]) for entry in entries)
     fields = layout.io_layout(tokens, limits.batch, rows, limits.vocabulary, steps)["fields"]
     return {

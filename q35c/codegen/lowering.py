@@ -115,7 +115,7 @@ class Lowering:
         self.made_by = producers(graph)
         self.shared_experts = find_shared_experts(graph)
         self.folded = {value for expert in self.shared_experts.values() for value in expert.results}
-        (self.logits,) = graph.outputs
+        self.logits = graph.outputs[0] if graph.outputs else None
         for value in graph.inputs:
             self.views[value] = View(value.name, 0, Tokens())
 

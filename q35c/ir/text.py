@@ -52,7 +52,7 @@ def print_graph(graph: Graph) -> str:
     lines += [f"weight {v}: {v.type}" for v in graph.leaves("weight")]
     lines += [f"state {v}: {v.type}" for v in graph.leaves("state")]
     lines += map(print_op, graph.ops)
-    lines.append(f"return {', '.join(map(str, graph.outputs))}")
+    lines.append(f"return {', '.join(map(str, graph.outputs))}".rstrip())
     body = "".join(f"  {line}\n" for line in lines)
     return f"graph {graph.name} {graph.stage} {{\n{body}}}\n"
 

@@ -62,11 +62,19 @@ def quantize_entry(graph: Graph, types: dict[Value, Value], rows: dict[Value, st
     """Rewrite one entry; `types` holds every weight with its format, `rows` the dtype of the rows it meets."""
     out = Rewriter(graph, stage="quantized")
     rounded: dict[tuple[Value, str], Value] = {}
+    picked: dict[Value, Value] = {}  # last rows -> all rows
 
     def round_rows(value: Value, dtype: str) -> Value:
-        """Return the rounded rows of a value; who reads the same rows shares them."""
+        """Return the rounded rows of a value; who reads the same rows shares them.
+
+        Rows are rounded before the last one is picked, as the kernel that makes them does it on its way.
+        """
         if (value, dtype) not in rounded:
-            rounded[value, dtype] = out.emit("quantize_rows", value, dtype=dtype)
+            rounded[value, dtype] = (
+                out.emit("last_token", round_rows(picked[value], dtype))
+                if value in picked
+                else out.emit("quantize_rows", value, dtype=dtype)
+            )
         return rounded[value, dtype]
 
     for weight, typed in types.items():
@@ -76,7 +84,9 @@ def quantize_entry(graph: Graph, types: dict[Value, Value], rows: dict[Value, st
         kind, attrs = op.kind, op.attrs.to_dict()
         dtype = rows[op.operands[PRODUCTS[kind]][0]] if kind in PRODUCTS else "f32"
         if dtype == "f32":
-            out.copy(op)
+            results = out.copy(op)
+            if kind == "last_token":
+                picked[results[0]] = operands[0]
             continue
         operands[0] = round_rows(operands[0], dtype)
         if kind == "sparse_moe_residual":

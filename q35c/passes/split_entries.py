@@ -5,18 +5,23 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from q35c.ir.graph import Attrs, Graph, Module, Rewriter, Value, producers, use_counts
+from q35c.ir.graph import Attrs, Graph, Module, Rewriter, Value
 from q35c.ir.types import SymDim, TensorType
 
 SEQUENCES = SymDim("B")
-ROW_WISE = ("linear", "rms_norm")  # their rows do not mix, and operand 0 alone has rows
+# Ops that compute a row from the same row of these operands.
+ROW_WISE = {
+    "linear": (0,), "linear_residual": (0, 1), "linear_swiglu": (0,), "rms_norm": (0,), "slice": (0,),
+    "sparse_moe_residual": (0, 1, 2, 3, 6),
+}  # fmt: skip
 
 
 def split_entries(graph: Graph) -> Module:
-    """Return the entries prefill, decode and score.
+    """Return the entries prefill, decode, score and extend.
 
     `prefill`: T tokens of one sequence, logits of the last one only. `decode`: one token of each of B
-    sequences. `score`: T tokens of one sequence, logits of all.
+    sequences. `score`: T tokens of one sequence, logits of all. `extend`: T tokens of one sequence, no logits: all of
+    a long prompt but its end.
 
     Before:
         graph forward stateful {
@@ -51,25 +56,50 @@ def split_entries(graph: Graph) -> Module:
           %1: f32[T, 7] = linear(%0, @table)
           return %1
         }
+
+        graph extend stateful {
+          input %tokens: i32[T]
+          return
+        }
     """
-    return Module((as_prefill(graph), as_decode(graph), replace(graph, name="score")))
+    extend = Rewriter(graph, name="extend")
+    for op in graph.ops:
+        extend.copy(op)
+    entries = as_prefill(graph), as_decode(graph), replace(graph, name="score"), extend.finish(())
+    return Module(entries)
 
 
 def as_prefill(graph: Graph) -> Graph:
-    """Take the last token before the row-wise tail (final norm and head) instead of after it."""
-    (cut,) = graph.outputs
-    made_by, uses = producers(graph), use_counts(graph)
-    while (op := made_by.get(cut)) is not None and op.kind in ROW_WISE:
-        rows = op.operands[0]
-        if rows not in made_by or uses[rows] != 1:  # another reader would lose its other rows
-            break
-        cut = rows
+    """Take the last token as early as no other row of what follows is read: before the last mixer's output projection."""
+    whole = read_whole(graph)
     out = Rewriter(graph, name="prefill")
+    last: dict[Value, Value] = {}
+
+    def last_row(value: Value) -> Value:
+        if value not in last:
+            last[value] = out.emit("last_token", out.new(value))
+        return last[value]
+
     for op in graph.ops:
-        out.copy(op)
-        if cut in op.results:
-            out.replace(cut, out.emit("last_token", out.new(cut)))
-    return out.done()
+        if whole.intersection(op.results):
+            out.copy(op)
+            continue
+        rows = ROW_WISE[op.kind]
+        operands = (last_row(v) if n in rows else out.new(v) for n, v in enumerate(op.operands))
+        last[op.result] = out.append(op.kind, tuple(operands), op.attrs)[0]
+    return out.finish([last_row(value) for value in graph.outputs])
+
+
+def read_whole(graph: Graph) -> set[Value]:
+    """Return the results of ops that the last row alone does not do for: they mix rows, or an op that does reads them."""
+    whole: set[Value] = set()
+    for op in reversed(graph.ops):
+        is_row_wise = op.kind in ROW_WISE and op.result.type.shape[0] == SymDim("T")
+        rows = ROW_WISE[op.kind] if is_row_wise and op.result not in whole else ()
+        if not rows:
+            whole.update(op.results)
+        whole.update(v for number, v in enumerate(op.operands) if number not in rows)
+    return whole
 
 
 def as_decode(graph: Graph) -> Graph:

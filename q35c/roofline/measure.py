@@ -55,9 +55,11 @@ def sizes(prompt_tokens: Sequence[int], new_tokens: Sequence[int]) -> list[tuple
 
 
 def prefill_calls(manifest: Manifest, depth: int, size: int) -> list[Call]:
-    entry = entry_of(manifest, "prefill")
-    begins = range(depth, depth + size, entry.max_tokens)
-    return [("prefill", min(entry.max_tokens, depth + size - at), (at,)) for at in begins]
+    most, end = entry_of(manifest, "prefill").max_tokens, depth + size
+    return [
+        ("prefill", end - at, (at,)) if end - at <= most else ("extend", most, (at,))
+        for at in range(depth, end, most)
+    ]
 
 
 def steps_of(manifest: Manifest, call: Call) -> Iterator[Step]:

@@ -93,7 +93,7 @@ class Executor:
     ) -> Logits:
         """Append up to `entry.max_tokens` tokens to one sequence.
 
-        Returns a copy of the logits: f32[1, V] of the last token or f32[T, V] of all. Raises
+        Returns a copy of the logits: f32[1, V] of the last token, f32[T, V] of all or f32[0, V]. Raises
         ExecutionError if the code reports a failure; the sequence's state is undefined then.
         """
         count = len(tokens)
@@ -104,7 +104,7 @@ class Executor:
             fields["positions"][:, :count] = np.arange(sequence.position, sequence.position + count)
             fields["slots"][0] = 0
             fields["starts"][0] = sequence.length
-            return self._run(entry, [sequence], count, 1 if entry.logits == "last" else count)
+            return self._run(entry, [sequence], count, layout.logits_rows(entry.logits, count))
 
     def run_batch(
         self, entry: EntryPlan, sequences: Sequence[SequenceState], tokens: Sequence[int]

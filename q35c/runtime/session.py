@@ -96,16 +96,18 @@ class Session:
         vocabulary; then nothing has changed.
         """
         tokens = check_ids(ids, self._executor.manifest.model.vocab_size)
-        entry = self._executor.entry("prefill")
-        logits: Logits | None = None
+        extend, prefill = map(self._executor.entry, ("extend", "prefill"))
         with self._owned():
             self._check_room(len(tokens))
-            for start in range(0, len(tokens), entry.max_tokens):
-                chunk = tokens[start : start + entry.max_tokens]
-                logits = self._append(entry, chunk)[0]
+            *starts, last = range(0, len(tokens), prefill.max_tokens)
+            for start in starts:
+                end = start + extend.max_tokens
+                self._append(extend, tokens[start:end])
                 if progress is not None:
-                    progress(start + len(chunk), len(tokens))
-        assert logits is not None
+                    progress(end, len(tokens))
+            (logits,) = self._append(prefill, tokens[last:])
+            if progress is not None:
+                progress(len(tokens), len(tokens))
         return logits
 
     def decode(self, token: int) -> Logits:

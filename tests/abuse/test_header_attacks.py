@@ -116,7 +116,7 @@ ATTACKS: dict[str, Change] = {
     "escaped key": text_header(lambda t: t.replace('"code"', '"c\\u006fde"')),
     "escaped manifest": text_header(lambda t: t.replace("arena_bytes", "arena\\u005fbytes")),
     "spaces in the manifest": manifest_text(lambda t: t.replace(":", ": ")),
-    "keys out of order": manifest_text(lambda t: '{"format":2,' + t[1:].replace('"format":2,', "")),
+    "keys out of order": manifest_text(lambda t: '{"format":3,' + t[1:].replace('"format":3,', "")),
     "number in another form": manifest_text(lambda t: t.replace('"lanes":4', '"lanes":4.0')),
     "exponent": manifest_text(lambda t: t.replace("4096", "4096e0")),
     "leading zero": manifest_text(lambda t: t.replace("4096", "04096")),
@@ -133,7 +133,7 @@ ATTACKS: dict[str, Change] = {
     "deep nesting": manifest_text(lambda t: "[" * 100_000),
     "closed deep nesting": manifest_text(lambda t: "[" * 5_000 + "]" * 5_000),
     "long integer": manifest_text(lambda t: '{"format":' + "9" * 100_000 + "}"),
-    "format is a bool": manifest_text(lambda t: t.replace('"format":2', '"format":true')),
+    "format is a bool": manifest_text(lambda t: t.replace('"format":3', '"format":true')),
     "escape without end": manifest_text(lambda t: t[:-1] + "\\"),
 }
 

@@ -227,6 +227,8 @@ SHAPES: dict[str, Any] = {
     "smaller arena": ("arena_bytes", 64),
     "larger decode": ("entries", 1, "max_tokens", 5),
     "entry that returns more logits": ("entries", 0, "logits", "all"),
+    "entry that returns logits of what it only appends": ("entries", 3, "logits", "last"),
+    "pieces of another size than the last": ("entries", 3, "max_tokens", 8),
     "another symbol": ("entries", 0, "symbol", "decode"),
     "more steps than the clock has words for": ("entries", 0, "steps", [0, 0]),
     "a step of a kernel that is not there": ("entries", 1, "steps", [1]),

@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from q35c.artifact import layout, read_artifact
+from q35c.artifact.manifest import FORMAT
 from q35c.errors import ArtifactError, ArtifactVersionError
 from q35c.runtime.memory import WeightBlock
 from tests.fake_artifact import rebuild, write_fake, write_small
@@ -56,7 +57,7 @@ def test_safetensors_opens_it(small: Path) -> None:
         assert file.get_tensor("b").tobytes() == b"\x01\x02\x03\x04\x05\x06" + bytes(58)
         text = file.metadata()["q35c"]
         assert hashlib.sha256(text.encode()).hexdigest() == file.metadata()["q35c.sha256"]
-        assert json.loads(text)["format"] == 2
+        assert json.loads(text)["format"] == FORMAT
 
 
 def test_everything_is_aligned_in_the_file(small: Path) -> None:
@@ -108,14 +109,14 @@ def test_derived_memory_figures(tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_named(small: Path) -> None:
-    def to_version_3(manifest: dict) -> str:
+    def to_next_version(manifest: dict) -> str:
         # A future manifest may look different altogether: the version is looked at first.
-        return json.dumps({"format": 3, "else": [1]})
+        return json.dumps({"format": FORMAT + 1, "else": [1]})
 
-    small.write_bytes(rebuild(small.read_bytes(), to_version_3))
+    small.write_bytes(rebuild(small.read_bytes(), to_next_version))
     with pytest.raises(ArtifactVersionError) as caught:
         read_artifact(small)
-    assert caught.value.got == 3 and str(small) in str(caught.value)
+    assert caught.value.got == FORMAT + 1 and str(small) in str(caught.value)
 
 
 def test_message_names_file_and_field(small: Path) -> None:

@@ -28,13 +28,14 @@ class Sequences:
         slots: list[int],
         starts: list[int],
     ) -> np.ndarray:
-        """Run one step and return its logits."""
+        """Run one step and return its logits, none of an entry that has none."""
         inputs = {
             "tokens": tokens, "positions": positions,
             "slots": np.array(slots, np.int64), "starts": np.array(starts, np.int32),
         }  # fmt: skip
         graph = self.entries[entry]
-        return run(graph, used(graph, inputs), self.weights, self.state)[0]
+        logits = run(graph, used(graph, inputs), self.weights, self.state)
+        return logits[0] if graph.outputs else np.empty((0,))
 
     def slot(self, number: int) -> dict[str, np.ndarray]:
         """Copy the state of one slot."""

@@ -46,18 +46,22 @@ def test_empty_state_gives_the_stateless_logits(layers: str) -> None:
 
 @pytest.mark.parametrize("layers", LAYERS)
 def test_every_split_gives_the_same_logits(layers: str) -> None:
-    """Parts of one token by decode, others by prefill or score."""
+    """Parts of one token by decode, others by prefill, score or, but for the last part, extend."""
     graph, module = entries_of(layers)
     tokens, positions = random_prompt(5, TOKENS, VOCABULARY)
     expected = forward(graph, tokens, positions)
     for number, parts in enumerate(compositions(TOKENS)):
         sequences, start = Sequences(module), 0
         for part in parts:
-            entry = "decode" if part == 1 else ("prefill", "score")[number % 2]
             cut = slice(start, start + part)
+            several = ("prefill", "score", "extend")[
+                (number + start) % (3 if cut.stop < TOKENS else 2)
+            ]
+            entry = "decode" if part == 1 else several
             got = sequences.run(entry, tokens[cut], positions[:, cut], [1], [start])
-            want = expected[cut] if entry == "score" else expected[cut][-1:]
-            compare([want], [got], TOLERANCE, f"{layers}, parts {parts}, {entry} at {start}")
+            if entry != "extend":
+                want = expected[cut] if entry == "score" else expected[cut][-1:]
+                compare([want], [got], TOLERANCE, f"{layers}, parts {parts}, {entry} at {start}")
             start += part
 
 
@@ -78,7 +82,7 @@ def test_rows_of_a_decode_batch_do_not_mix(layers: str) -> None:
         compare([np.stack([x[-1] for x in logits])], [got], TOLERANCE, f"{layers}, slots {slots}")
 
 
-@pytest.mark.parametrize("entry", ["prefill", "score", "decode"])
+@pytest.mark.parametrize("entry", ["prefill", "score", "decode", "extend"])
 def test_other_slots_are_untouched(entry: str) -> None:
     _, module = entries_of("da")
     sequences = Sequences(module)
@@ -99,7 +103,7 @@ def test_other_slots_are_untouched(entry: str) -> None:
 def test_state_is_named_by_mixer_and_shared_by_entries() -> None:
     module = split_entries(thread_state(tiny_model("dad")))
     names = [{(s.name, str(s.type)) for s in entry.leaves("state")} for entry in module]
-    assert names[0] == names[1] == names[2]
+    assert names[0] == names[1] == names[2] == names[3]
     assert names[0] == {
         ("delta_net.0.conv", "f32[B, 2, 20]"),
         ("delta_net.0.delta", "f32[B, 4, 3, 2]"),
@@ -111,21 +115,30 @@ def test_state_is_named_by_mixer_and_shared_by_entries() -> None:
 
 
 def test_entries_declare_their_rows() -> None:
-    prefill, decode, score = split_entries(thread_state(tiny_model()))
-    types = {g.name: {v.name: str(v.type) for v in g.inputs} for g in (prefill, decode, score)}
+    entries = list(split_entries(thread_state(tiny_model())))
+    types = {g.name: {v.name: str(v.type) for v in g.inputs} for g in entries}
     one = {"tokens": "i32[T]", "positions": "i32[3, T]", "slots": "i64[1]", "starts": "i32[1]"}
-    assert types["prefill"] == types["score"] == one
+    assert types["prefill"] == types["score"] == types["extend"] == one
     assert types["decode"] == {
         "tokens": "i32[B]", "positions": "i32[3, B]", "slots": "i64[B]", "starts": "i32[B]",
     }  # fmt: skip
-    shapes = [str(entry.outputs[0].type) for entry in (prefill, decode, score)]
-    assert shapes == ["f32[1, 11]", "f32[B, 11]", "f32[T, 11]"]
+    shapes = {g.name: [str(value.type) for value in g.outputs] for g in entries}
+    assert shapes == {
+        "prefill": ["f32[1, 11]"], "decode": ["f32[B, 11]"], "score": ["f32[T, 11]"], "extend": [],
+    }  # fmt: skip
 
 
-def test_prefill_takes_the_last_row_before_norm_and_head() -> None:
-    """The head is the largest matrix: one row of it is enough."""
-    prefill, _, _ = split_entries(thread_state(tiny_model()))
-    assert [op.kind for op in prefill.ops[-3:]] == ["last_token", "rms_norm", "linear"]
+@pytest.mark.parametrize("layers", LAYERS)
+def test_behind_the_last_mixer_prefill_computes_one_row_and_extend_nothing(layers: str) -> None:
+    """No other row is read there: of a whole feed-forward and of the head, the largest matrix."""
+    prefill, _, _, extend = split_entries(thread_state(tiny_model(layers)))
+    kinds = [op.kind for op in prefill.ops]
+    end = max(n for n, kind in enumerate(kinds) if kind.startswith("stateful")) + 1
+    assert [op.kind for op in extend.ops] == kinds[:end]
+    assert kinds[end : end + 3] == ["last_token", "last_token", "linear_residual"]
+    assert "last_token" not in kinds[end + 3 :]
+    assert {op.result.type.shape[0] for op in prefill.ops[end:]} == {1}
+    assert {op.result.type.shape[0] for op in prefill.ops[:end]} == {SymDim("T")}
 
 
 def test_a_mixer_that_was_not_fused_is_refused() -> None:

@@ -58,7 +58,7 @@ def test_steps_are_stamped_in_order(model: Any) -> None:
         session.score([1, 2])
         session.decode(1)
     assert [(r.entry, r.tokens, r.starts) for r in runs] == [
-        ("prefill", 256, (0,)),
+        ("extend", 256, (0,)),
         ("prefill", 44, (256,)),
         ("score", 2, (300,)),
         ("decode", 1, (302,)),
@@ -100,12 +100,22 @@ def test_steps_name_their_kernels_and_weights(model: Any) -> None:
     assert head.cost.memory_bytes == stored
 
 
-def test_the_head_of_a_prompt_computes_one_row(model: Any) -> None:
+def test_the_end_of_a_prompt_computes_one_row(model: Any) -> None:
     (test,) = predict_tests(model.manifest, prompt_tokens=(256,), new_tokens=())
-    parameters = test.steps[-1].kernel.parameters
-    assert test.steps[-1].cost.operations == 2 * parameters["N"] * parameters["K"]
-    linears = [step for step in test.steps if step.kernel.family == "linear"][:-1]
-    assert all(step.cost.operations % 256 == 0 for step in linears)
+    families = [step.kernel.family for step in test.steps]
+    last_mixer = max(n for n, name in enumerate(families) if name in ("attention", "gated_delta"))
+    for at, step in enumerate(test.steps):
+        if step.kernel.family == "linear":
+            rows = 1 if at > last_mixer else 256
+            matrix = step.kernel.parameters["N"] * step.kernel.parameters["K"]
+            assert step.cost.operations == 2 * rows * matrix
+
+
+def test_only_the_last_piece_of_a_prompt_has_logits(model: Any) -> None:
+    (test,) = predict_tests(model.manifest, prompt_tokens=(600,), new_tokens=())
+    heads = [s.entry for s in test.steps if s.kernel.parameters.get("N") == model.vocab_size]
+    assert heads == ["prefill"]
+    assert list(dict.fromkeys(step.entry for step in test.steps)) == ["extend", "prefill"]
 
 
 def test_measured_tests_have_the_predicted_steps(model: Any) -> None:
@@ -123,7 +133,8 @@ def test_measured_tests_have_the_predicted_steps(model: Any) -> None:
         lost = [row.lost_seconds for row in rows]
         assert lost == sorted(lost, reverse=True)
     document = json.loads(json.dumps(report_json(found, LIMITS)))
-    assert document["tests"][0]["steps"][0]["entry"] == "prefill"
+    entries = [document["tests"][0]["steps"][at]["entry"] for at in (0, -1)]
+    assert entries == ["extend", "prefill"]
     assert document["tests"][0]["limit_seconds"] == pytest.approx(found[0].limit_seconds(LIMITS))
 
 
