@@ -270,10 +270,8 @@ def check_consistent(manifest: Manifest) -> None:
     for token in manifest.generation.stop_ids:
         if token >= manifest.model.vocab_size:
             raise refuse("$.generation.stop_ids", "id is outside the vocabulary", got=token)
-    for path, size in (
-        ("$.arena_bytes", manifest.arena_bytes),
-        ("$.barrier_bytes", manifest.barrier_bytes),
-    ):
+    aligned = {"$.arena_bytes": manifest.arena_bytes, "$.barrier_bytes": manifest.barrier_bytes}
+    for path, size in aligned.items():
         if size % layout.ALIGNMENT:
             raise refuse(path, "size is not a multiple of 64", got=size)
 
