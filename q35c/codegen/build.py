@@ -1,15 +1,20 @@
 """TIR functions to the bytes of one shared object, through TVM, LLVM and the system linker.
 
-The shared object needs no other library and imports no symbol. The same functions give the same bytes.
+Kernels and programs are compiled apart, on all cores at once, and meet in the linker. The shared object needs no other
+library and imports nothing but memset and memcpy. The same functions give the same bytes.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import tvm
@@ -18,11 +23,12 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, compilation_pipeline
 
 from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.sync import BF16_IR, SUPPORT_IR, barrier
-from q35c.codegen.program import BARRIER_FUNCTION, kernel_symbol
+from q35c.codegen.kernels.sync import BF16_IR, SUPPORT_IR
+from q35c.codegen.program import HELPERS, helper_symbol, kernel_symbol
 from q35c.errors import ToolchainError
 
 _PIPELINE = "q35c"
+_C_CALL = 1  # any of TVM's calling conventions but the default, which makes a packed function
 
 
 def _pipeline_factory() -> tuple[object, object, object]:
@@ -55,47 +61,92 @@ def _pipeline_factory() -> tuple[object, object, object]:
 compilation_pipeline.register_tir_pipeline(_PIPELINE, _pipeline_factory)
 
 
-def compile_module(
-    functions: Mapping[str, PrimFunc], entries: Mapping[str, PrimFunc], isa: Isa
+def build_shared(
+    functions: Mapping[str, PrimFunc],
+    entries: Mapping[str, PrimFunc],
+    isa: Isa,
+    progress: Callable[[float], None] = lambda done: None,
+) -> bytes:
+    """Compile kernels and the public programs that call them by name into a shared object.
+
+    `program_entry` makes the entries; each is exported as `__tvm_ffi_<name>`, and nothing else is. Every kernel and every
+    program becomes an object of its own, on all cores at once. `progress` gets the fraction done.
+    ToolchainError when no linker is found or linking fails.
+    """
+    objects = {
+        **{f"entry_{name}": partial(_compile_entry, name, entries[name], isa) for name in sorted(entries)},
+        **{kernel_symbol(name): partial(compile_kernel, name, functions[name], isa) for name in sorted(functions)},
+        "helpers": partial(_compile_helpers, isa),
+    }  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory(prefix="q35c-") as folder,
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+    ):
+
+        def write(item: tuple[str, Callable[[], tvm.runtime.Module]]) -> str:
+            name, make = item
+            make().write_to_file(str(Path(folder) / f"{name}.o"))
+            return f"{name}.o"
+
+        names: list[str] = []
+        for name in pool.map(write, objects.items()):
+            names.append(name)
+            progress(len(names) / len(objects))
+        return _link(Path(folder), names, "code.so")
+
+
+def compile_kernel(name: str, function: PrimFunc, isa: Isa) -> tvm.runtime.Module:
+    """Return the machine code of one kernel."""
+    return _build({kernel_symbol(name): function}, isa)
+
+
+def _compile_helpers(isa: Isa) -> tvm.runtime.Module:
+    """Return the machine code of what the programs share."""
+    return _build({helper_symbol(name): make() for name, make in HELPERS.items()}, isa)
+
+
+def _compile_entry(name: str, entry: PrimFunc, isa: Isa) -> tvm.runtime.Module:
+    """Return the machine code of one program."""
+    return _build({}, isa, {name: entry})
+
+
+def _build(
+    functions: Mapping[str, PrimFunc],
+    isa: Isa,
+    packed: Mapping[str, PrimFunc] = MappingProxyType({}),
 ) -> tvm.runtime.Module:
-    """Lower private kernels and public entries to one TVM module of machine code for `isa`."""
-    members = {kernel_symbol(name): functions[name] for name in sorted(functions)}
-    members[BARRIER_FUNCTION] = barrier()
-    for name in sorted(entries):
-        members[tvm.ir.GlobalVar(name)] = _with_support(entries[name], isa)
+    """Compile functions with the C calling convention, each under its name, and packed ones to one module."""
+    members: dict[Any, Any] = {"support": _support(isa), **packed}
+    for name, function in functions.items():
+        attributes = {"global_symbol": name, "calling_conv": _C_CALL}
+        members[name] = function.with_attr(attributes)
     target = tvm.target.Target(
         {"kind": "llvm", "mcpu": isa.llvm_cpu, "mattr": list(isa.llvm_features)}
     )
     return tirx.build(tvm.IRModule(members), target=target, pipeline=_PIPELINE)
 
 
-def _with_support(entry: Any, isa: Isa) -> PrimFunc:
-    support = SUPPORT_IR + (BF16_IR if isa.has_bf16 else "")
-    body = tirx.AttrStmt(T.int32(0), "pragma_import_llvm", tvm.ir.StringImm(support), entry.body)
-    return entry.with_body(body)
+@T.prim_func(private=True, s_tir=True)
+def _nothing() -> T.int32:
+    return T.int32(0)
 
 
-def build_shared(
-    functions: Mapping[str, PrimFunc], entries: Mapping[str, PrimFunc], isa: Isa
-) -> bytes:
-    """Compile private kernels and the public programs that call them by name into a shared object.
-
-    `program_entry` makes the entries; each is exported as `__tvm_ffi_<name>`. The barrier kernel is added.
-    ToolchainError when no linker is found or linking fails.
-    """
-    module = compile_module(functions, entries, isa)
-    with tempfile.TemporaryDirectory(prefix="q35c-") as folder:
-        module.write_to_file(str(Path(folder) / "code.o"))
-        return _link(Path(folder), "code.o", "code.so")
+def _support(isa: Isa) -> PrimFunc:
+    """Return a function that LLVM drops, but with which what kernels call by name comes into a module."""
+    text = tvm.ir.StringImm(SUPPORT_IR + (BF16_IR if isa.has_bf16 else ""))
+    function: Any = _nothing
+    return function.with_body(tirx.AttrStmt(T.int32(0), "pragma_import_llvm", text, function.body))
 
 
-def _link(folder: Path, source: str, result: str) -> bytes:
-    # Relative names only: linkers may record the paths they are given.
-    flags = ["-shared", "-s", "-o", result, source]
+def _link(folder: Path, sources: Sequence[str], result: str) -> bytes:
+    # Relative names only: linkers may record the paths they are given. Kernels stay inside: calls reach them directly.
+    (folder / "exports").write_text("{ global: __tvm_ffi_*; local: *; };")
+    flags = ["-shared", "-s", "-o", result, *sources]
+    options = ["--build-id=none", "--gc-sections", "--version-script=exports"]
     if linker := shutil.which("ld"):
-        command = [linker, "--build-id=none", "-z", "noexecstack", *flags]
+        command = [linker, *options, "-z", "noexecstack", *flags]
     elif compiler := shutil.which("gcc") or shutil.which("cc"):
-        command = [compiler, "-nostdlib", "-Wl,--build-id=none", *flags]
+        command = [compiler, "-nostdlib", f"-Wl,{','.join(options)}", *flags]
     else:
         raise ToolchainError(
             "no linker was found",

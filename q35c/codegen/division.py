@@ -11,8 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
 from q35c.codegen.kernels.attention_shape import QUERY_ROWS
 from q35c.codegen.kernels.common import BLOCK, ceil_div
+from q35c.codegen.kernels.experts import BLOCK_COST_ROWS
 from q35c.codegen.kernels.linear import FEW_BLOCKS
 from q35c.ir.formats import integer_format
 from q35c.ir.types import DTYPE_BYTES
@@ -28,6 +32,26 @@ class Division:
 
     most: int
     bytes: int
+
+
+def count_parts() -> PrimFunc:
+    """Make the function that writes to PART[1] the number of parts, which is that of the threads if parts would be too small
+    or too few, and to PART[0] -1.
+    """
+
+    @T.prim_func(private=True, s_tir=True)
+    def count(
+        PART: T.handle("int32"), tokens: T.int64, bytes: T.int64, most: T.int64, nt: T.int32
+    ) -> T.int32:
+        part = T.decl_buffer((2,), "int32", data=PART)
+        turns: T.let[T.int64] = T.truncdiv(tokens + (BLOCK_COST_ROWS - 1), T.int64(BLOCK_COST_ROWS))
+        worth: T.let[T.int64] = T.min(T.truncdiv(turns * bytes, T.int64(PART_BYTES)), most)
+        parts: T.let[T.int32] = T.min(T.cast(worth, "int32"), nt * PARTS_PER_THREAD)
+        part[0] = T.int32(-1)
+        part[1] = T.Select(parts < nt * FEWEST_PARTS, nt, parts)
+        return T.int32(0)
+
+    return count
 
 
 def division_of(family: str, parameters: dict[str, Any]) -> Division | None:

@@ -88,8 +88,10 @@ def generate(
     progress("kernels", 0.0)
     functions = shared.functions(lambda done: progress("kernels", done))
     functions |= {p.symbol: p.kernel for p in measuring if p.kernel}
-    progress("machine code", 0.0)  # one call of the compiler
-    code = build_shared(functions, programs, target.isa)
+    progress("machine code", 0.0)
+    code = build_shared(
+        functions, programs, target.isa, lambda done: progress("machine code", done)
+    )
     fields = {
         "target": describe_target(target),
         "precision": policy.name,

@@ -9,28 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
-import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
-from q35c.codegen.division import (
-    FEWEST_PARTS,
-    PART_BYTES,
-    PARTS_PER_THREAD,
-    Division,
-)
+from q35c.codegen.division import Division, count_parts
 from q35c.codegen.kernels.common import STACK
-from q35c.codegen.kernels.experts import BLOCK_COST_ROWS
-from q35c.codegen.kernels.sync import DIVIDED_CALLS, PART_COUNTERS
+from q35c.codegen.kernels.sync import DIVIDED_CALLS, PART_COUNTERS, barrier, stamp, take_part
 from q35c.errors import LoweringError
 
 Blob = Literal["weights", "state", "arena", "io", "barrier"]
 BLOBS: tuple[Blob, ...] = ("weights", "state", "arena", "io", "barrier")
 ELEMENT_BYTES = 4
-BARRIER_FUNCTION = tvm.ir.GlobalVar("program_barrier")  # build.py adds it to every module
+# What programs call beside kernels; build.py adds it. Written out at every call it would be most of a program.
+HELPERS = {"wait": barrier, "take_part": take_part, "count_parts": count_parts, "stamp": stamp}
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ Argument = Pointer | Tokens | Int | Tid | Nt | Part | Parts
 
 @dataclass(frozen=True)
 class Call:
-    """Call the private kernel of this name, once on each thread or, `divided`, once for each part."""
+    """Call the kernel of this name, once on each thread or, `divided`, once for each part."""
 
     kernel: str
     args: tuple[Argument, ...]
@@ -92,10 +85,19 @@ class Barrier:
     """Let no thread go on before all have come here."""
 
 
-@cache
-def kernel_symbol(name: str) -> tvm.ir.GlobalVar:
-    """Return the one global variable that names a private kernel in every module."""
-    return tvm.ir.GlobalVar(f"kernel_{name}")  # an entry may have the same name
+def kernel_symbol(name: str) -> str:
+    """Return the symbol of a kernel."""
+    return f"kernel_{name}"  # an entry may have the same name
+
+
+def helper_symbol(name: str) -> str:
+    """Return the symbol of one of HELPERS."""
+    return f"program_{name}"
+
+
+def call_kernel(name: str, arguments: Sequence[Any]) -> tirx.Stmt:
+    """Return the call of a kernel, which is an object of its own."""
+    return tirx.Evaluate(T.call_extern("int32", kernel_symbol(name), *arguments))
 
 
 @dataclass(frozen=True)
@@ -170,43 +172,38 @@ def _statements(calls: Sequence[Call | Barrier], parameters: Parameters) -> list
 
 
 def _wait(parameters: Parameters) -> tirx.Stmt:
-    wait = _evaluate(BARRIER_FUNCTION, [as_pointer(parameters.blobs["barrier"]), parameters.nt])
-    return tirx.IfThenElse(parameters.nt > 1, wait, None)
+    words = as_pointer(parameters.blobs["barrier"])
+    return _help("wait", words, parameters.nt)
 
 
 def _run(call: Call, parameters: Parameters, part: dict[type, Any]) -> tirx.Stmt:
     arguments = [_expression(argument, parameters, part, call) for argument in call.args]
-    return _evaluate(kernel_symbol(call.kernel), arguments)
+    return call_kernel(call.kernel, arguments)
 
 
 def _take_parts(call: Call, division: Division, number: int, parameters: Parameters) -> tirx.Stmt:
     """Return a loop that takes a part and does it, until none is left; `number` is that of the counter."""
-    parts = tirx.Var("parts", "int32")
     counter = parameters.blobs["barrier"] + tirx.const(
         PART_COUNTERS + ELEMENT_BYTES * number, "int64"
     )
-    part, first = tirx.decl_buffer((1,), "int32", "part"), [tirx.const(0, "int64")]
+    part = tirx.decl_buffer((2,), "int32", "part")  # its number, how many
     threads = (parameters.tid, parameters.nt)
-    following = T.call_extern("int32", "q35c_claim", as_pointer(counter), parts, *threads, part[0])
-    take = tirx.BufferStore(part, following, first)
-    run = _run(call, parameters, {Part: part[0], Parts: parts})
+    worth = (tirx.const(value, "int64") for value in (division.bytes, division.most))
+    take = _help("take_part", as_pointer(counter), part.data, *threads)
     statements: list[tirx.Stmt] = [
-        tirx.Bind(parts, _count_parts(division, parameters)),
         tirx.AllocBuffer(part, STACK),
-        tirx.BufferStore(part, tirx.const(-1, "int32"), first),
+        _help("count_parts", part.data, parameters.tokens, *worth, parameters.nt),
         take,
-        tirx.While(part[0] < parts, tirx.SeqStmt([run, take])),
+        tirx.While(
+            part[0] < part[1],
+            tirx.SeqStmt([_run(call, parameters, {Part: part[0], Parts: part[1]}), take]),
+        ),
     ]
     return tirx.SeqStmt(statements)
 
 
-def _count_parts(division: Division, parameters: Parameters) -> Any:
-    """Return the number of parts, which is that of the threads if parts would be too small or too few."""
-    turns = T.truncdiv(parameters.tokens + (BLOCK_COST_ROWS - 1), T.int64(BLOCK_COST_ROWS))
-    worth = T.truncdiv(turns * T.int64(division.bytes), T.int64(PART_BYTES))
-    worth = T.cast(T.min(worth, T.int64(division.most)), "int32")
-    parts = T.min(worth, parameters.nt * PARTS_PER_THREAD)
-    return T.Select(parts < parameters.nt * FEWEST_PARTS, parameters.nt, parts)
+def _help(name: str, *arguments: Any) -> tirx.Stmt:
+    return tirx.Evaluate(T.call_extern("int32", helper_symbol(name), *arguments))
 
 
 def _with_stamps(
@@ -236,11 +233,7 @@ def _with_stamps(
 
 def _stamp(clock: Any, number: int) -> tirx.Stmt:
     index = tirx.const(number, "int64")
-    return tirx.Evaluate(T.call_extern("int32", "q35c_stamp", clock, index))
-
-
-def _evaluate(function: tvm.ir.GlobalVar, arguments: list[Any]) -> tirx.Stmt:
-    return tirx.Evaluate(tvm.ir.Call(function, arguments, ret_ty="int32"))
+    return _help("stamp", clock, index)
 
 
 def _expression(

@@ -20,10 +20,10 @@ from tvm import tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from q35c.codegen.build import build_shared, compile_module
+from q35c.codegen.build import build_shared, compile_kernel
 from q35c.codegen.isa.x86 import V3, Isa, detect
 from q35c.codegen.kernels.quantize import RowLayout
-from q35c.codegen.program import Parameters, as_pointer, entry_function, kernel_symbol
+from q35c.codegen.program import Parameters, as_pointer, call_kernel, entry_function
 from q35c.runtime.library import Arguments, Library, Workers
 
 ISA = V3  # runs on every machine that runs these tests
@@ -167,7 +167,7 @@ def _trampoline(name: str, kernel: PrimFunc) -> PrimFunc:
     worker = [tid] * (len(kernel.params) - 2 - len(loads))
     parts = T.cast(parameters.tokens, "int32")
     arguments = [*loads, *worker, tid + turn * nt, parts]
-    run = tirx.Evaluate(tvm.ir.Call(kernel_symbol(name), arguments, ret_ty="int32"))
+    run = call_kernel(name, arguments)
     turns = T.truncdiv(parts - tid + (nt - 1), nt)
     statements = [
         tirx.Bind(base, T.reinterpret(parameters.blobs["io"], dtype=base.ty)),
@@ -223,7 +223,6 @@ def build_kernels(functions: Mapping[str, PrimFunc], isa: Isa = ISA) -> Kernels:
 def compile_only(kernel: PrimFunc, isa: Isa, register: str) -> str:
     """Compile one kernel for an instruction set this machine may lack; fail when its assembly
     does not use `register` (zmm, ymm). Return the assembly."""
-    functions, entries = {"kernel": kernel}, {"call_kernel": _trampoline("kernel", kernel)}
-    assembly = compile_module(functions, entries, isa).inspect_source("asm")
+    assembly = compile_kernel("only", kernel, isa).inspect_source("asm")
     assert f"%{register}" in assembly, f"no {register} register in the code"
     return assembly

@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -241,12 +243,43 @@ define linkonce_odr hidden float @q35c_max_f32x16(<16 x float> %x) alwaysinline 
 """
 
 
+@cache
 def barrier() -> PrimFunc:
-    """Make the private function that returns once all `nt` threads have called it."""
+    """Make the function that returns once all `nt` threads have called it."""
 
     @T.prim_func(private=True, s_tir=True)
     def wait(BARRIER: T.handle("int32"), nt: T.int32) -> T.int32:
-        T.evaluate(T.call_extern("int32", "q35c_barrier", BARRIER, nt))
+        if nt > 1:
+            T.evaluate(T.call_extern("int32", "q35c_barrier", BARRIER, nt))
         return T.int32(0)
 
     return wait
+
+
+@cache
+def take_part() -> PrimFunc:
+    """Make the function that replaces PART[0], -1 at first, by the next part of PART[1] that a thread does, or by one that
+    is not less if there is none left.
+    """
+
+    @T.prim_func(private=True, s_tir=True)
+    def take(
+        COUNTER: T.handle("int32"), PART: T.handle("int32"), tid: T.int32, nt: T.int32
+    ) -> T.int32:
+        part = T.decl_buffer((2,), "int32", data=PART)
+        part[0] = T.call_extern("int32", "q35c_claim", COUNTER, part[1], tid, nt, part[0])
+        return T.int32(0)
+
+    return take
+
+
+@cache
+def stamp() -> PrimFunc:
+    """Make the function that keeps the cycle counter where `clock`, from q35c_clock, asks for it."""
+
+    @T.prim_func(private=True, s_tir=True)
+    def keep(clock: T.int64, index: T.int64) -> T.int32:
+        T.evaluate(T.call_extern("int32", "q35c_stamp", clock, index))
+        return T.int32(0)
+
+    return keep
