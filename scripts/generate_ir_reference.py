@@ -63,7 +63,7 @@ STAGE_NOTES = {
     "traced": "as imported: one op per ATen op, four composites, no state",
     "fused": "composites only after the last fusion, still no state; ONNX export writes such graphs",
     "stateful": "mixers continue the sequences named by `slots`; split into prefill, decode, score and extend",
-    "quantized": "each weight has its precision (not used yet: precision is a policy of the lowering)",
+    "quantized": "each weight has its precision, and rows are rounded where integers meet them",
     "scheduled": "ready for code generation",
 }
 

@@ -184,7 +184,7 @@ class Manifest:
     precision: Annotated[str, Pattern(r"[a-z0-9_\-]{1,32}")]
     context: Annotated[int, Range(1, 2**22)]
     batch: Annotated[int, Range(1, 1024)]
-    entries: Annotated[tuple[Entry, ...], Items(2, 16)]
+    entries: Annotated[tuple[Entry, ...], Items(3, 16)]
     io: Io
     arena_bytes: Bytes
     max_threads: Annotated[int, Range(1, 1024)]
@@ -322,11 +322,11 @@ def _check_entries(manifest: Manifest) -> None:
                 expected=manifest.batch,
                 got=entry.max_tokens,
             )
-    for name in required:
-        if name not in names:
-            raise refuse("$.entries", f"entry {name!r} is missing", got=names)
-    sizes = {entry.name: entry.max_tokens for entry in manifest.entries}
-    _check_equal("$.entries, max_tokens of extend", sizes["extend"], sizes["prefill"])
+    if missing := sorted(required.keys() - set(names)):
+        raise refuse("$.entries", f"entry {missing[0]!r} is missing", got=names)
+    extend, prefill = (names.index(name) for name in ("extend", "prefill"))
+    sizes = [entry.max_tokens for entry in manifest.entries]
+    _check_equal(f"$.entries[{extend}].max_tokens", sizes[extend], sizes[prefill])
     for index, entry in enumerate(manifest.entries):
         _check_steps(f"$.entries[{index}]", entry, manifest)
 

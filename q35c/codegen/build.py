@@ -28,7 +28,9 @@ from q35c.codegen.program import HELPERS, helper_symbol, kernel_symbol
 from q35c.errors import ToolchainError
 
 _PIPELINE = "q35c"
-_C_CALL = 1  # any of TVM's calling conventions but the default, which makes a packed function
+# TVM makes a packed function of what has the default convention; this says that it is one already, and nothing is done.
+_C_CALL = tvm.ir.function.CallingConv.C_PACKED_FUNC
+_MOST_THREADS = 16  # each holds the LLVM module of a kernel
 
 
 def _pipeline_factory() -> tuple[object, object, object]:
@@ -80,7 +82,7 @@ def build_shared(
     }  # fmt: skip
     with (
         tempfile.TemporaryDirectory(prefix="q35c-") as folder,
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS)) as pool,
     ):
 
         def write(item: tuple[str, Callable[[], tvm.runtime.Module]]) -> str:
@@ -116,7 +118,7 @@ def _build(
     packed: Mapping[str, PrimFunc] = MappingProxyType({}),
 ) -> tvm.runtime.Module:
     """Compile functions with the C calling convention, each under its name, and packed ones to one module."""
-    members: dict[Any, Any] = {"support": _support(isa), **packed}
+    members: dict[Any, Any] = {**packed, "q35c_support": _support(isa)}
     for name, function in functions.items():
         attributes = {"global_symbol": name, "calling_conv": _C_CALL}
         members[name] = function.with_attr(attributes)

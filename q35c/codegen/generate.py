@@ -17,7 +17,7 @@ from q35c.codegen.kernels.sync import BARRIER_BYTES
 from q35c.codegen.lower import lower
 from q35c.codegen.lowering import Shared
 from q35c.codegen.pack import BLOCK, PackedWeight
-from q35c.codegen.program import ELEMENT_BYTES, Pointer, Tokens, program_entry
+from q35c.codegen.program import ELEMENT_BYTES, Pointer, Tokens, check_calls, program_entry
 from q35c.codegen.schedule import Places, Schedule, WeightRef
 from q35c.codegen.target import Target
 from q35c.ir.graph import Module, Value
@@ -79,15 +79,18 @@ def generate(
     )
     plans = [schedule.plan() for schedule in schedules]
     clock = Pointer("io", places.io["clock"][0])
-    programs = {
-        schedule.name: program_entry(schedule.name, schedule.place(plan, places), clock)
+    placed = {
+        schedule.name: schedule.place(plan, places)
         for schedule, plan in zip(schedules, plans, strict=True)
     }
+    programs = {name: program_entry(name, calls, clock) for name, calls in placed.items()}
     measuring = list(probes(target.isa))
     programs |= {probe.symbol: probe.program() for probe in measuring}
     progress("kernels", 0.0)
     functions = shared.functions(lambda done: progress("kernels", done))
     functions |= {p.symbol: p.kernel for p in measuring if p.kernel}
+    for calls in placed.values():
+        check_calls(calls, functions)
     progress("machine code", 0.0)
     code = build_shared(
         functions, programs, target.isa, lambda done: progress("machine code", done)

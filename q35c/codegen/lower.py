@@ -192,7 +192,7 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     where = [shared.state(keys), view[slots], view[starts]]
     args = [*inputs, *norms, view[table], q, *where, q.rows, *(stride(x) for x in inputs)]
     low.call(("attention_prepare", parameters), args, [q], [keys, values])
-    if op.result not in low.readers:
+    if op.result not in low.readers and op.result != low.logits:
         return  # the entry only continues the cache
 
     is_batch = op.attrs["rows"] == "batch"

@@ -7,10 +7,11 @@ wherever one kernel reads what another thread may have written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
@@ -22,7 +23,8 @@ from q35c.errors import LoweringError
 Blob = Literal["weights", "state", "arena", "io", "barrier"]
 BLOBS: tuple[Blob, ...] = ("weights", "state", "arena", "io", "barrier")
 ELEMENT_BYTES = 4
-# What programs call beside kernels; build.py adds it. Written out at every call it would be most of a program.
+# What programs call beside kernels; build.py adds it. Written out at every call it was most of a program, and of the time
+# to compile a model.
 HELPERS = {"wait": barrier, "take_part": take_part, "count_parts": count_parts, "stamp": stamp}
 
 
@@ -123,6 +125,26 @@ class Parameters:
         return [*self.blobs.values(), self.tokens, self.tid, self.nt]
 
 
+def check_calls(program: Sequence[Call | Barrier], kernels: Mapping[str, tirx.PrimFunc]) -> None:
+    """Raise LoweringError if a call gives a kernel something else than it takes; nobody checks calls between objects."""
+    for call in program:
+        if isinstance(call, Call):
+            kernel: Any = kernels.get(call.kernel)
+            taken = [_type_name(parameter.ty) for parameter in kernel.params] if kernel else None
+            given = [_TYPE_NAMES.get(type(argument), "int32") for argument in call.args]
+            if given != taken:
+                raise LoweringError(
+                    "a call does not fit its kernel", where=call.kernel, expected=taken, got=given
+                )
+
+
+_TYPE_NAMES = {Pointer: "pointer", Tokens: "int64", Int: "int64"}
+
+
+def _type_name(type: Any) -> str:
+    return "pointer" if isinstance(type, tvm.ir.PointerType) else str(type.dtype)
+
+
 def program_entry(
     symbol: str, calls: Sequence[Call | Barrier], clock: Pointer | None = None
 ) -> tirx.PrimFunc:
@@ -188,11 +210,12 @@ def _take_parts(call: Call, division: Division, number: int, parameters: Paramet
     )
     part = tirx.decl_buffer((2,), "int32", "part")  # its number, how many
     threads = (parameters.tid, parameters.nt)
-    worth = (tirx.const(value, "int64") for value in (division.bytes, division.most))
+    rows = parameters.tokens if Tokens() in call.args else tirx.const(1, "int64")
+    limits = (tirx.const(value, "int64") for value in (division.bytes, division.most))
     take = _help("take_part", as_pointer(counter), part.data, *threads)
     statements: list[tirx.Stmt] = [
         tirx.AllocBuffer(part, STACK),
-        _help("count_parts", part.data, parameters.tokens, *worth, parameters.nt),
+        _help("count_parts", part.data, rows, *limits, parameters.nt),
         take,
         tirx.While(
             part[0] < part[1],
@@ -214,7 +237,7 @@ def _with_stamps(
 ) -> list[tirx.Stmt]:
     """Put a stamp before each call and at the end; a barrier's time belongs to the kernel before it."""
     words = as_pointer(parameters.blobs[clock.blob] + tirx.const(clock.byte_offset, "int64"))
-    # 0: not asked for, so that a step costs one comparison; -1: asked for, but another thread keeps it.
+    # 0: not asked for, so that a step costs a call and a comparison; -1: asked for, but another thread keeps it.
     started: Any = tirx.Var("clock", "int64")
     stamped: list[Any] = [
         tirx.Bind(started, T.call_extern("int64", "q35c_clock", words, parameters.tid))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from q35c.errors import InternalError
+from q35c.ir.formats import integer_format
 from q35c.ir.graph import Graph, Module, Op, Rewriter, Value
 from q35c.ir.precision import Policy
 
@@ -50,9 +52,7 @@ def quantize(module: Module, policy: Policy) -> Module:
     A weight's role follows from what its product becomes, never from its name. Gates keep f32 rows, and so does
     everything of the policy f32; norms, conv and the delta net's vectors keep their type.
     """
-    roles: dict[Value, str] = {}
-    for graph in module:
-        roles.update(weight_roles(graph))
+    roles = module_roles(module)
     types = {w: replace(w, type=replace(w.type, dtype=policy.formats[r])) for w, r in roles.items()}
     rows = {weight: policy.rows(role) for weight, role in roles.items()}
     return Module(tuple(quantize_entry(graph, types, rows) for graph in module))
@@ -67,12 +67,12 @@ def quantize_entry(graph: Graph, types: dict[Value, Value], rows: dict[Value, st
     def round_rows(value: Value, dtype: str) -> Value:
         """Return the rounded rows of a value; who reads the same rows shares them.
 
-        Rows are rounded before the last one is picked, as the kernel that makes them does it on its way.
+        To int8 rows are rounded before the last one is picked: the kernel that makes them can do it on its way.
         """
         if (value, dtype) not in rounded:
             rounded[value, dtype] = (
                 out.emit("last_token", round_rows(picked[value], dtype))
-                if value in picked
+                if value in picked and integer_format(dtype)
                 else out.emit("quantize_rows", value, dtype=dtype)
             )
         return rounded[value, dtype]
@@ -93,6 +93,21 @@ def quantize_entry(graph: Graph, types: dict[Value, Value], rows: dict[Value, st
             kind, attrs = "quantized_moe_residual", {**attrs, "dtype": dtype}
         out.replace(op.result, out.emit(kind, *operands, **attrs))
     return out.done()
+
+
+def module_roles(module: Module) -> dict[Value, str]:
+    """Return the role of every weight that has one in any entry; not all entries have a head."""
+    roles: dict[Value, str] = {}
+    for graph in module:
+        for weight, role in weight_roles(graph).items():
+            known = roles.setdefault(weight, role)
+            if {known, role} == {"embedding", "head"}:
+                roles[weight] = "head"
+            elif known != role:
+                raise InternalError(
+                    "entries use a weight in two roles", where=weight.name, got=(known, role)
+                )
+    return roles
 
 
 def weight_roles(graph: Graph) -> dict[Value, str]:
@@ -131,6 +146,8 @@ def linear_role(
         if place < len(places):
             return places[place]
     made_by = producers.get(op.operands[0])
+    if made_by is not None and made_by.kind == "last_token":
+        made_by = producers.get(made_by.operands[0])
     return OUTPUT_ROLES.get(made_by.kind, "mlp_out") if made_by is not None else "mlp_out"
 
 

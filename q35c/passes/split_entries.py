@@ -70,8 +70,8 @@ def split_entries(graph: Graph) -> Module:
 
 
 def as_prefill(graph: Graph) -> Graph:
-    """Take the last token as early as no other row of what follows is read: before the last mixer's output projection."""
-    whole = read_whole(graph)
+    """Keep the last token's row alone of all that no op which mixes rows reads: of what follows the last mixer."""
+    whole = needed_whole(graph)
     out = Rewriter(graph, name="prefill")
     last: dict[Value, Value] = {}
 
@@ -90,8 +90,8 @@ def as_prefill(graph: Graph) -> Graph:
     return out.finish([last_row(value) for value in graph.outputs])
 
 
-def read_whole(graph: Graph) -> set[Value]:
-    """Return the results of ops that the last row alone does not do for: they mix rows, or an op that does reads them."""
+def needed_whole(graph: Graph) -> set[Value]:
+    """Return the values of which all rows are needed: an op that mixes rows makes or reads them, or depends on them."""
     whole: set[Value] = set()
     for op in reversed(graph.ops):
         is_row_wise = op.kind in ROW_WISE and op.result.type.shape[0] == SymDim("T")

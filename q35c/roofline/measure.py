@@ -79,7 +79,7 @@ def steps_of(manifest: Manifest, call: Call) -> Iterator[Step]:
 
 def entry_of(manifest: Manifest, name: str) -> Entry:
     entry = manifest.entry(name)
-    assert entry is not None  # the manifest's check demands prefill and decode
+    assert entry is not None  # the manifest's check demands those that are asked for
     return entry
 
 

@@ -99,16 +99,14 @@ class Session:
         extend, prefill = map(self._executor.entry, ("extend", "prefill"))
         with self._owned():
             self._check_room(len(tokens))
-            *starts, last = range(0, len(tokens), prefill.max_tokens)
-            for start in starts:
-                end = start + extend.max_tokens
-                self._append(extend, tokens[start:end])
+            logits = np.empty((0, 0), np.float32)
+            for start in range(0, len(tokens), prefill.max_tokens):
+                chunk = tokens[start : start + prefill.max_tokens]
+                end = start + len(chunk)
+                logits = self._append(prefill if end == len(tokens) else extend, chunk)
                 if progress is not None:
                     progress(end, len(tokens))
-            (logits,) = self._append(prefill, tokens[last:])
-            if progress is not None:
-                progress(len(tokens), len(tokens))
-        return logits
+        return logits[0]
 
     def decode(self, token: int) -> Logits:
         """Append one token; return the logits f32[V] after it. Raises PromptError as `prefill`."""

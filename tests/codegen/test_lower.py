@@ -86,6 +86,22 @@ def test_rows_that_a_convolution_overwrites_have_no_other_reader(reader: str) ->
         lower(replace(graph, ops=(*graph.ops, other)), Shared(target, CONTEXT, 8, offsets), 8)
 
 
+def test_attention_whose_result_nobody_reads_only_continues_the_cache() -> None:
+    full = family.load("qwen3.5-0.8b")
+    config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
+    module = run_pipeline(import_program(trace_model(config)), POLICIES["f32"])
+    (extend,) = (graph for graph in module if graph.name == "extend")
+    target = find_target("cpu:x86-64-v3")
+    state = layout.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target.isa))
+    offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
+    (result,) = extend.ops[-1].results
+    for outputs, expected in (((), []), ((result,), ["attention"])):
+        shared = Shared(target, CONTEXT, 8, offsets)
+        lower(replace(extend, outputs=outputs), shared, 8)
+        families = [name for name, _ in shared.kernels]
+        assert families[families.index("attention_prepare") + 1 :] == expected
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 32, 64])
 def test_decode_splits_suit_every_thread_count(kv_heads: int) -> None:
     target = find_target("cpu:x86-64-v3")

@@ -9,7 +9,17 @@ from tvm.script import tirx as T
 from q35c.codegen.build import build_shared
 from q35c.codegen.division import FEWEST_PARTS, PART_BYTES, PARTS_PER_THREAD, Division, division_of
 from q35c.codegen.kernels.sync import BARRIER_BYTES, DIVIDED_CALLS, PART_COUNTERS
-from q35c.codegen.program import Barrier, Call, Part, Parts, Pointer, Tid, program_entry
+from q35c.codegen.program import (
+    Barrier,
+    Call,
+    Int,
+    Part,
+    Parts,
+    Pointer,
+    Tid,
+    Tokens,
+    program_entry,
+)
 from q35c.runtime.library import Arguments, Library, Workers
 from tests.kernels.harness import ISA, guard
 
@@ -21,7 +31,9 @@ NEXT = 4 * (MOST + 28)  # bytes from one array of the arena to the next
 
 
 @T.prim_func(private=True, s_tir=True)
-def mark(Y: T.handle("int32"), worker: T.int32, part: T.int32, parts: T.int32) -> T.int32:
+def mark(
+    Y: T.handle("int32"), rows: T.int64, worker: T.int32, part: T.int32, parts: T.int32
+) -> T.int32:
     y = T.decl_buffer((128,), "int32", data=Y)
     y[part] = y[part] + 1
     y[112 + worker] = parts
@@ -30,11 +42,12 @@ def mark(Y: T.handle("int32"), worker: T.int32, part: T.int32, parts: T.int32) -
 
 @pytest.fixture(scope="module")
 def library():
-    def call(array: int, division: Division) -> Call:
-        return Call("mark", (Pointer("arena", array * NEXT), Tid(), Part(), Parts()), division)
+    def call(array: int, division: Division, rows: Tokens | Int = Tokens()) -> Call:  # noqa: B008
+        place = Pointer("arena", array * NEXT)
+        return Call("mark", (place, rows, Tid(), Part(), Parts()), division)
 
     # The first two have no barrier between them: a thread may begin the second while others do the first.
-    calls = [call(0, SLOW), call(1, FINE), Barrier(), call(2, SLOW)]
+    calls = [call(0, SLOW), call(1, FINE), Barrier(), call(2, SLOW), call(3, SLOW, Int(1))]
     many = [call(number, SLOW) for number in range(MANY)]
     programs = {n: program_entry(n, c) for n, c in (("marks", calls), ("many", many))}
     return Library(build_shared({"mark": mark}, programs, ISA))
@@ -51,13 +64,16 @@ def test_every_part_is_done_once(library, threads):
     workers, barrier = Workers(threads), guard(np.zeros(BARRIER_BYTES // 4, np.int32))
     for run in range(60):
         tokens = (1, 64, 200, 1000)[run % 4]
-        arena = guard(np.zeros((3, NEXT // 4), np.int32))
+        arena = guard(np.zeros((4, NEXT // 4), np.int32))
         workers.run(
             library.entry("marks"),
             Arguments(0, 0, arena.ctypes.data, 0, barrier.ctypes.data, tokens),
         )
-        for row, division in zip(arena, (SLOW, FINE, SLOW), strict=True):
-            parts = parts_of(division, tokens, threads)
+        # The last computes one row, whatever T is.
+        for row, division, rows in zip(
+            arena, (SLOW, FINE, SLOW, SLOW), (*[tokens] * 3, 1), strict=True
+        ):
+            parts = parts_of(division, rows, threads)
             assert (row[:parts] == 1).all() and not row[parts:112].any()
             assert set(row[112:]) <= {0, parts}
         assert not barrier[PART_COUNTERS // 4 :].any()
@@ -76,7 +92,7 @@ def test_more_calls_than_counters(library, threads):
 
 def test_small_work_keeps_equal_shares(library):
     """Without a counter: each thread does the share of its number."""
-    arena, barrier = guard(np.zeros((3, NEXT // 4), np.int32)), guard(np.zeros(48, np.int32))
+    arena, barrier = guard(np.zeros((4, NEXT // 4), np.int32)), guard(np.zeros(48, np.int32))
     Workers(3).run(
         library.entry("marks"), Arguments(0, 0, arena.ctypes.data, 0, barrier.ctypes.data, 8)
     )

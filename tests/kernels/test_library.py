@@ -15,9 +15,20 @@ from tvm.script import tirx as T
 from q35c.codegen import build
 from q35c.codegen.build import build_shared
 from q35c.codegen.kernels.common import share
-from q35c.codegen.program import Barrier, Call, Int, Nt, Pointer, Tid, Tokens, program_entry
+from q35c.codegen.program import (
+    Barrier,
+    Call,
+    Int,
+    Nt,
+    Pointer,
+    Tid,
+    Tokens,
+    check_calls,
+    program_entry,
+)
 from q35c.errors import ExecutionError, LoweringError, ToolchainError
 from q35c.runtime.library import Arguments, Library, Workers
+from tests.elf import dynamic_symbols
 
 ROOT = Path(__file__).parents[2]
 COUNT = 96  # elements of the vectors that the programs work on
@@ -252,6 +263,36 @@ def test_misaligned_pointer_is_refused():
         program_entry("entry", [Call("kernel", (Pointer("arena", 102),))])
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        Call("record", (Pointer("io", 0), Tokens(), Int(1), Tid())),
+        Call("record", (Pointer("io", 0), Tokens(), Tid(), Tid(), Nt())),
+        Call("record", (Tokens(), Tokens(), Int(1), Tid(), Nt())),
+        Call("recorder", (Pointer("io", 0), Tokens(), Int(1), Tid(), Nt())),
+    ],
+    ids=["one too few", "int32 for int64", "a number for a pointer", "no such kernel"],
+)
+def test_calls_must_fit_their_kernels(call):
+    fitting = Call("record", (Pointer("io", 0), Tokens(), Int(1), Tid(), Nt()))
+    check_calls([fitting, Barrier(), fitting], {"record": record})
+    with pytest.raises(LoweringError, match="does not fit its kernel"):
+        check_calls([fitting, call], {"record": record})
+
+
+def test_a_kernel_that_cannot_be_compiled(monkeypatch, tmp_path):
+    """The error comes out, and nothing stays behind."""
+
+    def fail(name, function, isa):
+        raise RuntimeError(f"no code for {name}")
+
+    monkeypatch.setattr(build, "compile_kernel", fail)
+    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(RuntimeError, match="no code for halve"):
+        build_shared({"halve": halve, "record": record}, {}, ISA)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_linker_problems_are_named(monkeypatch, tmp_path):
     entries = {"halve": program_entry("halve", [Call("halve", (Pointer("arena", 0), Tid(), Nt()))])}
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
@@ -299,14 +340,8 @@ def test_shared_object_needs_nothing(code, tmp_path):
     file.write_bytes(code)
     dynamic = subprocess.run(["readelf", "-d", file], capture_output=True, text=True, check=True)
     assert "NEEDED" not in dynamic.stdout
-    symbols = subprocess.run(
-        ["readelf", "--dyn-syms", "-W", file], capture_output=True, text=True, check=True
-    )
-    lines = [line.split() for line in symbols.stdout.splitlines()]
-    rows = [words for words in lines if words and words[0].rstrip(":").isdigit()]
-    undefined = [words[7:] for words in rows if "UND" in words]
-    assert undefined == [[]], "only the empty first symbol"
-    exported = {words[7] for words in rows if "UND" not in words}
+    imported, exported = dynamic_symbols(file)
+    assert not imported
     assert exported == {f"__tvm_ffi_{name}" for name in ("chain", "record", "halve")}
     assert str(ROOT).encode() not in code and b"/tmp" not in code
 

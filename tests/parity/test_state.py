@@ -83,16 +83,17 @@ def test_random_splits(kind: str, seed: int) -> None:
     assert close(got, want), f"seed {seed}, cuts {cuts.tolist()}"
 
 
-@pytest.mark.parametrize("precision", ["f32", "w4"])
+@pytest.mark.parametrize(("precision", "cache"), [("f32", "auto"), ("f32", "int8"), ("w4", "auto")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_piece_without_logits_leaves_the_same_state(kind: str, precision: str) -> None:
-    compiled, ids = model(kind, precision), random_ids(300, seed=3)
+def test_pieces_without_logits_leave_the_same_state(kind: str, precision: str, cache: str) -> None:
+    compiled, ids = model(kind, precision, kv_dtype=cache), random_ids(600, seed=3)
     most = compiled.manifest.entry("extend").max_tokens  # type: ignore[union-attr]
-    assert most < len(ids)
+    assert 2 * most < len(ids)
     with compiled.session() as at_once, compiled.session() as cut:
-        whole = at_once.prefill(ids)  # the first tokens by `extend`
+        whole = at_once.prefill(ids)  # by `extend` but for the end
         cut.prefill(ids[:most])  # by `prefill`
-        assert np.array_equal(cut.prefill(ids[most:]), whole)
+        cut.prefill(ids[most : 2 * most])
+        assert np.array_equal(cut.prefill(ids[2 * most :]), whole)
         states = zip(at_once.snapshot().tensors, cut.snapshot().tensors, strict=True)
         assert all(np.array_equal(a, b) for a, b in states)
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 
+from q35c.errors import InternalError
 from q35c.ir import Graph, Module
 from q35c.ir.precision import POLICIES
 from q35c.ir.text import parse_graph
-from q35c.passes.quantize import PRODUCTS, quantize
+from q35c.passes.quantize import PRODUCTS, module_roles, quantize, weight_roles
+from q35c.passes.split_entries import split_entries
+from q35c.passes.thread_state import thread_state
 from tests.passes.arrays import assert_same_meaning
+from tests.passes.tiny import tiny_model
 
 GOLDEN = Path(__file__).parent / "quantize" / "every_role_and_a_tied_head.txt"
+PICKED = GOLDEN.with_name("rows_are_rounded_before_one_is_picked.txt")
 GATES = {"0.ba.0", "0.mlp.router.0"}
 
 
@@ -55,3 +61,31 @@ def test_who_reads_the_same_rows_shares_them() -> None:
 
 def test_bf16_keeps_the_meaning() -> None:
     assert_same_meaning(before(), quantized("bf16"), "quantize", loss=0.02)
+
+
+@pytest.mark.parametrize("layers", ["da", "ad"])
+def test_roles_do_not_depend_on_how_a_graph_is_split(layers: str) -> None:
+    """Some entries have no head, in some the last token's row is picked before a projection."""
+    graph = thread_state(tiny_model(layers))
+    entries = split_entries(graph).entries
+    assert module_roles(Module((graph,))) == weight_roles(graph)
+    for order in permutations(entries):
+        assert module_roles(Module(order)) == weight_roles(graph)
+
+
+def test_one_weight_in_two_roles_is_refused() -> None:
+    graph = thread_state(tiny_model("a"))
+    gate = next(op for op in graph.ops if op.kind == "linear_swiglu").operands[1]
+    other = parse_graph(
+        f"graph other stateful {{\ninput %x: f32[T, 6]\nweight {gate}: {gate.type}\n"
+        f"%0: f32[T, 5] = linear(%x, {gate})\nreturn %0\n}}"
+    )
+    with pytest.raises(InternalError, match="two roles"):
+        module_roles(Module((graph, other)))
+
+
+def test_to_bf16_only_the_picked_row_is_rounded() -> None:
+    graph = parse_graph(PICKED.read_text().partition("---\n")[0])
+    (made,) = quantize(Module((graph,)), POLICIES["bf16"])
+    kinds = [op.kind for op in made.ops]
+    assert kinds[:3] == ["last_token", "last_token", "quantize_rows"]

@@ -1,4 +1,4 @@
-"""What compiled code needs and TIR cannot say, as LLVM IR that is linked into every shared object.
+"""What compiled code needs and TIR cannot say, as LLVM IR that comes into every object.
 
 - the barrier between two kernels of a program, and flush-to-zero for the threads that run one;
 - the fixed-order sum of a vector's lanes;
@@ -6,13 +6,11 @@
 - products of bf16 pairs and what goes with them, where the instruction set has them;
 - the meeting of threads that end parts of one group (rounded_blocks.py);
 - the clock: where asked, thread 0 notes the processor's cycle counter before each kernel;
-- an empty stand-in for the one function that TVM's argument checks import, so that the shared object
-  has no undefined symbol: a failed check is seen by its return code.
+- an empty stand-in for the one function that TVM's argument checks import, so that the shared object needs no library of
+  TVM: a failed check is seen by its return code.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
@@ -243,7 +241,6 @@ define linkonce_odr hidden float @q35c_max_f32x16(<16 x float> %x) alwaysinline 
 """
 
 
-@cache
 def barrier() -> PrimFunc:
     """Make the function that returns once all `nt` threads have called it."""
 
@@ -256,7 +253,6 @@ def barrier() -> PrimFunc:
     return wait
 
 
-@cache
 def take_part() -> PrimFunc:
     """Make the function that replaces PART[0], -1 at first, by the next part of PART[1] that a thread does, or by one that
     is not less if there is none left.
@@ -273,7 +269,6 @@ def take_part() -> PrimFunc:
     return take
 
 
-@cache
 def stamp() -> PrimFunc:
     """Make the function that keeps the cycle counter where `clock`, from q35c_clock, asks for it."""
 
