@@ -12,9 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import tvm
@@ -75,23 +73,21 @@ def build_shared(
     program becomes an object of its own, on all cores at once. `progress` gets the fraction done.
     ToolchainError when no linker is found or linking fails.
     """
-    objects = {
-        **{f"entry_{name}": partial(_compile_entry, name, entries[name], isa) for name in sorted(entries)},
-        **{kernel_symbol(name): partial(compile_kernel, name, functions[name], isa) for name in sorted(functions)},
-        "helpers": partial(_compile_helpers, isa),
-    }  # fmt: skip
+    objects = {f"entry_{name}": {name: entries[name]} for name in sorted(entries)}
+    objects |= {kernel_symbol(name): _kernel(name, functions[name]) for name in sorted(functions)}
+    helpers = {helper_symbol(name): make() for name, make in HELPERS.items()}
+    objects["helpers"] = {symbol: _c_function(symbol, f) for symbol, f in helpers.items()}
     with (
         tempfile.TemporaryDirectory(prefix="q35c-") as folder,
         ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS)) as pool,
     ):
 
-        def write(item: tuple[str, Callable[[], tvm.runtime.Module]]) -> str:
-            name, make = item
-            make().write_to_file(str(Path(folder) / f"{name}.o"))
+        def write(name: str) -> str:
+            _build(objects[name], isa).write_to_file(str(Path(folder) / f"{name}.o"))
             return f"{name}.o"
 
         names: list[str] = []
-        for name in pool.map(write, objects.items()):
+        for name in pool.map(write, objects):
             names.append(name)
             progress(len(names) / len(objects))
         return _link(Path(folder), names, "code.so")
@@ -99,33 +95,23 @@ def build_shared(
 
 def compile_kernel(name: str, function: PrimFunc, isa: Isa) -> tvm.runtime.Module:
     """Return the machine code of one kernel."""
-    return _build({kernel_symbol(name): function}, isa)
+    return _build(_kernel(name, function), isa)
 
 
-def _compile_helpers(isa: Isa) -> tvm.runtime.Module:
-    """Return the machine code of what the programs share."""
-    return _build({helper_symbol(name): make() for name, make in HELPERS.items()}, isa)
+def _kernel(name: str, function: PrimFunc) -> dict[str, PrimFunc]:
+    return {kernel_symbol(name): _c_function(kernel_symbol(name), function)}
 
 
-def _compile_entry(name: str, entry: PrimFunc, isa: Isa) -> tvm.runtime.Module:
-    """Return the machine code of one program."""
-    return _build({}, isa, {name: entry})
+def _c_function(symbol: str, function: Any) -> PrimFunc:
+    return function.with_attr({"global_symbol": symbol, "calling_conv": _C_CALL})
 
 
-def _build(
-    functions: Mapping[str, PrimFunc],
-    isa: Isa,
-    packed: Mapping[str, PrimFunc] = MappingProxyType({}),
-) -> tvm.runtime.Module:
-    """Compile functions with the C calling convention, each under its name, and packed ones to one module."""
-    members: dict[Any, Any] = {**packed, "q35c_support": _support(isa)}
-    for name, function in functions.items():
-        attributes = {"global_symbol": name, "calling_conv": _C_CALL}
-        members[name] = function.with_attr(attributes)
+def _build(members: Mapping[str, PrimFunc], isa: Isa) -> tvm.runtime.Module:
     target = tvm.target.Target(
         {"kind": "llvm", "mcpu": isa.llvm_cpu, "mattr": list(isa.llvm_features)}
     )
-    return tirx.build(tvm.IRModule(members), target=target, pipeline=_PIPELINE)
+    module: dict[Any, Any] = {**members, "q35c_support": _support(isa)}
+    return tirx.build(tvm.IRModule(module), target=target, pipeline=_PIPELINE)
 
 
 @T.prim_func(private=True, s_tir=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from q35c.ir.graph import Attrs, Graph, Module, Rewriter, Value
+from q35c.ir.graph import Attrs, Graph, Module, Rewriter, Value, drop_dead, renumber
 from q35c.ir.types import SymDim, TensorType
 
 SEQUENCES = SymDim("B")
@@ -62,11 +62,9 @@ def split_entries(graph: Graph) -> Module:
           return
         }
     """
-    extend = Rewriter(graph, name="extend")
-    for op in graph.ops:
-        extend.copy(op)
-    entries = as_prefill(graph), as_decode(graph), replace(graph, name="score"), extend.finish(())
-    return Module(entries)
+    score = replace(graph, name="score")
+    extend = renumber(drop_dead(replace(graph, name="extend", outputs=())))
+    return Module((as_prefill(graph), as_decode(graph), score, extend))
 
 
 def as_prefill(graph: Graph) -> Graph:

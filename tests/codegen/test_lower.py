@@ -5,6 +5,7 @@ Four layers, which is one period of the layer pattern, stand for all: the others
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from q35c.errors import LoweringError
 from q35c.frontend.importer import import_program
 from q35c.frontend.tensors import expected_tensors
 from q35c.frontend.trace import trace_model
-from q35c.ir.graph import Attrs, Op, Value, producers
+from q35c.ir.graph import Attrs, Module, Op, Value, producers
 from q35c.ir.precision import POLICIES
 from q35c.ir.types import TensorType
 from q35c.passes.pipeline import run_pipeline
@@ -61,11 +62,20 @@ def test_every_size_lowers(name: str) -> None:
                 assert experts - {config.num_experts} == {config.num_experts + 1}
 
 
-@pytest.mark.parametrize("reader", ["the rows", "a slice of them", "the whole linear"])
-def test_rows_that_a_convolution_overwrites_have_no_other_reader(reader: str) -> None:
+def dense_module() -> tuple[Module, Callable[[], Shared]]:
+    """Return one period of a dense model in f32, and what makes a new `Shared` for it."""
     full = family.load("qwen3.5-0.8b")
     config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
     module = run_pipeline(import_program(trace_model(config)), POLICIES["f32"])
+    target = find_target("cpu:x86-64-v3")
+    state = layout.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target.isa))
+    offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
+    return module, lambda: Shared(target, CONTEXT, 8, offsets)
+
+
+@pytest.mark.parametrize("reader", ["the rows", "a slice of them", "the whole linear"])
+def test_rows_that_a_convolution_overwrites_have_no_other_reader(reader: str) -> None:
+    module, shared = dense_module()
     graph = module.entries[0]
     delta_net = next(op for op in graph.ops if op.kind == "stateful_gated_delta_net")
     qkv = delta_net.operands[0]
@@ -78,27 +88,19 @@ def test_rows_that_a_convolution_overwrites_have_no_other_reader(reader: str) ->
     result = Value("other", TensorType("f32", (qkv.type.shape[0], 1)))
     kind = "slice" if attrs else "last_token"
     other = Op(kind, (read,), Attrs.of({"axis": -1, "step": 1, **(attrs or {})}), (result,))
-    target = find_target("cpu:x86-64-v3")
-    state = layout.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target.isa))
-    offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
-    lower(graph, Shared(target, CONTEXT, 8, offsets), 8)
+    lower(graph, shared(), 8)
     with pytest.raises(LoweringError, match="overwrites"):
-        lower(replace(graph, ops=(*graph.ops, other)), Shared(target, CONTEXT, 8, offsets), 8)
+        lower(replace(graph, ops=(*graph.ops, other)), shared(), 8)
 
 
 def test_attention_whose_result_nobody_reads_only_continues_the_cache() -> None:
-    full = family.load("qwen3.5-0.8b")
-    config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
-    module = run_pipeline(import_program(trace_model(config)), POLICIES["f32"])
+    module, shared = dense_module()
     (extend,) = (graph for graph in module if graph.name == "extend")
-    target = find_target("cpu:x86-64-v3")
-    state = layout.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target.isa))
-    offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
     (result,) = extend.ops[-1].results
     for outputs, expected in (((), []), ((result,), ["attention"])):
-        shared = Shared(target, CONTEXT, 8, offsets)
-        lower(replace(extend, outputs=outputs), shared, 8)
-        families = [name for name, _ in shared.kernels]
+        made = shared()
+        lower(replace(extend, outputs=outputs), made, 8)
+        families = [name for name, _ in made.kernels]
         assert families[families.index("attention_prepare") + 1 :] == expected
 
 

@@ -23,6 +23,7 @@ from q35c.codegen.program import (
 from q35c.runtime.library import Arguments, Library, Workers
 from tests.kernels.harness import ISA, guard
 
+ALL_ROWS = Tokens()
 MOST = 100
 SLOW = Division(MOST, PART_BYTES)  # a part for each 8 tokens
 FINE = Division(7, 1 << 50)
@@ -42,7 +43,7 @@ def mark(
 
 @pytest.fixture(scope="module")
 def library():
-    def call(array: int, division: Division, rows: Tokens | Int = Tokens()) -> Call:  # noqa: B008
+    def call(array: int, division: Division, rows: Tokens | Int = ALL_ROWS) -> Call:
         place = Pointer("arena", array * NEXT)
         return Call("mark", (place, rows, Tid(), Part(), Parts()), division)
 

@@ -283,10 +283,14 @@ def test_calls_must_fit_their_kernels(call):
 def test_a_kernel_that_cannot_be_compiled(monkeypatch, tmp_path):
     """The error comes out, and nothing stays behind."""
 
-    def fail(name, function, isa):
-        raise RuntimeError(f"no code for {name}")
+    compile_module = build._build
 
-    monkeypatch.setattr(build, "compile_kernel", fail)
+    def fail(members, isa):
+        if "kernel_halve" in members:
+            raise RuntimeError("no code for halve")
+        return compile_module(members, isa)
+
+    monkeypatch.setattr(build, "_build", fail)
     monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
     with pytest.raises(RuntimeError, match="no code for halve"):
         build_shared({"halve": halve, "record": record}, {}, ISA)
