@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from q35c.ir.ops import OPS
 from q35c.ir.types import Dim, TensorType
 
 ValueKind = Literal["value", "weight", "state"]
@@ -57,6 +59,25 @@ class Op:
     operands: tuple[Value, ...]
     attrs: Attrs
     results: tuple[Value, ...]
+
+    def named(self) -> Iterator[tuple[str, Value]]:
+        """Yield each operand with its name in the op table; one that repeats comes several times."""
+        names = OPS[self.kind].operands
+        return itertools.zip_longest(names, self.operands, fillvalue=names[-1])
+
+    def __getitem__(self, name: str) -> Value:
+        """Return the operand of that name; of one that repeats, the first."""
+        return self.operands[OPS[self.kind].operands.index(name)]
+
+    def playing(self, role: str) -> tuple[Value, ...]:
+        """Return the operands that have a role in the op table: `row_wise`, `factors` or `per_sequence`."""
+        names = getattr(OPS[self.kind], role)
+        return tuple(value for name, value in self.named() if name in names)
+
+    @property
+    def source(self) -> Value:
+        """Return the first operand: what the op works on."""
+        return self.operands[0]
 
     @property
     def result(self) -> Value:
@@ -179,8 +200,6 @@ class Rewriter(Builder):
 
 def drop_dead(graph: Graph) -> Graph:
     """Remove ops whose results nobody reads and that change no state."""
-    from q35c.ir.ops import OPS
-
     needed = set(graph.outputs)
     kept: list[Op] = []
     for op in reversed(graph.ops):

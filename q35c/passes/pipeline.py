@@ -15,10 +15,10 @@ from q35c.passes.fuse_gated_delta import fuse_gated_delta
 from q35c.passes.fuse_linear import fuse_linear
 from q35c.passes.fuse_norm import fuse_norm
 from q35c.passes.fuse_rotary import fuse_rotary
+from q35c.passes.introduce_state import introduce_state
 from q35c.passes.quantize import quantize
 from q35c.passes.schedule_attention import schedule_attention
 from q35c.passes.split_entries import split_entries
-from q35c.passes.thread_state import thread_state
 
 FUSION: tuple[Callable[[Graph], Graph], ...] = (
     canonicalize,
@@ -46,8 +46,8 @@ def fuse(graph: Graph, dump: Path | None = None) -> Graph:
 
 def run_pipeline(graph: Graph, policy: Policy, dump: Path | None = None) -> Module:
     """Take a traced graph to the entries that code generation lowers."""
-    graph = thread_state(fuse(graph, dump))
-    write_dump(dump, len(FUSION) + 1, "thread_state", print_graph(graph))
+    graph = introduce_state(fuse(graph, dump))
+    write_dump(dump, len(FUSION) + 1, "introduce_state", print_graph(graph))
     module = split_entries(graph)
     write_dump(dump, len(FUSION) + 2, "split_entries", print_module(module))
     module = quantize(module, policy)

@@ -17,11 +17,11 @@ import pytest
 from q35c.ir import Graph, Module
 from q35c.ir.precision import POLICIES
 from q35c.ir.text import parse_graph, print_graph, print_module
+from q35c.passes.introduce_state import introduce_state
 from q35c.passes.pipeline import FUSION
 from q35c.passes.quantize import quantize
 from q35c.passes.schedule_attention import schedule_attention
 from q35c.passes.split_entries import split_entries
-from q35c.passes.thread_state import thread_state
 from tests.passes.arrays import assert_same_meaning, median_loss
 
 FOLDER = Path(__file__).parent
@@ -40,11 +40,11 @@ def keep_int8(graph: Graph) -> Graph:
 quantize_to_w4.__doc__ = quantize.__doc__
 keep_int8.__doc__ = schedule_attention.__doc__
 PASSES: dict[str, Callable[[Graph], Graph | Module]] = {
-    **{step.__name__: step for step in (*FUSION, thread_state, split_entries)},
+    **{step.__name__: step for step in (*FUSION, introduce_state, split_entries)},
     "quantize": quantize_to_w4,
     "schedule_attention": keep_int8,
 }
-ALWAYS_CHANGES = ("thread_state", "split_entries", "quantize", "schedule_attention")
+ALWAYS_CHANGES = ("introduce_state", "split_entries", "quantize", "schedule_attention")
 # Of the largest element, in the median draw: 4 bits of random weights, several layers deep; 8 bits of keys and values.
 ROUNDING = {"quantize": 0.25, "schedule_attention": 0.02}
 FILES = sorted(FOLDER.glob("*/*.txt"))

@@ -162,7 +162,7 @@ def test_dump_writes_each_stage_that_changed(tmp_path: Path) -> None:
     names = [path.stem.split("_", 1)[1] for path in files]
     assert names == [
         "import", "canonicalize", "fuse_norm", "fuse_rotary", "fuse_gated_delta", "fuse_attention",
-        "canonicalize", "fuse_linear", "thread_state", "split_entries", "quantize",
+        "canonicalize", "fuse_linear", "introduce_state", "split_entries", "quantize",
         "schedule_attention",
     ]  # fmt: skip
     assert parse_graph(files[0].read_text()) == traced("dense")
