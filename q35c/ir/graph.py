@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -112,6 +112,10 @@ class Module:
 
     def __iter__(self) -> Iterator[Graph]:
         return iter(self.entries)
+
+    def map(self, step: Callable[[Graph], Graph]) -> Module:
+        """Return the module with every entry changed by `step`."""
+        return Module(tuple(map(step, self.entries)))
 
 
 def producers(graph: Graph) -> dict[Value, Op]:
