@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ ALWAYS, TRACED, FUSED, LATE, QUANTIZED = (
     ("traced", "scheduled"), ("traced", "fused"), ("fused", "fused"), ("stateful", "scheduled"),
     ("quantized", "scheduled"),
 )  # fmt: skip
+SCHEDULED = ("scheduled", "scheduled")
 
 
 ROLES = ("row_wise", "factors", "per_sequence")
@@ -219,12 +220,14 @@ define("stateful_gated_delta_net", "qkv z b a conv_w a_log dt_bias norm_w slots 
        macs=lambda s, a: 3 * s[0][0] * math.prod(s[10][1:]))  # fmt: skip
 define("stateful_gated_attention", "q_gate k v q_norm k_norm table slots starts keys values",
        "heads kv_heads eps scale rows", rule.stateful_attention_type, ref.stateful_gated_attention,
-       stages=LATE, writes_state=True, per_sequence="slots starts",
+       stages=("stateful", "quantized"), writes_state=True, per_sequence="slots starts",
        summary="gated_attention over the key/value cache of the sequences named by slots.")  # fmt: skip
-define("quantized_gated_attention", "q_gate k v q_norm k_norm table slots starts keys values",
-       "heads kv_heads eps scale rows cache", rule.quantized_attention_type, ref.stateful_gated_attention,
-       stages=("scheduled", "scheduled"), writes_state=True, per_sequence="slots starts",
-       summary="stateful_gated_attention over keys and values that the cache keeps in bf16 or int8.")  # fmt: skip
+define("scheduled_gated_attention", "q_gate k v q_norm k_norm table slots starts keys values",
+       "heads kv_heads eps scale rows cache splits", rule.scheduled_attention_type,
+       lambda *xs, splits, **attrs: ref.stateful_gated_attention(*xs, **attrs),
+       stages=SCHEDULED, writes_state=True, per_sequence="slots starts",
+       summary="stateful_gated_attention over keys and values that the cache keeps in f32, bf16 or int8; the cells of a key "
+       "head are attended to in `splits` parts.")  # fmt: skip
 define("last_token", "x", "", rule.last_row,
        lambda x: x[-1:], "The last row.", stages=LATE)  # fmt: skip
 define("quantize_rows", "x", "dtype", rule.quantized_rows,
@@ -235,3 +238,32 @@ define("quantized_moe_residual", "x router_logits shared shared_gate gate_up dow
        summary="sparse_moe_residual on rounded rows; what the experts activate is rounded like x.",
        row_wise="x router_logits shared shared_gate residual", factors="gate_up down",
        macs=lambda s, a: OPS["sparse_moe"].macs(s, a))  # fmt: skip
+define("folded_moe_residual", "x router_logits shared_gate gate_up down residual gate up shared_down", "top_k dtype",
+       rule.folded_moe_type, ref.folded_moe_residual, stages=SCHEDULED,
+       row_wise="x router_logits shared_gate residual", factors="gate_up down gate up shared_down",
+       summary="sparse_moe_residual whose shared expert is one more routed expert; with a dtype, on rounded rows.",
+       macs=lambda s, a: s[0][0] * (a["top_k"] + 1) * (math.prod(s[3][1:]) + math.prod(s[4][1:])))  # fmt: skip
+
+
+def rounded(spec: OpSpec) -> OpSpec:
+    """Return the row of an op that rounds its result on the way out: rounded rows, behind the exact ones if those are kept."""
+
+    def infer(types: Types, attrs: Attributes) -> Types:
+        exact = spec.infer(types, attrs)
+        rows = rule.quantized_rows(exact, attrs)
+        return exact + rows if attrs["is_kept"] else rows
+
+    def reference(*arrays, dtype, is_kept, **attrs):
+        exact = spec.reference(*arrays, **attrs)
+        rows = formats.round_rows(exact, dtype)
+        return (exact, rows) if is_kept else rows
+
+    return replace(
+        spec, kind=f"rounded_{spec.kind}", attrs=(*spec.attrs, "dtype", "is_kept"), infer=infer,
+        reference=reference, stages=SCHEDULED, row_wise=(),
+        summary=f"{spec.kind} whose rows are rounded as by quantize_rows; the exact ones come first if they are kept.",
+    )  # fmt: skip
+
+
+ROUNDING = ("rms_norm", "linear_swiglu", "stateful_gated_delta_net", "scheduled_gated_attention")
+OPS |= {row.kind: row for row in (rounded(OPS[kind]) for kind in ROUNDING)}

@@ -12,11 +12,13 @@ from q35c.ir.text import print_module
 from q35c.ir.verify import verify
 from q35c.passes.canonicalize import canonicalize
 from q35c.passes.fold_moe import fold_moe
+from q35c.passes.fold_shared_expert import fold_shared_expert
 from q35c.passes.fuse_attention import fuse_attention
 from q35c.passes.fuse_gated_delta import fuse_gated_delta
 from q35c.passes.fuse_linear import fuse_linear
 from q35c.passes.fuse_norm import fuse_norm
 from q35c.passes.fuse_rotary import fuse_rotary
+from q35c.passes.fuse_rounding import fuse_rounding
 from q35c.passes.introduce_state import introduce_state
 from q35c.passes.quantize import quantize
 from q35c.passes.schedule_attention import schedule_attention
@@ -25,9 +27,10 @@ from q35c.passes.split_entries import split_entries
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the caller decides: the precision, and what the machine wants of attention."""
+    """What the caller decides: the precision, and into how many parts decode splits the cells of so many key heads."""
 
     policy: Policy
+    decode_splits: Callable[[int], int] = lambda kv_heads: 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,13 @@ PIPELINE: tuple[Pass, ...] = (
     each(STATEFUL, introduce_state),
     Pass("split_entries", STATEFUL, lambda module, _: split_entries(*module)),
     Pass("quantize", QUANTIZED, lambda module, to: quantize(module, to.policy)),
-    Pass("schedule_attention", SCHEDULED, lambda module, to: schedule_attention(module, to.policy)),
+    Pass(
+        "schedule_attention",
+        SCHEDULED,
+        lambda module, to: schedule_attention(module, to.policy.cache, to.decode_splits),
+    ),
+    each(SCHEDULED, fold_shared_expert),
+    each(SCHEDULED, fuse_rounding),
 )  # fmt: skip
 FUSION = tuple(row for row in PIPELINE if row.stage == FUSED)
 
@@ -69,9 +78,9 @@ def fuse(graph: Graph, passes: Iterable[Pass] = FUSION) -> Graph:
     return fused
 
 
-def run_pipeline(graph: Graph, policy: Policy, dump: Path | None = None) -> Module:
+def run_pipeline(graph: Graph, choices: Choices, dump: Path | None = None) -> Module:
     """Take a traced graph to the entries that code generation lowers."""
-    return run_passes(Module((graph,)), PIPELINE, Choices(policy), dump)
+    return run_passes(Module((graph,)), PIPELINE, choices, dump)
 
 
 def run_passes(

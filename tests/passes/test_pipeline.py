@@ -20,6 +20,7 @@ from q35c.ir.precision import POLICIES
 from q35c.ir.text import parse_graph, print_graph
 from q35c.passes import pipeline
 from q35c.passes.canonicalize import canonicalize
+from q35c.passes.pipeline import Choices
 from tests.models import config_document, random_weights
 from tests.passes.arrays import compare
 from tests.passes.sequences import Sequences, random_prompt
@@ -97,7 +98,7 @@ def test_only_fused_ops_remain(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_op_that_remains_is_allowed_to_the_end(name: str) -> None:
     """Mixers get their stateful form; no other op may need a later rewrite."""
-    for entry in pipeline.run_pipeline(traced(name), F32):
+    for entry in pipeline.run_pipeline(traced(name), Choices(F32)):
         late = {op.kind for op in entry.ops if OPS[op.kind].stages[1] != "scheduled"}
         assert not late, entry.name
 
@@ -136,7 +137,7 @@ def test_fused_graph_is_canonical_and_round_trips(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_entries_continue_a_sequence(name: str) -> None:
     """Prefill, then decode token by token, beside another sequence: the one-shot logits."""
-    module = pipeline.run_pipeline(traced(name), F32)
+    module = pipeline.run_pipeline(traced(name), Choices(F32))
     tokens, positions = random_prompt(0, TOKENS, VOCABULARY)
     other, elsewhere = random_prompt(1, TOKENS, VOCABULARY)
     sequences = Sequences(module)
@@ -154,13 +155,13 @@ def test_entries_continue_a_sequence(name: str) -> None:
 
 
 def test_dump_writes_each_stage_that_changed(tmp_path: Path) -> None:
-    module = pipeline.run_pipeline(traced("dense"), POLICIES["bf16"], dump=tmp_path)
+    module = pipeline.run_pipeline(traced("dense"), Choices(POLICIES["w4"]), dump=tmp_path)
     files = sorted(tmp_path.iterdir())
     names = [path.stem.split("_", 1)[1] for path in files]
     assert names == [
         "import", "canonicalize", "fuse_norm", "fuse_rotary", "fuse_gated_delta", "fuse_attention",
         "canonicalize", "fuse_linear", "introduce_state", "split_entries", "quantize",
-        "schedule_attention",
+        "schedule_attention", "fuse_rounding",
     ]  # fmt: skip
     assert parse_graph(files[0].read_text()) == traced("dense")
     entries = [parse_graph(text) for text in files[-1].read_text().split("\n\n")]
