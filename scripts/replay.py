@@ -65,20 +65,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 48,
         "shared_expert_intermediate_size": 48,
     },
-    # No size is a multiple of a block, heads are not powers of two, one key head serves all query heads.
+    # Sizes are no multiples of a block, heads are not powers of two, one key head serves all query heads.
     "odd": {
         **_DENSE,
-        "hidden_size": 72,
-        "intermediate_size": 90,
+        "hidden_size": 80,
+        "intermediate_size": 176,
         "num_attention_heads": 3,
         "num_key_value_heads": 1,
         "head_dim": 48,
         "linear_num_key_heads": 1,
         "linear_num_value_heads": 3,
-        "linear_key_head_dim": 24,
-        "linear_value_head_dim": 40,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 48,
         "linear_conv_kernel_dim": 3,
         "tie_word_embeddings": True,
+        "rope_parameters": {**_COMMON["rope_parameters"], "mrope_section": [3, 2, 1]},
     },
 }
 
