@@ -63,7 +63,8 @@ class Op:
     def named(self) -> Iterator[tuple[str, Value]]:
         """Yield each operand with its name in the op table; one that repeats comes several times."""
         names = OPS[self.kind].operands
-        return itertools.zip_longest(names, self.operands, fillvalue=names[-1])
+        repeated = itertools.chain(names, itertools.repeat(names[-1] if names else ""))
+        return zip(repeated, self.operands, strict=False)
 
     def __getitem__(self, name: str) -> Value:
         """Return the operand of that name; of one that repeats, the first."""

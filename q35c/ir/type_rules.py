@@ -301,14 +301,9 @@ def folded_moe_type(types: Types, attrs: Attributes) -> Types:
     x, logits, shared_gate, gate_up, down, residual, gate, up, shared_down = types
     _, double, hidden = gate_up.shape
     inner = static(double, "2I") // 2
-    need(
-        gate == up == TensorType(gate_up.dtype, (inner, hidden)),
-        f"{gate} is no expert of {gate_up}",
-    )
-    need(
-        shared_down == TensorType(down.dtype, (hidden, inner)),
-        f"{shared_down} is no expert of {down}",
-    )
+    expert = (TensorType(gate_up.dtype, (inner, hidden)),) * 2
+    expert += (TensorType(down.dtype, (hidden, inner)),)
+    need((gate, up, shared_down) == expert, f"the shared expert is none of {gate_up}, {down}")
     shared = TensorType("f32", x.shape)
     whole = (x, logits, shared, shared_gate, gate_up, down, residual)
     return moe_type(whole, attrs) if attrs["dtype"] == "f32" else quantized_moe_type(whole, attrs)
