@@ -20,11 +20,11 @@ from q35c.codegen.pack import BLOCK, Pack, PackedWeight, block_bytes, pack_block
 from q35c.codegen.targets import find_target
 from q35c.config import ModelConfig
 from q35c.errors import InternalError, OptionError
+from q35c.formats.registry import integer_format
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
 from q35c.frontend.generation import chat_template, generation_defaults
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
-from q35c.ir.formats import integer_format
 from q35c.ir.precision import find_policy
 from q35c.passes.pipeline import run_pipeline
 from q35c.runtime.cpu import default_threads

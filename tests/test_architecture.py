@@ -19,10 +19,11 @@ BASE = {"errors", "fields", "strictjson", "config", "hf_config", "family", "__ve
 # Room -> other rooms of q35c and other packages that its modules may import, wherever they do.
 ROOMS: dict[str, set[str]] = {
     "base": set(),
-    "ir": {"numpy"},
-    "passes": {"ir"},
+    "formats": {"numpy"},
+    "ir": {"formats", "numpy"},
+    "passes": {"ir", "formats"},
     "frontend": {"ir", "numpy", "torch", "transformers", "safetensors", "huggingface_hub"},
-    "codegen": {"ir", "artifact", "numpy", "tvm"},
+    "codegen": {"ir", "formats", "artifact", "numpy", "tvm"},
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
     "artifact": {"numpy", "safetensors"},
     "runtime": {"artifact", "numpy", "tokenizers", "jinja2"},

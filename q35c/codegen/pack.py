@@ -17,7 +17,9 @@ from functools import partial
 
 import numpy as np
 
-from q35c.ir.formats import IntegerFormat, integer_format, quantize_weight, to_bf16
+from q35c.formats.bf16 import to_bf16
+from q35c.formats.integer import IntegerFormat, quantize_weight
+from q35c.formats.registry import integer_format
 
 BLOCK = 32  # output rows per block
 CACHE_LINE = 64  # bytes

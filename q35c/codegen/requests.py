@@ -29,7 +29,7 @@ from q35c.codegen.schedule import (
 from q35c.codegen.shared_expert import find_shared_experts
 from q35c.codegen.targets import Target
 from q35c.errors import LoweringError
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 from q35c.ir.graph import Graph, Op, Value, producers
 from q35c.ir.types import SymDim
 

@@ -5,7 +5,7 @@ import pytest
 
 from q35c.codegen.pack import PackedWeight, block_bytes, pack_blocks
 from q35c.compile import load_packer
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 
 LENGTHS = (1, 31, 32, 64, 100, 129, 320)
 FORMATS = ("i4g32", "i4g128", "i5g32", "i5g64", "i8g64")

@@ -10,7 +10,7 @@ from q35c.codegen.cpu.kernels.linear.linear import linear
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import Tile
 from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout, quantize_rows
 from q35c.codegen.pack import PackedWeight
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 
 # As if AVX2 had registers for them.
 STATEMENTS = replace(ISA, registers=32)

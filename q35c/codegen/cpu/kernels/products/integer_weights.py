@@ -35,7 +35,7 @@ from q35c.codegen.cpu.kernels.vectors import (
     splat_int,
     vector,
 )
-from q35c.ir.formats import IntegerFormat
+from q35c.formats.integer import IntegerFormat
 
 SCALE_WORDS = BLOCK // 4  # a byte for each output
 

@@ -2,7 +2,7 @@
 
 There u8 times s8 gives sums of two products in 16 bits, and adding them to sums of 32 bits takes another two
 instructions. Levels of 4 and 5 bits are small enough to put that off: u = w + 32 is at most 64, so two products fit, and
-of 16 inputs the levels w themselves are held to 258 in magnitude (ir/formats.py), so that
+of 16 inputs the levels w themselves are held to 258 in magnitude (formats/integer.py), so that
 
     sum(q w) = sum(q u) - 32 sum(q)
 
@@ -27,7 +27,7 @@ from q35c.codegen.cpu.kernels.products.integer_weights import Packed, Unpacked, 
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import Tile
 from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout
 from q35c.codegen.cpu.kernels.vectors import BLOCK, STACK, Expr, ramp, splat, splat_int
-from q35c.ir.formats import SUM_INPUTS
+from q35c.formats.integer import SUM_INPUTS
 
 _WORDS = SUM_INPUTS // 4
 

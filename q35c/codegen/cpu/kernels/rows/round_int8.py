@@ -34,7 +34,7 @@ from q35c.codegen.cpu.kernels.vectors import (
     splat_int,
     vector,
 )
-from q35c.ir.formats import SUM_INPUTS
+from q35c.formats.integer import SUM_INPUTS
 
 _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
