@@ -9,7 +9,7 @@ from q35c.codegen.cpu.kernels.experts.products import expert_down, expert_gate_u
 from q35c.codegen.cpu.kernels.experts.routing import group_by_expert
 from q35c.codegen.cpu.kernels.linear.embedding import embedding
 from q35c.codegen.cpu.kernels.linear.linear import linear
-from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout, quantize_rows
+from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows, row_layout
 from q35c.codegen.pack import PackedWeight
 from q35c.formats import integer, registry
 
@@ -64,7 +64,7 @@ def pack(weight, dtype, layout="linear"):
 
 def round_rows(kernels, x, width, group, threads=1, extra_words=0):
     """Run `quantize_rows`; return the words, rows [T, words] of int32."""
-    layout = RowLayout(width, group, kernels.isa)
+    layout = row_layout(width, group, kernels.isa)
     words = guard(np.zeros((len(x), layout.words + extra_words), np.int32), poison=True)
     strides = (len(x), x.shape[1], words.shape[1])
     kernels.call(f"round_{width}_{group}", x, words, *strides, threads=threads)
@@ -74,7 +74,7 @@ def round_rows(kernels, x, width, group, threads=1, extra_words=0):
 def row_values(words, width, group, isa):
     """Return the float64 values that rounded rows stand for, and check their sums."""
     words = np.array(words)
-    layout = RowLayout(width, group, isa)
+    layout = row_layout(width, group, isa)
     codes = words[:, : layout.scales].view(np.int8).astype(np.float64)
     scales = words[:, layout.scales : layout.sums].copy().view(np.float32).astype(np.float64)
     sums = words[:, layout.sums : layout.sums + layout.groups]
@@ -107,7 +107,7 @@ def test_rows_are_rounded_to_the_nearest_code(kernels, case):
         assert (np.abs(got - x[:, :width]) <= 0.5001 * wide).all()
         assert nmse(got, want) <= 1e-5  # a tie may fall either way
         second = round_rows(kernels, x, width, group, threads=2)
-        used = RowLayout(width, group, kernels.isa).used_words
+        used = row_layout(width, group, kernels.isa).used_words
         assert np.array_equal(first[:, :used], second[:, :used])
 
 
@@ -283,7 +283,7 @@ def test_experts(shape):
         gate, up = product[..., :inner], product[..., inner:]
         assert_close(y1, (gate / (1 + np.exp(-gate)) * up).reshape(-1, inner))
         words = guard(
-            np.zeros((tokens * top_k, RowLayout(inner, group, kernels.isa).words), np.int32)
+            np.zeros((tokens * top_k, row_layout(inner, group, kernels.isa).words), np.int32)
         )
         strides = (tokens, inner, words.shape[1])
         kernels.call(f"round_{inner}_{group}", y1, words, *strides, threads=2)

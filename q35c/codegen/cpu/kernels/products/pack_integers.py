@@ -18,7 +18,6 @@ from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.products.integer_tile import IntegerProduct
 from q35c.codegen.cpu.kernels.products.integer_weights import scale_of
 from q35c.codegen.cpu.kernels.vectors import (
-    BLOCK,
     STACK,
     Expr,
     bits,
@@ -30,6 +29,7 @@ from q35c.codegen.cpu.kernels.vectors import (
     splat_int,
 )
 from q35c.formats.integer import LARGEST_SUM, LAST_SHARES, SUM_INPUTS, TOP_SHARES, scale_bound
+from q35c.layouts.weights import BLOCK
 
 _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
