@@ -17,16 +17,17 @@ from q35c.artifact.writer import ArtifactWriter, check_output
 from q35c.bench import peak_memory
 from q35c.codegen.cpu.native_pack import packer_code, packer_symbol
 from q35c.codegen.generate import Generated, Limits, generate
-from q35c.codegen.pack import BLOCK, Pack, PackedWeight, block_bytes, pack_blocks
+from q35c.codegen.pack import Pack, PackedWeight, pack_blocks
 from q35c.codegen.targets import find_target
 from q35c.config import ModelConfig
 from q35c.errors import InternalError, OptionError
+from q35c.formats.registry import integer_format
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
 from q35c.frontend.generation import chat_template, generation_defaults
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
-from q35c.ir.formats import integer_format
 from q35c.ir.precision import find_policy
+from q35c.layouts.weights import BLOCK, block_shape
 from q35c.passes.pipeline import Choices, run_pipeline
 from q35c.runtime.cpu import default_threads
 from q35c.runtime.library import Library
@@ -126,7 +127,7 @@ def load_packer(weights: Sequence[PackedWeight]) -> Pack:
             return pack_blocks(rows, dtype)
         rows = np.ascontiguousarray(rows)
         blocks, inputs = len(rows) // BLOCK, rows.shape[1]
-        out = np.empty((blocks, block_bytes(form, inputs)), np.uint8)
+        out = np.empty((blocks, *block_shape(dtype, inputs)), np.uint8)
         entry = library.entry(packer_symbol(inputs, dtype))
         if entry(rows.ctypes.data, 0, out.ctypes.data, 0, 0, blocks):
             raise InternalError("the packer failed", got=(dtype, rows.shape))

@@ -7,21 +7,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from q35c.artifact import layout
 from q35c.artifact.writer import WeightEntry, place_weights
 from q35c.codegen.cpu.build import build_shared
 from q35c.codegen.cpu.isa.x86 import Isa
-from q35c.codegen.cpu.kernels.attention.shape import stored_shape
 from q35c.codegen.cpu.lower import lower
 from q35c.codegen.cpu.probes import probes
-from q35c.codegen.cpu.program import ELEMENT_BYTES, Pointer, Tokens, check_calls, program_entry
+from q35c.codegen.cpu.program import Pointer, Tokens, check_calls, program_entry
 from q35c.codegen.cpu.support import BARRIER_BYTES
-from q35c.codegen.pack import BLOCK, PackedWeight
+from q35c.codegen.pack import PackedWeight
 from q35c.codegen.requests import Shared
 from q35c.codegen.schedule import Places, Schedule, WeightRef
 from q35c.codegen.targets import Target
 from q35c.ir.graph import Module, Value
 from q35c.ir.precision import Policy
+from q35c.layouts import blobs
+from q35c.layouts.cache import cache_layout, stored_shape
+from q35c.layouts.weights import BLOCK
 
 LAYOUT_NOTES = {
     "vector": "as in the checkpoint",
@@ -62,7 +63,7 @@ def generate(
     """Lower every entry, plan its memory, build one shared object."""
     progress("lower", 0.0)
     entries = describe_entries(module, target, limits)
-    state = layout.state_layout(describe_state(module, policy, limits.context, target.isa))
+    state = blobs.state_layout(describe_state(module, policy, limits.context, target.isa))
     tokens = max(entry["max_tokens"] for entry in entries)
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
     shared = Shared(target, limits.context, tokens, offsets)
@@ -113,7 +114,7 @@ def generate(
 
 def barrier_bytes(shared: Shared) -> int:
     """Return the bytes of the barrier's words and of the counters behind them."""
-    return layout.align(BARRIER_BYTES + ELEMENT_BYTES * shared.counters)
+    return blobs.align(BARRIER_BYTES + blobs.ELEMENT_BYTES * shared.counters)
 
 
 def describe_target(target: Target) -> dict[str, Any]:
@@ -161,10 +162,11 @@ def stored_state(value: Value, policy: Policy, context: int, isa: Isa) -> dict[s
     if kind not in ("keys", "values"):
         return {"name": value.name, "dtype": "f32", "shape": list(dims), "growth": "fixed"}
     heads, head_dim = (int(d) for d in dims[1:])  # type: ignore[arg-type]
+    layout = cache_layout(policy.cache, isa.has_bf16)
     return {
         "name": value.name,
         "dtype": {"int8": "i8"}.get(policy.cache, policy.cache),
-        "shape": stored_shape(kind, heads, head_dim, context, policy.cache, isa),
+        "shape": stored_shape(kind, heads, head_dim, context, layout),
         "growth": "context",
     }
 
@@ -173,11 +175,11 @@ def io_places(
     limits: Limits, tokens: int, entries: list[dict[str, Any]]
 ) -> dict[str, tuple[int, int]]:
     """Return offset and bytes of each io field."""
-    rows = max(layout.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
+    rows = max(blobs.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
     steps = max(len(entry["steps"]) for entry in entries)
-    fields = layout.io_layout(tokens, limits.batch, rows, limits.vocabulary, steps)["fields"]
+    fields = blobs.io_layout(tokens, limits.batch, rows, limits.vocabulary, steps)["fields"]
     return {
-        name: (field["offset"], layout.tensor_bytes(field["dtype"], field["shape"]))
+        name: (field["offset"], blobs.tensor_bytes(field["dtype"], field["shape"]))
         for name, field in fields.items()
     }
 

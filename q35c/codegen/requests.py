@@ -11,9 +11,7 @@ from typing import Any
 from q35c.codegen.cpu.division import division_of
 from q35c.codegen.cpu.families import FAMILIES, scratch_bytes
 from q35c.codegen.cpu.isa.x86 import Isa
-from q35c.codegen.cpu.kernels.rows.round_bf16 import bf16_row_words
-from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout
-from q35c.codegen.cpu.kernels.vectors import LINE_WORDS
+from q35c.codegen.cpu.kernels.rows.round_int8 import row_layout
 from q35c.codegen.cpu.program import Int, Tokens
 from q35c.codegen.pack import PackedWeight
 from q35c.codegen.schedule import (
@@ -28,9 +26,11 @@ from q35c.codegen.schedule import (
 )
 from q35c.codegen.targets import Target
 from q35c.errors import LoweringError
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 from q35c.ir.graph import Graph, Op, Value, producers
 from q35c.ir.types import SymDim
+from q35c.layouts.rows import bf16_row_words
+from q35c.layouts.weights import LINE_WORDS
 
 
 @dataclass(slots=True)
@@ -153,8 +153,8 @@ class Lowering:
     def row_words(self, dtype: str, width: int) -> int:
         """Return the 4-byte words of one row; bf16 rows are rounded ones."""
         if form := integer_format(dtype):
-            return RowLayout(width, form.group, self.shared.target.isa).words
-        return bf16_row_words(width, self.shared.target.isa) if dtype == "bf16" else width
+            return row_layout(width, form.group, self.shared.target.isa).words
+        return bf16_row_words(width, self.shared.target.isa.has_bf16) if dtype == "bf16" else width
 
     def rounded(self, x: View, width: int, dtype: str, pairs: int) -> View:
         """Return the rounded rows of a temporary that has `pairs` rows of `width` for each token."""

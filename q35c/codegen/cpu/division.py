@@ -17,9 +17,9 @@ from tvm.tirx import PrimFunc
 from q35c.codegen.cpu.kernels.attention.shape import QUERY_ROWS
 from q35c.codegen.cpu.kernels.experts.products import BLOCK_COST_ROWS
 from q35c.codegen.cpu.kernels.linear.linear import FEW_BLOCKS
-from q35c.codegen.cpu.kernels.vectors import BLOCK, ceil_div
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 from q35c.ir.types import DTYPE_BYTES
+from q35c.layouts.weights import BLOCK, ceil_div
 
 PARTS_PER_THREAD = 32  # a thread waits for at most a thirty-second of its own work
 FEWEST_PARTS = 4  # for each thread: fewer leave one without work longer than equal shares do

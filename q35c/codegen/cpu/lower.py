@@ -9,7 +9,7 @@ from q35c.codegen.cpu.program import Int, Tid
 from q35c.codegen.requests import Lowering, Shared, row_count, stride, width
 from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import count
 

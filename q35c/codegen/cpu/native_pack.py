@@ -9,7 +9,7 @@ from q35c.codegen.cpu.isa.x86 import detect
 from q35c.codegen.cpu.kernels.products.pack_integers import pack_integers
 from q35c.codegen.cpu.program import Call, Nt, Pointer, Tid, Tokens, program_entry
 from q35c.codegen.pack import PackedWeight
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 
 
 def packer_symbol(inputs: int, dtype: str) -> str:

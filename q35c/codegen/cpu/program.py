@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import tvm
 from tvm import tirx
@@ -19,10 +19,8 @@ from q35c.codegen.cpu.division import Division, count_parts
 from q35c.codegen.cpu.kernels.vectors import STACK
 from q35c.codegen.cpu.support import DIVIDED_CALLS, PART_COUNTERS, barrier, stamp, take_part
 from q35c.errors import LoweringError
+from q35c.layouts.blobs import BLOBS, ELEMENT_BYTES, Blob
 
-Blob = Literal["weights", "state", "arena", "io", "barrier"]
-BLOBS: tuple[Blob, ...] = ("weights", "state", "arena", "io", "barrier")
-ELEMENT_BYTES = 4
 # What programs call beside kernels; build.py adds it. Written out at every call it was most of a program, and of the time
 # to compile a model.
 HELPERS = {"wait": barrier, "take_part": take_part, "count_parts": count_parts, "stamp": stamp}

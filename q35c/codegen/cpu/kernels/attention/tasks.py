@@ -25,7 +25,6 @@ from q35c.codegen.cpu.kernels.attention.f32 import attend
 from q35c.codegen.cpu.kernels.attention.int8 import INT8
 from q35c.codegen.cpu.kernels.attention.pairs import Form, attend_paired, whole_power
 from q35c.codegen.cpu.kernels.attention.shape import (
-    CELLS,
     LOWEST,
     STEP,
     AttentionShape,
@@ -34,6 +33,7 @@ from q35c.codegen.cpu.kernels.attention.shape import (
 )
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, share, splat, vexp, vsigmoid
+from q35c.layouts.cache import CELLS
 
 
 def attention_shape(
