@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from q35c.codegen.cpu.program import Int, Tid
+from q35c.codegen.calls import Int, Tid
 from q35c.codegen.requests import Lowering, Shared, row_count, stride, width
 from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
@@ -196,7 +196,7 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
         return  # the entry only continues the cache
 
     is_batch = op.attrs["rows"] == "batch"
-    splits = shared.target.decode_splits(op.attrs["kv_heads"], shared.context) if is_batch else 1
+    splits = shared.backend.decode_splits(op.attrs["kv_heads"], shared.context) if is_batch else 1
     parameters = {**heads, **cache, "splits": splits}
     y, scratch = low.output(op.result), low.scratch("attention", **parameters)
     made = low.fused_rounding(op.result, head_dim)
@@ -274,7 +274,7 @@ def lower_gate_up(
         # The kernel that rounds sees top_k times as many tokens.
         return activated if dtype == "f32" else low.rounded(activated, inner, dtype, pairs=top_k)
     shape = {**shape, "group": form.group}
-    q = low.temporary("rounded", top_k * low.row_words(dtype, inner), x.rows)
+    q = low.temporary("rounded", top_k * low.shared.backend.row_words(dtype, inner), x.rows)
     scratch = low.scratch("expert_gate_up", **shape)
     arrivals = low.shared.arrivals(shape["E"] * inner // form.group)
     args += [q, scratch, arrivals, x.rows, stride(x), Int(q.stride // top_k), Tid()]
