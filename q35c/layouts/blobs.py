@@ -18,6 +18,12 @@ SLOT_WORDS = SLOT_BYTES // ELEMENT_BYTES
 MAX_BARRIER_BYTES = 1 << 20  # with a counter for each group of each expert's inner rows
 STAMP_BYTES = 2048  # from the start of a probing thread's part: cycles before and after its work
 
+# The barrier's cache lines: int32 arrivals at 0, generation at 64, sleepers at 68, then counters of `q35c_claim`. They and what follows in
+# the block, counters of `q35c_arrive`, start as zeros.
+PART_COUNTERS = 128
+DIVIDED_CALLS = 16  # most between two barriers: each has a counter
+BARRIER_BYTES = PART_COUNTERS + 4 * DIVIDED_CALLS
+
 DTYPES = {  # name -> (safetensors name, bytes)
     "f32": ("F32", 4),
     "bf16": ("BF16", 2),

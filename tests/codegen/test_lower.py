@@ -42,7 +42,7 @@ def test_every_size_lowers(name: str) -> None:
             splits = partial(target.decode_splits, context=CONTEXT)
             module = run_pipeline(traced, Choices(policy, splits))
             entries = describe_entries(module, target, limits)
-            state = blobs.state_layout(describe_state(module, policy, CONTEXT, target.isa))
+            state = blobs.state_layout(describe_state(module, policy, CONTEXT, target))
             offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
             tokens = max(entry["max_tokens"] for entry in entries)
             shared = Shared(target, CONTEXT, tokens, offsets)
@@ -70,7 +70,7 @@ def dense_module() -> tuple[Module, Callable[[], Shared]]:
     config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
     module = run_pipeline(import_program(trace_model(config)), Choices(POLICIES["f32"]))
     target = find_target("cpu:x86-64-v3")
-    state = blobs.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target.isa))
+    state = blobs.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target))
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
     return module, lambda: Shared(target, CONTEXT, 8, offsets)
 

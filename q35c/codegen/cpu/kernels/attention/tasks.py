@@ -14,6 +14,7 @@ Limit: FMA rate in prefill (4 T S D per head); bandwidth of the cache, 2 S D ele
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tvm.script import tirx as T
@@ -46,7 +47,7 @@ def attention_shape(
     return AttentionShape(Hq, cache, tokens, splits, isa)
 
 
-def attention_scratch_bytes(target: Any, max_tokens: int, parameters: dict[str, Any]) -> int:
+def attention_scratch_bytes(target: Any, max_tokens: int, parameters: Mapping[str, Any]) -> int:
     """Return the scratch of all threads, or in decode of all (row, head, split) tasks."""
     shape = attention_shape(**parameters, isa=target.isa)
     is_batch = parameters["rows"] == "batch"
