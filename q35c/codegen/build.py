@@ -1,7 +1,8 @@
 """TIR functions to the bytes of one shared object, through TVM, LLVM and the system linker.
 
 Kernels and programs are compiled apart, on all cores at once, and meet in the linker. The shared object needs no other
-library and imports nothing but memset and memcpy. The same functions give the same bytes.
+library and imports nothing but memset and memcpy. The same functions give the same bytes, whether their objects are
+compiled or were kept from an earlier compilation.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from tvm.tirx import PrimFunc, compilation_pipeline
 
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.sync import BF16_IR, SUPPORT_IR
+from q35c.codegen.object_key import object_key
 from q35c.codegen.program import HELPERS, helper_symbol, kernel_symbol
 from q35c.errors import ToolchainError
+from q35c.user_cache import PrivateFolder, private_folder
 
 _PIPELINE = "q35c"
 # TVM makes a packed function of what has the default convention; this says that it is one already, and nothing is done.
 _C_CALL = tvm.ir.function.CallingConv.C_PACKED_FUNC
+_KEPT = "objects"  # in the user's cache directory
 _MOST_THREADS = 16  # each holds the LLVM module of a kernel
 
 
@@ -79,11 +83,12 @@ def build_shared(
     objects["helpers"] = {symbol: _c_function(symbol, f) for symbol, f in helpers.items()}
     with (
         tempfile.TemporaryDirectory(prefix="q35c-") as folder,
+        private_folder(_KEPT) as kept,
         ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS)) as pool,
     ):
 
         def write(name: str) -> str:
-            _build(objects[name], isa).write_to_file(str(Path(folder) / f"{name}.o"))
+            _write_object(objects[name], isa, Path(folder) / f"{name}.o", kept)
             return f"{name}.o"
 
         names: list[str] = []
@@ -106,12 +111,30 @@ def _c_function(symbol: str, function: Any) -> PrimFunc:
     return function.with_attr({"global_symbol": symbol, "calling_conv": _C_CALL})
 
 
+def _write_object(
+    members: Mapping[str, PrimFunc], isa: Isa, path: Path, kept: PrivateFolder | None
+) -> None:
+    """Write an object that was kept, or compile it and keep it."""
+    if kept is None:
+        _build(members, isa).write_to_file(str(path))
+        return
+    key = object_key(members, _support_text(isa), _target(isa), Path(__file__))
+    if data := kept.load(key):
+        path.write_bytes(data)
+        return
+    _build(members, isa).write_to_file(str(path))
+    kept.store(key, path.read_bytes())
+
+
 def _build(members: Mapping[str, PrimFunc], isa: Isa) -> tvm.runtime.Module:
-    target = tvm.target.Target(
+    module: dict[Any, Any] = {**members, "q35c_support": _support(isa)}
+    return tirx.build(tvm.IRModule(module), target=_target(isa), pipeline=_PIPELINE)
+
+
+def _target(isa: Isa) -> tvm.target.Target:
+    return tvm.target.Target(
         {"kind": "llvm", "mcpu": isa.llvm_cpu, "mattr": list(isa.llvm_features)}
     )
-    module: dict[Any, Any] = {**members, "q35c_support": _support(isa)}
-    return tirx.build(tvm.IRModule(module), target=target, pipeline=_PIPELINE)
 
 
 @T.prim_func(private=True, s_tir=True)
@@ -121,9 +144,13 @@ def _nothing() -> T.int32:
 
 def _support(isa: Isa) -> PrimFunc:
     """Return a function that LLVM drops, but with which what kernels call by name comes into a module."""
-    text = tvm.ir.StringImm(SUPPORT_IR + (BF16_IR if isa.has_bf16 else ""))
+    text = tvm.ir.StringImm(_support_text(isa))
     function: Any = _nothing
     return function.with_body(tirx.AttrStmt(T.int32(0), "pragma_import_llvm", text, function.body))
+
+
+def _support_text(isa: Isa) -> str:
+    return SUPPORT_IR + (BF16_IR if isa.has_bf16 else "")
 
 
 def _link(folder: Path, sources: Sequence[str], result: str) -> bytes:
