@@ -6,10 +6,10 @@ library and imports nothing but memset and memcpy. The same functions give the s
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,14 +20,17 @@ from tvm import s_tir, tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, compilation_pipeline
 
+from q35c.codegen.child import run_in_child, tool_failed
 from q35c.codegen.isa.x86 import Isa
 from q35c.codegen.kernels.sync import BF16_IR, SUPPORT_IR
 from q35c.codegen.program import HELPERS, helper_symbol, kernel_symbol
 from q35c.errors import ToolchainError
+from q35c.temporary import temporary_folder
 
 _PIPELINE = "q35c"
 # TVM makes a packed function of what has the default convention; this says that it is one already, and nothing is done.
 _C_CALL = tvm.ir.function.CallingConv.C_PACKED_FUNC
+_FOLDER, _EXPORTS, _RESULT = "q35c-objects-", "exports", "code.so"
 _MOST_THREADS = 16  # each holds the LLVM module of a kernel
 
 
@@ -71,31 +74,33 @@ def build_shared(
 
     `program_entry` makes the entries; each is exported as `__tvm_ffi_<name>`, and nothing else is. Every kernel and every
     program becomes an object of its own, on all cores at once. `progress` gets the fraction done.
-    ToolchainError when no linker is found or linking fails.
+    ToolchainError when no linker is found, or when compiling or linking fails for want of room or a limit.
     """
     objects = {f"entry_{name}": {name: entries[name]} for name in sorted(entries)}
     objects |= {kernel_symbol(name): _kernel(name, functions[name]) for name in sorted(functions)}
     helpers = {helper_symbol(name): make() for name, make in HELPERS.items()}
     objects["helpers"] = {symbol: _c_function(symbol, f) for symbol, f in helpers.items()}
-    with (
-        tempfile.TemporaryDirectory(prefix="q35c-") as folder,
-        ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS)) as pool,
-    ):
+    names = [f"{name}.o" for name in objects]
+    command = _linker(names, _RESULT)
+    _target(isa)  # before the fork: with the first target LLVM sets itself up
+    with temporary_folder(_FOLDER) as folder:
 
-        def write(name: str) -> str:
-            _build(objects[name], isa).write_to_file(str(Path(folder) / f"{name}.o"))
-            return f"{name}.o"
+        def write(name: str) -> None:
+            _write(_build(objects[name], isa), folder / f"{name}.o")
 
-        names: list[str] = []
-        for name in pool.map(write, objects):
-            names.append(name)
-            progress(len(names) / len(objects))
-        return _link(Path(folder), names, "code.so")
+        def work(report: Callable[[float], None]) -> None:
+            threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+            with ThreadPoolExecutor(threads) as pool:
+                for done, _ in enumerate(pool.map(write, objects), start=1):
+                    report(done / len(objects))
+
+        run_in_child("the compiler of machine code", folder, work, progress)
+        return _link(folder, names, command)
 
 
 def compile_kernel(name: str, function: PrimFunc, isa: Isa) -> tvm.runtime.Module:
     """Return the machine code of one kernel."""
-    return _build(_kernel(name, function), isa)
+    return _build(_kernel(name, function), isa, _target(isa))
 
 
 def _kernel(name: str, function: PrimFunc) -> dict[str, PrimFunc]:
@@ -106,12 +111,16 @@ def _c_function(symbol: str, function: Any) -> PrimFunc:
     return function.with_attr({"global_symbol": symbol, "calling_conv": _C_CALL})
 
 
-def _build(members: Mapping[str, PrimFunc], isa: Isa) -> tvm.runtime.Module:
-    target = tvm.target.Target(
+@functools.cache
+def _target(isa: Isa) -> tvm.target.Target:
+    return tvm.target.Target(
         {"kind": "llvm", "mcpu": isa.llvm_cpu, "mattr": list(isa.llvm_features)}
     )
+
+
+def _build(members: Mapping[str, PrimFunc], isa: Isa) -> tvm.runtime.Module:
     module: dict[Any, Any] = {**members, "q35c_support": _support(isa)}
-    return tirx.build(tvm.IRModule(module), target=target, pipeline=_PIPELINE)
+    return tirx.build(tvm.IRModule(module), target=_target(isa), pipeline=_PIPELINE)
 
 
 @T.prim_func(private=True, s_tir=True)
@@ -126,24 +135,41 @@ def _support(isa: Isa) -> PrimFunc:
     return function.with_body(tirx.AttrStmt(T.int32(0), "pragma_import_llvm", text, function.body))
 
 
-def _link(folder: Path, sources: Sequence[str], result: str) -> bytes:
-    # Relative names only: linkers may record the paths they are given. Kernels stay inside: calls reach them directly.
-    (folder / "exports").write_text("{ global: __tvm_ffi_*; local: *; };")
+def _write(module: tvm.runtime.Module, path: Path) -> None:
+    try:
+        module.write_to_file(str(path))
+    except Exception as error:
+        raise ToolchainError(
+            "cannot write machine code", where=str(path.parent.parent), got=error
+        ) from None
+
+
+def _link(folder: Path, sources: Sequence[str], command: Sequence[str]) -> bytes:
+    try:
+        # Kernels stay inside: calls reach them directly.
+        (folder / _EXPORTS).write_text("{ global: __tvm_ffi_*; local: *; };")
+        run = subprocess.run(command, cwd=folder, capture_output=True, check=False)
+        if run.returncode:
+            need = sum((folder / name).stat().st_size for name in sources)
+            said = run.stderr.decode(errors="replace")
+            raise tool_failed(f"the linker {command[0]}", folder, run.returncode, said, need)
+        return (folder / _RESULT).read_bytes()
+    except OSError as error:
+        where = str(folder.parent)
+        raise ToolchainError("cannot link machine code", where=where, got=error.strerror) from None
+
+
+def _linker(sources: Sequence[str], result: str) -> list[str]:
+    """Return the command that links; ToolchainError where nothing can."""
+    # Relative names only: linkers may record the paths they are given.
     flags = ["-shared", "-s", "-o", result, *sources]
-    options = ["--build-id=none", "--gc-sections", "--version-script=exports"]
+    options = ["--build-id=none", "--gc-sections", f"--version-script={_EXPORTS}"]
     if linker := shutil.which("ld"):
-        command = [linker, *options, "-z", "noexecstack", *flags]
-    elif compiler := shutil.which("gcc") or shutil.which("cc"):
-        command = [compiler, "-nostdlib", f"-Wl,{','.join(options)}", *flags]
-    else:
-        raise ToolchainError(
-            "no linker was found",
-            expected="ld (binutils) or gcc on PATH",
-            hint="install binutils",
-        )
-    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise ToolchainError(
-            "the linker failed", where=command[0], got=run.stderr.strip() or f"rc {run.returncode}"
-        )
-    return (folder / result).read_bytes()
+        return [linker, *options, "-z", "noexecstack", *flags]
+    if compiler := shutil.which("gcc") or shutil.which("cc"):
+        return [compiler, "-nostdlib", f"-Wl,{','.join(options)}", *flags]
+    raise ToolchainError(
+        "no linker was found",
+        expected="ld (binutils) or gcc on PATH",
+        hint="install binutils",
+    )

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -291,7 +292,7 @@ def test_a_kernel_that_cannot_be_compiled(monkeypatch, tmp_path):
         return compile_module(members, isa)
 
     monkeypatch.setattr(build, "_build", fail)
-    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(RuntimeError, match="no code for halve"):
         build_shared({"halve": halve, "record": record}, {}, ISA)
     assert list(tmp_path.iterdir()) == []
