@@ -100,7 +100,7 @@ def build_shared(
 
 def compile_kernel(name: str, function: PrimFunc, isa: Isa) -> tvm.runtime.Module:
     """Return the machine code of one kernel."""
-    return _build(_kernel(name, function), isa, _target(isa))
+    return _build(_kernel(name, function), isa)
 
 
 def _kernel(name: str, function: PrimFunc) -> dict[str, PrimFunc]:
