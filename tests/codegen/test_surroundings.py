@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 CASES = """
 import contextlib, json, os, resource, signal, sys, tempfile
 from pathlib import Path
-from q35c.codegen.build import build_shared
-from q35c.codegen.kernels.probe import probes
-from q35c.codegen.target import find_target
+from q35c.codegen.cpu.build import build_shared
+from q35c.codegen.cpu.probes import probes
+from q35c.codegen.targets import find_target
 from q35c.errors import Q35CError
 
 isa = find_target("cpu").isa
@@ -126,9 +126,9 @@ def test_places_are_named(found: dict[str, list[str]]) -> None:
 
 
 BUILD = """
-from q35c.codegen.build import build_shared
-from q35c.codegen.kernels.probe import probes
-from q35c.codegen.target import find_target
+from q35c.codegen.cpu.build import build_shared
+from q35c.codegen.cpu.probes import probes
+from q35c.codegen.targets import find_target
 isa = find_target("cpu").isa
 all = list(probes(isa))
 build_shared({p.symbol: p.kernel for p in all if p.kernel}, {p.symbol: p.program() for p in all}, isa)

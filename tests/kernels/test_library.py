@@ -13,10 +13,10 @@ import pytest
 from harness import ISA, guard
 from tvm.script import tirx as T
 
-from q35c.codegen import build
-from q35c.codegen.build import build_shared
-from q35c.codegen.kernels.common import share
-from q35c.codegen.program import (
+from q35c.codegen.cpu import build
+from q35c.codegen.cpu.build import build_shared
+from q35c.codegen.cpu.kernels.vectors import share
+from q35c.codegen.cpu.program import (
     Barrier,
     Call,
     Int,
