@@ -14,10 +14,10 @@ import numpy as np
 
 from q35c.artifact.writer import ArtifactWriter, check_output
 from q35c.bench import peak_memory
+from q35c.codegen.cpu.native_pack import packer_code, packer_symbol
 from q35c.codegen.generate import Generated, Limits, generate
-from q35c.codegen.native_pack import packer_code, packer_symbol
 from q35c.codegen.pack import BLOCK, Pack, PackedWeight, block_bytes, pack_blocks
-from q35c.codegen.target import find_target
+from q35c.codegen.targets import find_target
 from q35c.config import ModelConfig
 from q35c.errors import InternalError, OptionError
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint

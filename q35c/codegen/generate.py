@@ -9,17 +9,17 @@ from typing import Any
 
 from q35c.artifact import layout
 from q35c.artifact.writer import WeightEntry, place_weights
-from q35c.codegen.build import build_shared
-from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.attention_shape import stored_shape
-from q35c.codegen.kernels.probe import probes
-from q35c.codegen.kernels.sync import BARRIER_BYTES
-from q35c.codegen.lower import lower
-from q35c.codegen.lowering import Shared
+from q35c.codegen.cpu.build import build_shared
+from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.kernels.attention.shape import stored_shape
+from q35c.codegen.cpu.lower import lower
+from q35c.codegen.cpu.probes import probes
+from q35c.codegen.cpu.program import ELEMENT_BYTES, Pointer, Tokens, check_calls, program_entry
+from q35c.codegen.cpu.support import BARRIER_BYTES
 from q35c.codegen.pack import BLOCK, PackedWeight
-from q35c.codegen.program import ELEMENT_BYTES, Pointer, Tokens, check_calls, program_entry
+from q35c.codegen.requests import Shared
 from q35c.codegen.schedule import Places, Schedule, WeightRef
-from q35c.codegen.target import Target
+from q35c.codegen.targets import Target
 from q35c.ir.graph import Module, Value
 from q35c.ir.precision import Policy
 

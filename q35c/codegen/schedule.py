@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from q35c.codegen.division import Division
-from q35c.codegen.kernels.sync import BARRIER_BYTES
-from q35c.codegen.program import (
+from q35c.codegen.cpu.division import Division
+from q35c.codegen.cpu.program import (
     Argument,
     Barrier,
     Call,
@@ -23,7 +22,8 @@ from q35c.codegen.program import (
     Tid,
     Tokens,
 )
-from q35c.passes.plan_memory import Lifetime, MemoryPlan, plan_memory
+from q35c.codegen.cpu.support import BARRIER_BYTES
+from q35c.codegen.plan_memory import Lifetime, MemoryPlan, plan_memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
     It lies in the user's cache directory, under a name that changes with the checkpoint, with q35c
     and with this machine's instruction set. A damaged one is compiled again.
     """
-    from q35c.codegen.target import find_target
+    from q35c.codegen.targets import find_target
 
     target = find_target("cpu").name
     path = cache_directory() / f"demo-{_digest(target)}.q35c"

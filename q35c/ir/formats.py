@@ -28,7 +28,7 @@ _LARGEST_SCALE = 127  # code of the largest scale of a row: its exponent is 7 ab
 
 # Near the means of a normal distribution's parts: integers found by steps of 1 that lower the squared error of groups of 64
 # and 128, scaled as below. A fifth less of it than even spacing has. Up to 32, as AVX2 adds products in 16 bits
-# (narrow_sums.py); up to 64 the error is 1 % lower in 4 bits and 11 % in 5, up to 16 15 % higher in 4.
+# (products/narrow_sums.py); up to 64 the error is 1 % lower in 4 bits and 11 % in 5, up to 16 15 % higher in 4.
 # 0 is a level.
 _NORMAL_LEVELS = {
     4: (-32, -25, -20, -16, -12, -9, -6, -3, 0, 3, 6, 9, 12, 16, 21, 27),

@@ -1,7 +1,7 @@
 """The op table. One row declares an op: operands, attributes, type rule, meaning, cost, stages.
 
 Printer, parser, verifier, interpreter, cost report, documentation and op tests come from here.
-To add an op: write its row, then one lowering (`codegen/lower.py`) if it survives to the last stage.
+To add an op: write its row, then one lowering (`codegen/cpu/lower.py`) if it survives to the last stage.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ import pytest
 
 from q35c import family
 from q35c.artifact import layout
+from q35c.codegen.cpu.families import FAMILIES
+from q35c.codegen.cpu.lower import lower
 from q35c.codegen.generate import Limits, barrier_bytes, describe_entries, describe_state
-from q35c.codegen.kernels.families import FAMILIES
-from q35c.codegen.lower import lower
-from q35c.codegen.lowering import Shared, spread
-from q35c.codegen.target import find_target
+from q35c.codegen.requests import Shared, spread
+from q35c.codegen.targets import find_target
 from q35c.errors import LoweringError
 from q35c.frontend.importer import import_program
 from q35c.frontend.tensors import expected_tensors

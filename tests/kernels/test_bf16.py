@@ -16,11 +16,11 @@ from harness import (
     stored,
 )
 
-from q35c.codegen.isa.x86 import V4, V4_BF16
-from q35c.codegen.kernels.bf16_rows import bf16_row_words, round_rows
-from q35c.codegen.kernels.experts import expert_down, expert_gate_up
-from q35c.codegen.kernels.linear import linear
-from q35c.codegen.kernels.moe import group_by_expert
+from q35c.codegen.cpu.isa.x86 import V4, V4_BF16
+from q35c.codegen.cpu.kernels.experts.products import expert_down, expert_gate_up
+from q35c.codegen.cpu.kernels.experts.routing import group_by_expert
+from q35c.codegen.cpu.kernels.linear.linear import linear
+from q35c.codegen.cpu.kernels.rows.round_bf16 import bf16_row_words, round_rows
 from q35c.ir import formats
 
 SHAPES = ((1, 1), (31, 3), (47, 65), (98, 77), (256, 320))

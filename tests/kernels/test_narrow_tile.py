@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from harness import ISA, build_kernels, guard
 
-from q35c.codegen.kernels.linear import linear
-from q35c.codegen.kernels.narrow_tile import Tile
-from q35c.codegen.kernels.quantize import RowLayout, quantize_rows
+from q35c.codegen.cpu.kernels.linear.linear import linear
+from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import Tile
+from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout, quantize_rows
 from q35c.codegen.pack import PackedWeight
 from q35c.ir.formats import integer_format
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from harness import ISA, RoundedRows, assert_close, build_kernels, guard, nmse
 
-from q35c.codegen.isa.x86 import ISAS, read_cpu_flags
-from q35c.codegen.kernels.embedding import embedding
-from q35c.codegen.kernels.experts import expert_down, expert_gate_up
-from q35c.codegen.kernels.linear import linear
-from q35c.codegen.kernels.moe import group_by_expert
-from q35c.codegen.kernels.quantize import RowLayout, quantize_rows
+from q35c.codegen.cpu.isa.x86 import ISAS, read_cpu_flags
+from q35c.codegen.cpu.kernels.experts.products import expert_down, expert_gate_up
+from q35c.codegen.cpu.kernels.experts.routing import group_by_expert
+from q35c.codegen.cpu.kernels.linear.embedding import embedding
+from q35c.codegen.cpu.kernels.linear.linear import linear
+from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout, quantize_rows
 from q35c.codegen.pack import PackedWeight
 from q35c.ir import formats
 
