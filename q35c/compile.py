@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
 from q35c.ir.formats import integer_format
 from q35c.ir.precision import find_policy
-from q35c.passes.pipeline import run_pipeline
+from q35c.passes.pipeline import Choices, run_pipeline
 from q35c.runtime.cpu import default_threads
 from q35c.runtime.library import Library
 
@@ -74,7 +75,8 @@ def compile_model(
     clock("trace", 0.0)
     graph = import_program(trace_model(checkpoint.config))
     clock("passes", 0.0)
-    module = run_pipeline(graph, policy, dump_ir)
+    splits = functools.partial(machine.decode_splits, context=limits.context)
+    module = run_pipeline(graph, Choices(policy, splits), dump_ir)
     generated = generate(module, machine, policy, limits, clock)
     write_artifact(Path(output), checkpoint, generated, clock)
     return clock.report(Path(output))
