@@ -15,7 +15,17 @@ PACKAGE = ROOT / "q35c"
 MAX_LINES = 400
 LEAN_MIB = 60
 
-BASE = {"errors", "fields", "strictjson", "config", "hf_config", "family", "__version__"}
+BASE = {
+    "errors",
+    "temporary",
+    "user_cache",
+    "fields",
+    "strictjson",
+    "config",
+    "hf_config",
+    "family",
+    "__version__",
+}
 # Room -> other rooms of q35c and other packages that its modules may import, wherever they do.
 ROOMS: dict[str, set[str]] = {
     "base": set(),
@@ -24,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "ir": {"formats", "numpy"},
     "passes": {"ir", "formats"},
     "frontend": {"ir", "numpy", "torch", "transformers", "safetensors", "huggingface_hub"},
-    "codegen": {"ir", "formats", "layouts", "artifact", "numpy", "tvm"},
+    "codegen": {"ir", "formats", "layouts", "artifact", "numpy", "tvm", "tvm_ffi"},
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
     "artifact": {"layouts", "numpy", "safetensors"},
     "runtime": {"artifact", "layouts", "numpy", "tokenizers", "jinja2"},
