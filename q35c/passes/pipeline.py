@@ -8,6 +8,7 @@ from pathlib import Path
 from q35c.ir.graph import Graph, Module
 from q35c.ir.precision import Policy
 from q35c.ir.text import print_graph, print_module
+from q35c.outputs import write_output
 from q35c.passes.canonicalize import canonicalize
 from q35c.passes.fold_moe import fold_moe
 from q35c.passes.fuse_attention import fuse_attention
@@ -60,4 +61,4 @@ def run_pipeline(graph: Graph, policy: Policy, dump: Path | None = None) -> Modu
 def write_dump(directory: Path | None, number: int, name: str, text: str) -> None:
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{number:02}_{name}.txt").write_text(text)
+        write_output(directory / f"{number:02}_{name}.txt", text.encode())
