@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +29,7 @@ from q35c.frontend.trace import trace_model
 from q35c.ir.formats import integer_format
 from q35c.ir.precision import find_policy
 from q35c.outputs import check_folder, check_output, check_space
-from q35c.passes.pipeline import run_pipeline
+from q35c.passes.pipeline import Choices, run_pipeline
 from q35c.runtime.cpu import default_threads
 from q35c.runtime.library import Library
 
@@ -86,7 +87,8 @@ def compile_model(
     clock("trace", 0.0)
     graph = import_program(trace_model(checkpoint.config))
     clock("passes", 0.0)
-    module = run_pipeline(graph, policy, dump_ir)
+    splits = functools.partial(machine.decode_splits, context=limits.context)
+    module = run_pipeline(graph, Choices(policy, splits), dump_ir)
 
     def check_weights(size: int) -> None:
         check_space(output.parent, size)

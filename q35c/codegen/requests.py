@@ -26,7 +26,6 @@ from q35c.codegen.schedule import (
     View,
     WeightRef,
 )
-from q35c.codegen.shared_expert import find_shared_experts
 from q35c.codegen.targets import Target
 from q35c.errors import LoweringError
 from q35c.ir.formats import integer_format
@@ -92,15 +91,6 @@ def make_kernel(family: str, parameters: tuple[tuple[str, Any], ...], isa: Isa) 
     return generate(**dict(parameters), **extra)
 
 
-@dataclass(frozen=True, slots=True)
-class FusedRounding:
-    """Rows that a kernel rounds to int8 by itself; `is_read_exact` tells whether the exact rows have readers too."""
-
-    group: int
-    rows: View
-    is_read_exact: bool
-
-
 class Lowering:
     """Lower one entry. `max_tokens` bounds its rows; `logits` is where the output goes."""
 
@@ -113,8 +103,6 @@ class Lowering:
             for value in op.operands:
                 self.readers.setdefault(value, []).append(op)
         self.made_by = producers(graph)
-        self.shared_experts = find_shared_experts(graph)
-        self.folded = {value for expert in self.shared_experts.values() for value in expert.results}
         self.logits = graph.outputs[0] if graph.outputs else None
         for value in graph.inputs:
             self.views[value] = View(value.name, 0, Tokens())
@@ -131,18 +119,22 @@ class Lowering:
             self.views[value] = View(self.buffer(value.name, words, rows), words, rows)
         return self.views[value]
 
-    def fused_rounding(self, value: Value, part: int) -> FusedRounding | None:
-        """Return the int8 rows that the kernel which makes `value` shall round beside it.
+    def exact(self, op: Op) -> View:
+        """Return the exact rows of an op: its first result, or rows that nobody reads if it keeps rounded ones only."""
+        first = op.results[0]
+        if op.attrs.get("is_kept", True):
+            return self.output(first)
+        words, rows = spread(width(first)), row_count(first)
+        return View(self.buffer(f"{first.name}.exact", words, rows), words, rows)
 
-        It writes `part` columns at a time, which must be whole groups. The rows are then the rounding op's output.
-        """
-        for op in self.readers.get(value, ()):
-            form = integer_format(op.attrs["dtype"]) if op.kind == "quantize_rows" else None
-            if form and part % form.group == 0:
-                return FusedRounding(
-                    form.group, self.output(op.result), len(self.readers[value]) > 1
-                )
-        return None
+    def rounded_result(self, op: Op) -> tuple[int, View] | None:
+        """Return group and rows of an op that rounds its result itself."""
+        if "is_kept" not in op.attrs.to_dict():
+            return None
+        form = integer_format(op.attrs["dtype"])
+        if form is None:
+            raise LoweringError("only int8 rows are rounded on the way", got=op.attrs["dtype"])
+        return form.group, self.output(op.results[-1])
 
     def temporary(self, label: str, width: int, rows: Tokens | Int) -> View:
         """Return rows of f32 or i32 that only one op uses."""

@@ -124,6 +124,16 @@ def quantized_moe_residual(*operands: Array, top_k: int, dtype: str) -> Array:
     return operands[-1] + sparse_moe(*operands[:-1], top_k=top_k, dtype=dtype)
 
 
+def folded_moe_residual(
+    x, logits, shared_gate, gate_up, down, residual, gate, up, shared_down, *, top_k: int, dtype: str
+) -> Array:  # fmt: skip
+    """Return residual + sparse_moe(..) with the shared expert's three weights in place of its output."""
+    hidden = silu(x @ gate.T.astype(x.dtype)) * (x @ up.T.astype(x.dtype))
+    hidden = hidden if dtype == "f32" else round_rows(hidden, dtype)
+    shared = hidden @ shared_down.T.astype(x.dtype)
+    return residual + sparse_moe(x, logits, shared, shared_gate, gate_up, down, top_k, dtype)
+
+
 def rotary_table(positions: Array, inv_freq, sections, scaling: float) -> Array:
     """Return [T, R]: cos then sin of R/2 angles; axis 1 and 2 own every third angle of their section."""
     angles = positions.astype(np.float32)[:, :, None] * np.asarray(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -24,7 +25,7 @@ from q35c.frontend.trace import trace_model
 from q35c.ir.graph import Attrs, Module, Op, Value, producers
 from q35c.ir.precision import POLICIES
 from q35c.ir.types import TensorType
-from q35c.passes.pipeline import run_pipeline
+from q35c.passes.pipeline import Choices, run_pipeline
 
 LAYERS, CONTEXT, BATCH = 4, 4096, 4
 
@@ -37,8 +38,9 @@ def test_every_size_lowers(name: str) -> None:
     limits = Limits(CONTEXT, BATCH, config.vocab_size)
     for level in ("x86-64-v3", "x86-64-v4-bf16"):
         for policy in POLICIES.values():
-            module = run_pipeline(traced, policy)
             target = find_target(f"cpu:{level}")
+            splits = partial(target.decode_splits, context=CONTEXT)
+            module = run_pipeline(traced, Choices(policy, splits))
             entries = describe_entries(module, target, limits)
             state = layout.state_layout(describe_state(module, policy, CONTEXT, target.isa))
             offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
@@ -66,7 +68,7 @@ def dense_module() -> tuple[Module, Callable[[], Shared]]:
     """Return one period of a dense model in f32, and what makes a new `Shared` for it."""
     full = family.load("qwen3.5-0.8b")
     config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
-    module = run_pipeline(import_program(trace_model(config)), POLICIES["f32"])
+    module = run_pipeline(import_program(trace_model(config)), Choices(POLICIES["f32"]))
     target = find_target("cpu:x86-64-v3")
     state = layout.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target.isa))
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}

@@ -18,8 +18,6 @@ def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
     """Return the steps of an entry of up to `max_tokens` rows, or raise LoweringError naming the op that has no kernel."""
     low = Lowering(graph, shared, max_tokens)
     for op in graph.ops:
-        if op.results[0] in low.folded:
-            continue  # the mixture's experts do it
         rule = RULES.get(op.kind)
         if rule is None:
             raise LoweringError(
@@ -55,15 +53,13 @@ def lower_matrix(
     }
     residual = [low.views[op.operands[1]]] if epilogue == "residual" else []
     weight = low.shared.weight(layout, *weights)
-    if epilogue == "swiglu":
-        rounded = low.fused_rounding(op.result, width(op.result))
-        if rounded and not rounded.is_read_exact:
-            parameters["group"], q = rounded.group, rounded.rows
-            scratch = low.scratch("linear", **parameters)
-            arrivals = low.shared.arrivals(width(op.result) // rounded.group)
-            args = [weight, x, q, scratch, arrivals, q.rows, stride(x), stride(q), Tid()]
-            low.call(("linear", parameters), args, [q, scratch])
-            return
+    if rounded := low.rounded_result(op):
+        parameters["group"], q = rounded
+        scratch = low.scratch("linear", **parameters)
+        arrivals = low.shared.arrivals(width(op.result) // parameters["group"])
+        args = [weight, x, q, scratch, arrivals, q.rows, stride(x), stride(q), Tid()]
+        low.call(("linear", parameters), args, [q, scratch])
+        return
     y = low.output(op.result)
     strides = [stride(view) for view in (x, y, *residual)]
     low.call(("linear", parameters), [weight, x, y, *residual, y.rows, *strides], [y])
@@ -99,17 +95,18 @@ def lower_last_token(low: Lowering, op: Op) -> None:
 
 def lower_rms_norm(low: Lowering, op: Op) -> None:
     x, weight = low.views[op.operands[0]], low.shared.weight("vector", op.operands[1])
-    parameters = {"D": width(op.result), "eps": op.attrs["eps"], "offset": op.attrs["offset"]}
-    rounded = low.fused_rounding(op.result, width(op.result))
+    parameters = {"D": width(op.results[0]), "eps": op.attrs["eps"], "offset": op.attrs["offset"]}
+    rounded = low.rounded_result(op)
     if rounded is None:
         y = low.output(op.result)
         low.call(("rms_norm", parameters), [x, weight, y, y.rows, stride(x), stride(y)], [y])
         return
-    parameters |= {"group": rounded.group, "is_kept": rounded.is_read_exact}
-    q = rounded.rows
-    y = low.output(op.result) if rounded.is_read_exact else q  # or else it is not touched
+    group, q = rounded
+    is_kept = op.attrs["is_kept"]
+    parameters |= {"group": group, "is_kept": is_kept}
+    y = low.output(op.results[0]) if is_kept else q  # or else it is not touched
     args = [x, weight, y, q, q.rows, *(stride(view) for view in (x, y, q))]
-    low.call(("rms_norm", parameters), args, [y, q] if rounded.is_read_exact else [q])
+    low.call(("rms_norm", parameters), args, [y, q] if is_kept else [q])
 
 
 def lower_rotary_table(low: Lowering, op: Op) -> None:
@@ -130,8 +127,8 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
         "eps": op.attrs["eps"], "slot_offset_bytes": 0,
     }  # fmt: skip
     vectors = [shared.weight("vector", w) for w in (a_log, dt_bias, norm_w)]
-    y, rounded = low.output(op.result), low.fused_rounding(op.result, int(value_dim))  # type: ignore[arg-type]
-    shape["group"], q = (rounded.group, rounded.rows) if rounded else (0, y)
+    y, rounded = low.exact(op), low.rounded_result(op)
+    shape["group"], q = rounded or (0, y)
     inputs = [x, view[z], view[b], view[a]]
     convolution = [shared.weight("conv", conv_w), shared.state(conv)]
     args = [*convolution, *inputs, *vectors, shared.state(delta), view[slots], y, q]
@@ -172,14 +169,14 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     shared, view = low.shared, low.views
     head_dim = width(q_norm)
     heads = {"Hq": op.attrs["heads"], "Hkv": op.attrs["kv_heads"], "D": head_dim}
-    kv_dtype = op.attrs.get("cache", "f32")
+    kv_dtype, splits = op.attrs["cache"], op.attrs["splits"]
     # Offsets relative to the keys are the same in every layer, so all layers share one kernel.
     cache = {
         "kv_dtype": kv_dtype, "context": shared.context, "rows": op.attrs["rows"],
         "k_offset_bytes": 0,
         "v_offset_bytes": shared.state_offsets[values.name] - shared.state_offsets[keys.name],
     }  # fmt: skip
-    q = low.temporary("q", op.attrs["heads"] * head_dim, row_count(op.result))
+    q = low.temporary("q", op.attrs["heads"] * head_dim, row_count(op.results[0]))
     parameters = {
         **heads,
         **cache,
@@ -192,15 +189,18 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     where = [shared.state(keys), view[slots], view[starts]]
     args = [*inputs, *norms, view[table], q, *where, q.rows, *(stride(x) for x in inputs)]
     low.call(("attention_prepare", parameters), args, [q], [keys, values])
-    if op.result not in low.readers and op.result != low.logits:
+    if (
+        op.results[0] not in low.readers
+        and op.results[-1] not in low.readers
+        and op.results[0] != low.logits
+    ):
         return  # the entry only continues the cache
 
     is_batch = op.attrs["rows"] == "batch"
-    splits = shared.target.decode_splits(op.attrs["kv_heads"], shared.context) if is_batch else 1
     parameters = {**heads, **cache, "splits": splits}
-    y, scratch = low.output(op.result), low.scratch("attention", **parameters)
-    made = low.fused_rounding(op.result, head_dim)
-    group, rounded = (made.group, made.rows) if made else (0, y)
+    y, scratch = low.exact(op), low.scratch("attention", **parameters)
+    made = low.rounded_result(op)
+    group, rounded = made or (0, y)
     written = [y, rounded] if made else [y]
     strides = [stride(v) for v in (view[q_gate], y, rounded)]
     if not is_batch:
@@ -214,32 +214,33 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
 
 
 def lower_sparse_moe(low: Lowering, op: Op) -> None:
-    x, logits, shared_out, gate, gate_up, down, residual = op.operands
+    x, logits, gate, residual = (
+        op[name] for name in ("x", "router_logits", "shared_gate", "residual")
+    )
     shared, view, top_k = low.shared, low.views, op.attrs["top_k"]
-    experts, hidden, inner = (int(d) for d in down.type.shape)  # type: ignore[arg-type]
+    experts, hidden, inner = (int(d) for d in op["down"].type.shape)  # type: ignore[arg-type]
     rows = row_count(op.result)
-    ups, downs = [gate_up], [down]
+    ups, downs = [op["gate_up"]], [op["down"]]
     router = {"E": experts, "top_k": top_k}
-    if folded := low.shared_experts.get(op.result):
-        # The shared expert is the last one, and every token's last choice.
-        ups, downs = [gate_up, folded.gate, folded.up], [down, folded.down]
+    is_folded = op.kind == "folded_moe_residual"
+    if is_folded:  # the shared expert is the last one, and every token's last choice
+        ups, downs = [*ups, op["gate"], op["up"]], [*downs, op["shared_down"]]
         experts, top_k = experts + 1, top_k + 1
     ids, weights, order = (low.temporary(name, top_k, rows) for name in ("ids", "weights", "order"))
     active, offsets, number = (low.temporary(n, s, Int(1)) for n, s in (("active", experts), ("offsets", experts + 1), ("count", 1)))  # fmt: skip
     groups = [order, active, offsets, number]
 
     args = [view[logits], view[gate], ids, weights, rows, stride(view[logits]), stride(view[gate])]
-    low.call(("route", {**router, "has_shared": folded is not None}), args, [ids, weights])
+    low.call(("route", {**router, "has_shared": is_folded}), args, [ids, weights])
     low.call(("group_by_expert", {"E": experts, "top_k": top_k}), [ids, *groups, rows], groups)
 
-    dtype = op.operands[0].type.dtype
     shape = {
         "E": experts,
         "I": inner,
         "H": hidden,
         "top_k": top_k,
-        "rows": dtype,
-        "dtype": gate_up.type.dtype,
+        "rows": x.type.dtype,
+        "dtype": op["gate_up"].type.dtype,
     }
     activated = lower_gate_up(low, shape, view[x], shared.weight("experts_swiglu", *ups), groups)
     outputs = low.temporary("outputs", top_k * hidden, rows)
@@ -251,13 +252,13 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
         rows,
         Int(activated.stride // top_k),
     ]
-    low.call(("expert_down", {**shape, "dtype": down.type.dtype}), args, [outputs])
+    low.call(("expert_down", {**shape, "dtype": op["down"].type.dtype}), args, [outputs])
 
     y = low.output(op.result)
     # Without a shared expert beside the others, combine reads no shared rows: any take their place.
-    inputs = [view[residual if folded else shared_out], view[gate], view[residual]]
+    inputs = [view[residual if is_folded else op["shared"]], view[gate], view[residual]]
     args = [outputs, weights, *inputs, y, rows, *(stride(v) for v in (*inputs, y))]
-    parameters = {"H": hidden, "top_k": top_k, "has_shared": folded is None}
+    parameters = {"H": hidden, "top_k": top_k, "has_shared": not is_folded}
     low.call(("combine", parameters), args, [y])
 
 
@@ -283,8 +284,6 @@ def lower_gate_up(
 
 
 def lower_quantize_rows(low: Lowering, op: Op) -> None:
-    if op.result in low.views:
-        return  # the kernel that made the rows rounded them
     x, q = low.views[op.operands[0]], low.output(op.result)
     low.quantize(x, q, width(op.result), op.attrs["dtype"])
 
@@ -294,14 +293,18 @@ RULES: dict[str, Callable[[Lowering, Op], None]] = {
     "linear": lower_linear,
     "linear_residual": lower_linear_residual,
     "linear_swiglu": lower_linear_swiglu,
+    "rounded_linear_swiglu": lower_linear_swiglu,
     "slice": lower_slice,
     "last_token": lower_last_token,
     "rms_norm": lower_rms_norm,
+    "rounded_rms_norm": lower_rms_norm,
     "rotary_table": lower_rotary_table,
     "stateful_gated_delta_net": lower_gated_delta_net,
-    "stateful_gated_attention": lower_gated_attention,
-    "quantized_gated_attention": lower_gated_attention,
+    "rounded_stateful_gated_delta_net": lower_gated_delta_net,
+    "scheduled_gated_attention": lower_gated_attention,
+    "rounded_scheduled_gated_attention": lower_gated_attention,
     "sparse_moe_residual": lower_sparse_moe,
     "quantized_moe_residual": lower_sparse_moe,
+    "folded_moe_residual": lower_sparse_moe,
     "quantize_rows": lower_quantize_rows,
 }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 from q35c.ir.graph import Graph, Op, Rewriter, Value
 from q35c.ir.types import SymDim, TensorType, static
 
 SEQUENCES, CONTEXT = SymDim("B"), SymDim("CTX")
 
 
-def thread_state(graph: Graph) -> Graph:
+def introduce_state(graph: Graph) -> Graph:
     """Let each mixer continue the sequence named by `slots`, which holds `starts` tokens already.
 
     Before:
@@ -42,19 +44,22 @@ def thread_state(graph: Graph) -> Graph:
         }
 
     gated_delta_net likewise gets its conv state [B, K-1, C] and its recurrent state
-    [B, Hv, Dk, Dv]. Mixers are numbered by kind. A traced mixer that was not fused has no stateful
-    form: VerifyError.
+    [B, Hv, Dk, Dv]. Mixers are numbered by kind. Inputs that no mixer reads are not there. A traced mixer that
+    was not fused has no stateful form: VerifyError.
     """
     out = Rewriter(graph, stage="stateful")
-    slots = out.input("slots", TensorType("i64", (1,)))
-    starts = out.input("starts", TensorType("i32", (1,)))
-    counts = {"gated_delta_net": 0, "gated_attention": 0}
+    kinds = [op.kind for op in graph.ops]
+    numbers = {"gated_delta_net": itertools.count(), "gated_attention": itertools.count()}
+    slots = starts = None
+    if not numbers.keys().isdisjoint(kinds):
+        slots = out.input("slots", TensorType("i64", (1,)))
+    if "gated_attention" in kinds:
+        starts = out.input("starts", TensorType("i32", (1,)))
     for op in graph.ops:
-        if op.kind not in counts:
+        if op.kind not in numbers:
             out.copy(op)
             continue
-        number = counts[op.kind]
-        counts[op.kind] += 1
+        number = next(numbers[op.kind])
         operands = [*map(out.new, op.operands), slots]
         if op.kind == "gated_delta_net":
             operands += delta_states(out, op, number)
@@ -66,8 +71,8 @@ def thread_state(graph: Graph) -> Graph:
 
 
 def delta_states(out: Rewriter, op: Op, number: int) -> list[Value]:
-    channels, _, taps = op.operands[4].type.shape
-    (value_dim,) = op.operands[7].type.shape
+    channels, _, taps = op["conv_w"].type.shape
+    (value_dim,) = op["norm_w"].type.shape
     key_heads, value_heads = op.attrs["key_heads"], op.attrs["value_heads"]
     key_dim = (channels - value_heads * value_dim) // (2 * key_heads)
     conv = TensorType("f32", (SEQUENCES, static(taps) - 1, channels))
@@ -79,6 +84,6 @@ def delta_states(out: Rewriter, op: Op, number: int) -> list[Value]:
 
 
 def cache_states(out: Rewriter, op: Op, number: int) -> list[Value]:
-    (head_dim,) = op.operands[3].type.shape
+    (head_dim,) = op["q_norm"].type.shape
     cache = TensorType("f32", (SEQUENCES, CONTEXT, op.attrs["kv_heads"], head_dim))
     return [out.state(f"attention.{number}.{name}", cache) for name in ("keys", "values")]
