@@ -17,6 +17,7 @@ LEAN_MIB = 60
 
 BASE = {
     "errors",
+    "outputs",
     "temporary",
     "user_cache",
     "fields",

@@ -311,7 +311,8 @@ def _check_entries(manifest: Manifest) -> None:
     for index, entry in enumerate(manifest.entries):
         kind = ("sequence", "all") if entry.name == "score" else required.get(entry.name)
         if kind is not None and (entry.rows, entry.logits) != kind:
-            raise refuse(f"$.entries[{index}]", "wrong rows or logits", expected=kind, got=entry)
+            got = (entry.rows, entry.logits)
+            raise refuse(f"$.entries[{index}]", "wrong rows or logits", expected=kind, got=got)
         if entry.rows == "batch" and entry.max_tokens != manifest.batch:
             raise refuse(
                 f"$.entries[{index}].max_tokens",

@@ -54,8 +54,12 @@ def generate(
     policy: Policy,
     limits: Limits,
     progress: Callable[[str, float], None],
+    check_weights: Callable[[int], None],
 ) -> Generated:
-    """Lower every entry, plan its memory, build one shared object."""
+    """Lower every entry, plan its memory, build one shared object.
+
+    `check_weights` gets the bytes of the packed weights before any code is made, and may raise.
+    """
     progress("lower", 0.0)
     entries = describe_entries(module, backend, limits)
     state = blobs.state_layout(describe_state(module, policy, limits.context, backend))
@@ -69,6 +73,7 @@ def generate(
     for entry, schedule in zip(entries, schedules, strict=True):
         entry |= describe_steps(schedule, shared)
     stored = tuple(stored_weight(weight) for weight in shared.weights.values())
+    check_weights(sum(weight.bytes for weight in stored))
     places = Places(
         {weight.name: weight.offset for weight in place_weights(stored)},
         io_places(limits, tokens, entries),

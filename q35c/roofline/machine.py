@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from q35c.errors import ExecutionError
+from q35c.errors import ExecutionError, InputError
 from q35c.layouts.blobs import STAMP_BYTES
+from q35c.outputs import write_output
 from q35c.roofline.cost import Cost
 from q35c.user_cache import cache_directory
 
@@ -207,10 +207,7 @@ def _read_cache() -> dict[str, Limits]:
 
 
 def _write_cache(known: dict[str, Limits]) -> None:
-    path = cache_path()
-    temporary = path.with_name(f".limits-{secrets.token_hex(4)}")
     text = json.dumps({key: asdict(limits) for key, limits in known.items()}, indent=2)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        temporary.replace(path)
+    with contextlib.suppress(OSError, InputError):
+        cache_path().parent.mkdir(parents=True, exist_ok=True)
+        write_output(cache_path(), text.encode())

@@ -64,6 +64,11 @@ class CpuBackend:
 
         return division_of(family, parameters)
 
+    def check_tools(self) -> None:
+        from q35c.codegen.cpu.build import find_linker
+
+        find_linker()
+
     def lower(self, graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
         from q35c.codegen.cpu.lower import lower
 
