@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 ALIGNMENT = 64
 CELL = 32  # tokens per block of the key cache: one vector load serves 32 tokens
+GRID = 32  # tokens: cutting a sequence at a multiple of this into calls changes no bit of a result
 SCALE_ROWS = 4  # rows of 32 bytes behind a block of an int8 cache: an f32 scale for each token
 MAX_HEADER_BYTES = 16 << 20
 MAX_BARRIER_BYTES = 1 << 20  # with a counter for each group of each expert's inner rows

@@ -127,12 +127,14 @@ def stored_weight(weight: PackedWeight) -> WeightEntry:
 
 
 def describe_entries(module: Module, target: Target, limits: Limits) -> list[dict[str, Any]]:
-    """Return name, symbol, rows, most tokens and logits of each entry."""
-    score_tokens = target.logits_bytes // (4 * limits.vocabulary)
+    """Return name, symbol, rows, most tokens and logits of each entry. One sequence takes whole chunks of the grid, so that
+    a long one is cut where it changes no bit.
+    """
+    score_tokens = target.logits_bytes // (4 * limits.vocabulary) // layout.GRID * layout.GRID
     kinds = {
         "prefill": ("sequence", target.prefill_tokens, "last"),
         "decode": ("batch", limits.batch, "all"),
-        "score": ("sequence", min(max(1, score_tokens), target.prefill_tokens), "all"),
+        "score": ("sequence", min(max(layout.GRID, score_tokens), target.prefill_tokens), "all"),
         "extend": ("sequence", target.prefill_tokens, "none"),
     }
     names = ("rows", "max_tokens", "logits")

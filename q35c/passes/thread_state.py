@@ -55,11 +55,11 @@ def thread_state(graph: Graph) -> Graph:
             continue
         number = counts[op.kind]
         counts[op.kind] += 1
-        operands = [*map(out.new, op.operands), slots]
+        operands = [*map(out.new, op.operands), slots, starts]
         if op.kind == "gated_delta_net":
             operands += delta_states(out, op, number)
         else:
-            operands += [starts, *cache_states(out, op, number)]
+            operands += cache_states(out, op, number)
         attrs = {**op.attrs.to_dict(), "rows": "sequence"}
         out.replace(op.result, out.emit(f"stateful_{op.kind}", *operands, **attrs))
     return out.done()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
+from q35c.artifact.layout import GRID
 from q35c.codegen.kernels.common import (
     STACK,
     Expr,
@@ -51,7 +52,7 @@ from q35c.codegen.kernels.register_tile import (
 
 # C, tokens in a chunk. 32, 48 and 64 ran within 5 % of each other on AVX2, 96 was slower; fewer tokens mean less work
 # inside the chunk (it grows with C) and less scratch.
-CHUNK = 32
+CHUNK = GRID
 
 
 @dataclass(frozen=True)
