@@ -16,7 +16,7 @@ from q35c.codegen.schedule import Places, Schedule, WeightRef
 from q35c.ir.graph import Module, Value
 from q35c.ir.precision import Policy
 from q35c.layouts import blobs
-from q35c.layouts.cache import stored_shape
+from q35c.layouts.cache import GRID, stored_shape
 from q35c.layouts.weights import BLOCK
 
 LAYOUT_NOTES = {
@@ -112,12 +112,14 @@ def stored_weight(weight: PackedWeight) -> WeightEntry:
 
 
 def describe_entries(module: Module, backend: Backend, limits: Limits) -> list[dict[str, Any]]:
-    """Return name, symbol, rows, most tokens and logits of each entry."""
-    score_tokens = backend.logits_bytes // (4 * limits.vocabulary)
+    """Return name, symbol, rows, most tokens and logits of each entry. One sequence takes whole chunks of the grid, so that
+    a long one is cut where it changes no bit.
+    """
+    score_tokens = backend.logits_bytes // (4 * limits.vocabulary) // GRID * GRID
     kinds = {
         "prefill": ("sequence", backend.prefill_tokens, "last"),
         "decode": ("batch", limits.batch, "all"),
-        "score": ("sequence", min(max(1, score_tokens), backend.prefill_tokens), "all"),
+        "score": ("sequence", min(max(GRID, score_tokens), backend.prefill_tokens), "all"),
         "extend": ("sequence", backend.prefill_tokens, "none"),
     }
     names = ("rows", "max_tokens", "logits")

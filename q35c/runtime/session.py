@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from q35c.artifact.manifest import Entry, StateTensor
 from q35c.errors import OptionError, PromptError
+from q35c.layouts.cache import GRID
 from q35c.runtime.executor import Executor, Logits
 from q35c.runtime.memory import (
     Region,
@@ -92,6 +93,8 @@ class Session:
     def prefill(self, ids: Iterable[int], progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[V] after the last. May be called at any point.
 
+        Cutting tokens into calls where the length is a multiple of 32 changes no bit; elsewhere last digits.
+
         Raises PromptError if there are none, too many for the context or some outside the
         vocabulary; then nothing has changed.
         """
@@ -100,10 +103,9 @@ class Session:
         with self._owned():
             self._check_room(len(tokens))
             logits = np.empty((0, 0), np.float32)
-            for start in range(0, len(tokens), prefill.max_tokens):
-                chunk = tokens[start : start + prefill.max_tokens]
-                end = start + len(chunk)
-                logits = self._append(prefill if end == len(tokens) else extend, chunk)
+            for start, end in pieces(self.length, len(tokens), prefill.max_tokens):
+                entry = prefill if end == len(tokens) else extend
+                logits = self._append(entry, tokens[start:end])
                 if progress is not None:
                     progress(end, len(tokens))
         return logits[0]
@@ -125,10 +127,8 @@ class Session:
         logits: Logits = np.empty((len(tokens), vocab), dtype=np.float32)
         with self._owned():
             self._check_room(len(tokens))
-            for start in range(0, len(tokens), entry.max_tokens):
-                chunk = tokens[start : start + entry.max_tokens]
-                end = start + len(chunk)
-                logits[start:end] = self._append(entry, chunk)
+            for start, end in pieces(self.length, len(tokens), entry.max_tokens):
+                logits[start:end] = self._append(entry, tokens[start:end])
                 if progress is not None:
                     progress(end, len(tokens))
         return logits
@@ -249,6 +249,21 @@ class Session:
             yield
         finally:
             self._owner.release()
+
+
+def pieces(before: int, count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each call that appends `count` tokens to `before`, up to `most` in one.
+
+    All but the last end on the grid, where a cut changes no bit, if `most` reaches so far.
+    """
+    start = 0
+    while start < count:
+        end = min(start + most, count)
+        on_grid = end - (before + end) % GRID
+        if end < count and on_grid > start:
+            end = on_grid
+        yield start, end
+        start = end
 
 
 def check_ids(ids: Iterable[int], vocab: int) -> list[int]:
