@@ -108,7 +108,11 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """End the worker threads and close the file; later steps raise OptionError."""
+        """End the worker threads and close the file; later steps raise OptionError.
+
+        A model does not survive a fork: in the child each call but this one raises OptionError, whatever the number of
+        threads.
+        """
         self._executor.close()
         self._artifact.close()
 
@@ -125,8 +129,10 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer, built on first use. Raises TokenizerError if there is none."""
+        self._executor.origin.check()
         with self._lazy:
             if self._tokenizer is None:
+                self._executor.check_usable()
                 if not self._artifact.has_segment("tokenizer"):
                     raise TokenizerError(
                         "the artifact holds no tokenizer",
@@ -191,6 +197,7 @@ class Model:
         Returns a `Generation` (a `str`) for one prompt, a list of them for a list, or a `Stream`. Raises
         PromptError, OptionError, TokenizerError, MemoryRefused.
         """
+        self._executor.check_usable()
         options = resolve_options(
             self.manifest.generation,
             max_new_tokens=max_new_tokens,
@@ -256,8 +263,10 @@ class Model:
         )
 
     def _chat_template(self) -> tuple[str, dict[str, str]]:
+        self._executor.origin.check()
         with self._lazy:
             if self._template is None:
+                self._executor.check_usable()
                 self._template = _read_template(self._artifact)
             return self._template
 
