@@ -85,7 +85,6 @@ class Executor:
         self._recordings: Callable[[], _Recordings | None] = _nobody
         self._is_closed = False
         self.origin = Origin()
-        self.claims = threading.Lock()  # while sessions of this model are claimed for a call
         for block in (weights, self._arena, self._io, self._barrier):
             _check_aligned(block.address)
 

@@ -160,11 +160,13 @@ class Workers:
             calls = map(call, self._bound(entry, threads))
             # Each asks again until its wait was no longer cut short by a signal.
             waits = chain.from_iterable([iter(self._ended.wait, 0) for _ in range(1, threads)])
+            section = chain(calls, waits)
             found: list[int | None] = []
             try:
-                found.extend(chain(calls, waits))
+                found.extend(section)
             finally:
-                deque(waits, maxlen=0)  # there are any left only if thread 0 raised
+                if found:  # workers have been started; there are waits left only if thread 0 raised
+                    deque(waits, maxlen=0)
             outcomes = [found[threads - 1], *self._outcomes[1:threads]]
         for outcome in outcomes:
             if isinstance(outcome, BaseException):

@@ -271,21 +271,20 @@ class Session:
     def _use(sessions: "Sequence[Session]", action: Callable[[], Result]) -> Result:
         """Return what `action` returns; meanwhile nobody else may use the sessions.
 
-        A signal handler may raise after any call, also after the one that takes or gives back a lock: a holder could
-        lose it for ever. Claims end by one assignment, for all sessions at once, and nothing interrupts that.
+        A signal handler may raise after any call, also after one that takes or gives back a lock: its holder could lose
+        it for ever. Claims need none, as Python changes threads at no other place than signals come; and they end by
+        one assignment, for all sessions at once.
         """
-        executor = sessions[0]._executor
-        executor.check_usable()
+        sessions[0]._executor.check_usable()
         claim = _Claim()
         try:
-            with executor.claims:
-                for session in sessions:
-                    if not session._claim.is_over:
-                        raise OptionError(
-                            "the session is in use, by another thread or twice in one batch",
-                            hint="give each thread and each row its own session",
-                        )
-                    session._claim = claim
+            for session in sessions:
+                if not session._claim.is_over:
+                    raise OptionError(
+                        "the session is in use, by another thread or twice in one batch",
+                        hint="give each thread and each row its own session",
+                    )
+                session._claim = claim
             return action()
         finally:
             claim.is_over = True
