@@ -150,7 +150,7 @@ class Executor:
     def run_probe(self, probe: Probe, address: int, amount: int) -> float:
         """Return the seconds of a probe over memory that it may overwrite; it touches nothing else."""
         _check_aligned(address)
-        self.origin.check()
+        self.check_usable()
         arguments = Arguments(0, address, 0, 0, self._barrier.address, amount)
         entry = self._library.entry(probe.symbol)
         with self._lock:

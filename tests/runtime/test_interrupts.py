@@ -63,6 +63,7 @@ def test_many_interrupts_at_random(path: Path) -> None:
     assert interrupt(path, "random", 2, 4000) > 1500
 
 
+@pytest.mark.slow
 @pytest.mark.nightly
 def test_interrupts_everywhere(path: Path) -> None:
     assert interrupt(path, "every", 1, 1) > 5000
@@ -99,8 +100,8 @@ def test_waiting_for_another_step_can_be_interrupted(alarm: None) -> None:
     workers.run(StandIn(lambda tid: 0), NOWHERE)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_memory_stays_while_a_step_runs(path: Path, count: int) -> None:
+@pytest.mark.parametrize(("entry", "count"), [("prefill", 1), ("decode", 1), ("decode", 3)])
+def test_memory_stays_while_a_step_runs(path: Path, entry: str, count: int) -> None:
     """Whoever closes a session that another thread's step uses takes nothing from under it."""
     with q35c.load(path, threads=2) as model:
         sessions = [model.session(64) for _ in range(count)]
@@ -115,8 +116,11 @@ def test_memory_stays_while_a_step_runs(path: Path, count: int) -> None:
                 alive.extend(region() is not None for region in regions)
             return 0
 
-        model._executor._entries["decode"] = StandIn(close_all)  # type: ignore[assignment]
-        Session.decode_together(sessions, [1] * count)
+        model._executor._entries[entry] = StandIn(close_all)  # type: ignore[assignment]
+        if entry == "prefill":
+            sessions[0].prefill([1])
+        else:
+            Session.decode_together(sessions, [1] * count)
         assert alive == [True] * count
         assert [region() for region in regions] == [None] * count
 
