@@ -21,6 +21,7 @@ from q35c.artifact.manifest import Probe
 from q35c.errors import InternalError, OptionError
 from q35c.runtime.library import Arguments, Entry, Library, Workers
 from q35c.runtime.memory import Region, WeightBlock
+from q35c.runtime.pace import Pace
 from q35c.runtime.process import Origin
 
 Logits = NDArray[np.float32]
@@ -65,8 +66,15 @@ class Executor:
     """Hold the code, the weights and the working memory of one model. Thread-safe."""
 
     def __init__(
-        self, manifest: Manifest, library: Library, weights: WeightBlock, threads: int
+        self,
+        manifest: Manifest,
+        library: Library,
+        weights: WeightBlock,
+        threads: int,
+        *,
+        yields: bool = False,
     ) -> None:
+        """Start the threads. With `yields`, steps use fewer of them while others need the cores."""
         self.manifest = manifest
         self.weights = weights
         self._entries: dict[str, Entry] = {
@@ -74,6 +82,7 @@ class Executor:
         }
         self._library = library
         self._workers = Workers(threads)
+        self._pace = Pace(threads) if yields and threads > 1 else None
         self._lock = threading.Lock()
         self._arena = Region(manifest.arena_bytes, huge_bytes=manifest.arena_bytes)
         self._io = Region(manifest.io.bytes, huge_bytes=manifest.io.bytes)
@@ -188,9 +197,13 @@ class Executor:
         )
         recordings = self._recordings()
         self._fields["clock"][0] = recordings is not None
+        # What is recorded is what all threads do.
+        pace = self._pace if recordings is None else None
         begin = time.perf_counter()
-        self._workers.run(self._entries[plan.name], arguments)
+        self._workers.run(self._entries[plan.name], arguments, pace and pace.threads)
         seconds = time.perf_counter() - begin
+        if pace is not None:
+            pace.note((plan.name, tokens), seconds)
         if recordings is not None and recordings is self._recordings():
             starts = tuple(self._fields["starts"][: len(regions)].tolist())
             cycles = self._fields["clock"][1 : len(plan.steps) + 2].copy()
