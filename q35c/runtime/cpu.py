@@ -12,6 +12,7 @@ from q35c.errors import IncompatibleCPU, OptionError
 from q35c.runtime.memory import own_cgroups
 
 _SYSTEM = Path("/")
+THREADS = "Q35C_THREADS"  # the environment variable that says how many threads
 
 
 @cache
@@ -50,8 +51,8 @@ def choose_threads(asked: int | None, max_threads: int) -> int:
     Raises OptionError for a count below 1, above `max_threads` or above the machine's CPUs.
     """
     source = "threads"
-    if asked is None and "Q35C_THREADS" in os.environ:
-        source, text = "Q35C_THREADS", os.environ["Q35C_THREADS"]
+    if asked is None and THREADS in os.environ:
+        source, text = THREADS, os.environ[THREADS]
         if not (text.isascii() and text.isdigit()):
             raise OptionError("not a number", where=source, got=text)
         asked = int(text)

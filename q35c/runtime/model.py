@@ -13,7 +13,7 @@ from q35c import strictjson
 from q35c.artifact import Artifact, Manifest, read_artifact
 from q35c.artifact.manifest import Probe
 from q35c.errors import MemoryRefused, OptionError, TokenizerError
-from q35c.runtime.cpu import check_target, choose_threads
+from q35c.runtime.cpu import THREADS, check_target, choose_threads
 from q35c.runtime.executor import Executor, Logits, Recording
 from q35c.runtime.generate import (
     Row,
@@ -49,7 +49,8 @@ def load_model(
 ) -> Model:
     """Open an artifact for generating.
 
-    threads   worker threads; None: Q35C_THREADS, else the physical cores this process may use
+    threads   worker threads; None: Q35C_THREADS, else the physical cores this process may use, and fewer
+              while other processes use them
     verify    check the hash of the weights; None: if they have at most 256 MiB
     context   tokens per sequence, at most and by default the compiled context
     batch     sequences decoded together, at most and by default the compiled batch
@@ -64,13 +65,14 @@ def load_model(
         context = _choose("context", context, manifest.context)
         batch = _choose("batch", batch, manifest.batch)
         count = choose_threads(threads, manifest.max_threads)
+        is_default = threads is None and THREADS not in os.environ
         check_target(manifest.target)
         check_memory(manifest, context, batch, available_memory())
         artifact.verify_segments()
         if verify is None:
             verify = manifest.weights_bytes <= VERIFY_BYTES
         weights = _load_weights(artifact, verify=verify, mapped=mmap)
-        executor = Executor(manifest, Library(artifact.code()), weights, count)
+        executor = Executor(manifest, Library(artifact.code()), weights, count, yields=is_default)
         return Model(artifact, executor, context, batch, count)
     except BaseException as error:
         artifact.close()
@@ -108,7 +110,11 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """End the worker threads and close the file; later steps raise OptionError."""
+        """End the worker threads and close the file; later steps raise OptionError.
+
+        A model does not survive a fork: in the child each call but this one raises OptionError, whatever the number of
+        threads.
+        """
         self._executor.close()
         self._artifact.close()
 
@@ -125,8 +131,10 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer, built on first use. Raises TokenizerError if there is none."""
+        self._executor.origin.check()
         with self._lazy:
             if self._tokenizer is None:
+                self._executor.check_usable()
                 if not self._artifact.has_segment("tokenizer"):
                     raise TokenizerError(
                         "the artifact holds no tokenizer",
@@ -191,6 +199,7 @@ class Model:
         Returns a `Generation` (a `str`) for one prompt, a list of them for a list, or a `Stream`. Raises
         PromptError, OptionError, TokenizerError, MemoryRefused.
         """
+        self._executor.check_usable()
         options = resolve_options(
             self.manifest.generation,
             max_new_tokens=max_new_tokens,
@@ -256,8 +265,10 @@ class Model:
         )
 
     def _chat_template(self) -> tuple[str, dict[str, str]]:
+        self._executor.origin.check()
         with self._lazy:
             if self._template is None:
+                self._executor.check_usable()
                 self._template = _read_template(self._artifact)
             return self._template
 

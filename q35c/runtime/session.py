@@ -6,12 +6,10 @@ them differently.
 """
 
 import operator
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +27,7 @@ from q35c.runtime.memory import (
 )
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +45,19 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+class _Claim:
+    """One call's claim to its sessions; it ends for all of them at once."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+
 class Session:
     """One sequence of tokens. For one thread at a time; several sessions may run at once."""
 
     def __init__(self, executor: Executor, budget: StateBudget, digest: str, context: int) -> None:
         """Reserve the state of up to `context` tokens. Raises MemoryRefused if it does not fit."""
+        executor.check_usable()
         self.context = context
         self.length = 0
         self.position = 0
@@ -59,7 +66,8 @@ class Session:
         self._budget = budget
         self._digest = digest
         self._is_broken = False
-        self._owner = threading.Lock()
+        self._claim = _Claim()
+        self._claim.is_over = True
         budget.admit(self)
         state = executor.manifest.state
         is_full = context == executor.manifest.context
@@ -81,7 +89,8 @@ class Session:
     def close(self) -> None:
         """Give the state's memory back. Closing twice is harmless."""
         self._region = None
-        self._budget.release(self)
+        if not self._executor.origin.is_elsewhere:
+            self._budget.release(self)
 
     @property
     def region(self) -> Region:
@@ -100,7 +109,8 @@ class Session:
         """
         tokens = check_ids(ids, self._executor.manifest.model.vocab_size)
         extend, prefill = map(self._executor.entry, ("extend", "prefill"))
-        with self._owned():
+
+        def append() -> Logits:
             self._check_room(len(tokens))
             logits = np.empty((0, 0), np.float32)
             for start, end in pieces(self.length, len(tokens), prefill.max_tokens):
@@ -108,7 +118,9 @@ class Session:
                 logits = self._append(entry, tokens[start:end])
                 if progress is not None:
                     progress(end, len(tokens))
-        return logits[0]
+            return logits[0]
+
+        return Session._use([self], append)
 
     def decode(self, token: int) -> Logits:
         """Append one token; return the logits f32[V] after it. Raises PromptError as `prefill`."""
@@ -125,13 +137,16 @@ class Session:
         entry = self._executor.entry("score")
         check_allocation("the logits", len(tokens) * vocab * 4, available_memory())
         logits: Logits = np.empty((len(tokens), vocab), dtype=np.float32)
-        with self._owned():
+
+        def append() -> Logits:
             self._check_room(len(tokens))
             for start, end in pieces(self.length, len(tokens), entry.max_tokens):
                 logits[start:end] = self._append(entry, tokens[start:end])
                 if progress is not None:
                     progress(end, len(tokens))
-        return logits
+            return logits
+
+        return Session._use([self], append)
 
     @staticmethod
     def decode_together(sessions: "Sequence[Session]", tokens: Sequence[int]) -> Logits:
@@ -140,6 +155,8 @@ class Session:
         Raises PromptError as `prefill`, OptionError for too many, mixed or repeated sessions; then
         nothing has changed.
         """
+        if not sessions:
+            raise OptionError("no sessions", where="decode_together", expected="at least one")
         executor = sessions[0]._executor
         ids = check_ids(tokens, executor.manifest.model.vocab_size)
         if len(sessions) > executor.manifest.batch or len(ids) != len(sessions):
@@ -150,9 +167,8 @@ class Session:
             )
         if any(session._executor is not executor for session in sessions):
             raise OptionError("the sessions belong to several models")
-        with ExitStack() as owned:
-            for session in sessions:
-                owned.enter_context(session._owned())
+
+        def append() -> Logits:
             for session in sessions:
                 session._check_room(1)
             for session in sessions:
@@ -160,20 +176,27 @@ class Session:
             logits = executor.run_batch(executor.entry("decode"), sessions, ids)
             for session in sessions:
                 session._advance(1)
-        return logits
+            return logits
+
+        return Session._use(sessions, append)
 
     def snapshot(self) -> Snapshot:
         """Copy the state; `restore` brings it back bit for bit."""
-        with self._owned():
+
+        def copy() -> Snapshot:
             self._check_usable()
             parts = tuple(part.copy() for part in self._parts(self.length))
             return Snapshot(self._digest, self.length, self.position, parts)
+
+        return Session._use([self], copy)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to a snapshot of this or another session of the same model, also after a failure.
 
         Raises OptionError if it stems from another model or is longer than this session's context.
         """
+        if not isinstance(snapshot, Snapshot):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError("not a snapshot", where="restore", got=type(snapshot).__name__)
         if snapshot.digest != self._digest:
             raise OptionError("the snapshot stems from another model")
         if snapshot.length > self.context:
@@ -182,7 +205,8 @@ class Session:
                 expected=f"at most {self.context} tokens",
                 got=snapshot.length,
             )
-        with self._owned():
+
+        def fill() -> None:
             self._is_broken = True
             for part, copy in zip(self._parts(snapshot.length), snapshot.tensors, strict=True):
                 part[...] = copy
@@ -190,13 +214,18 @@ class Session:
             self.high_water = max(self.high_water, self.length)
             self._is_broken = False
 
+        Session._use([self], fill)
+
     def reset(self) -> None:
         """Make the session empty, also after a failure, and give the state's memory back."""
-        with self._owned():
+
+        def clear() -> None:
             self._is_broken = True
             self.region.zero()
             self.length = self.position = self.high_water = 0
             self._is_broken = False
+
+        Session._use([self], clear)
 
     def _parts(self, length: int) -> Iterator[NDArray[Any]]:
         """Yield views of the state that `length` tokens use: along axis 1 where it grows."""
@@ -238,17 +267,27 @@ class Session:
                 hint="restore a snapshot, or reset the session",
             )
 
-    @contextmanager
-    def _owned(self) -> Generator[None]:
-        if not self._owner.acquire(blocking=False):
-            raise OptionError(
-                "the session is in use, by another thread or twice in one batch",
-                hint="give each thread and each row its own session",
-            )
+    @staticmethod
+    def _use(sessions: "Sequence[Session]", action: Callable[[], Result]) -> Result:
+        """Return what `action` returns; meanwhile nobody else may use the sessions.
+
+        A signal handler may raise after any call, also after one that takes or gives back a lock: its holder could lose
+        it for ever. Claims need none, as Python changes threads at no other place than signals come; and they end by
+        one assignment, for all sessions at once.
+        """
+        sessions[0]._executor.check_usable()
+        claim = _Claim()
         try:
-            yield
+            for session in sessions:
+                if not session._claim.is_over:
+                    raise OptionError(
+                        "the session is in use, by another thread or twice in one batch",
+                        hint="give each thread and each row its own session",
+                    )
+                session._claim = claim
+            return action()
         finally:
-            self._owner.release()
+            claim.is_over = True
 
 
 def pieces(before: int, count: int, most: int) -> Iterator[tuple[int, int]]:

@@ -48,7 +48,7 @@ def test_the_clock_is_written_only_while_recording(model: Any) -> None:
             session.decode(5)
         before = clock(model).copy()
         session.decode(6)
-    assert before[0] == 0 and (clock(model) == before).all()
+    assert clock(model)[0] == 0 and (clock(model)[1:] == before[1:]).all()
     assert [(run.entry, run.tokens, run.starts) for run in runs] == [("decode", 1, (4,))]
 
 
