@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from q35c import arguments
 from q35c.artifact.writer import ArtifactWriter, check_output
 from q35c.bench import peak_memory
 from q35c.codegen.generate import Generated, Limits, generate
@@ -54,7 +55,7 @@ def compile_model(
     kv_dtype: str = "auto",
     context: int | None = None,
     batch: int = 4,
-    dump_ir: Path | None = None,
+    dump_ir: str | Path | None = None,
     load_format: LoadFormat = "auto",
     seed: int = 0,
     progress: Progress | None = None,
@@ -66,18 +67,20 @@ def compile_model(
     smaller); `batch` the most sequences one decode step serves. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
-    clock = Clock(progress)
-    check_places(Path(output), dump_ir)
+    clock = Clock(arguments.callback("progress", progress))
+    place = arguments.path("output", output)
+    dump = None if dump_ir is None else arguments.path("dump_ir", dump_ir)
+    check_places(place, dump)
     machine, policy = find_target(target), find_policy(precision, kv_dtype)
     checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
     limits = check_limits(checkpoint.config, context, batch)
     clock("trace", 0.0)
     graph = import_program(trace_model(checkpoint.config))
     clock("passes", 0.0)
-    module = run_pipeline(graph, policy, dump_ir)
+    module = run_pipeline(graph, policy, dump)
     generated = generate(module, machine, policy, limits, clock)
-    write_artifact(Path(output), checkpoint, generated, clock)
-    return clock.report(Path(output))
+    write_artifact(place, checkpoint, generated, clock)
+    return clock.report(place)
 
 
 def write_artifact(
@@ -167,13 +170,8 @@ def check_places(output: Path, dump_ir: Path | None) -> None:
 def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits:
     """Return the compiled limits, or raise OptionError."""
     most = config.max_position_embeddings
-    context = min(4096, most) if context is None else context
-    if not 1 <= context <= most:
-        raise OptionError(
-            "context is out of range", where="--context", expected=f"1 to {most}", got=context
-        )
-    if not 1 <= batch <= 256:
-        raise OptionError("batch is out of range", where="--batch", expected="1 to 256", got=batch)
+    context = arguments.integer("context", min(4096, most) if context is None else context, 1, most)
+    batch = arguments.integer("batch", batch, 1, 256)
     rounded = -(-context // CONTEXT_STEP) * CONTEXT_STEP
     return Limits(rounded, batch, config.vocab_size)
 

@@ -15,7 +15,17 @@ PACKAGE = ROOT / "q35c"
 MAX_LINES = 400
 LEAN_MIB = 60
 
-BASE = {"errors", "fields", "strictjson", "config", "hf_config", "family", "__version__"}
+BASE = {
+    "arguments",
+    "cpuinfo",
+    "errors",
+    "fields",
+    "strictjson",
+    "config",
+    "hf_config",
+    "family",
+    "__version__",
+}
 # Room -> other rooms of q35c and other packages that its modules may import, wherever they do.
 ROOMS: dict[str, set[str]] = {
     "base": set(),

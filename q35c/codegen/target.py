@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from q35c import arguments
 from q35c.codegen.isa.x86 import ISAS, Isa, detect
-from q35c.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,7 @@ class Target:
 
 def find_target(name: str) -> Target:
     """Return the target called `cpu` (this machine) or `cpu:LEVEL`, or raise OptionError."""
-    family, _, level = name.partition(":")
-    if family != "cpu" or (level and level not in ISAS):
-        known = ", ".join(["cpu", *(f"cpu:{isa}" for isa in ISAS)])
-        raise OptionError("unknown target", where="--target", expected=known, got=name)
+    known = ["cpu", *(f"cpu:{isa}" for isa in ISAS)]
+    level = arguments.choice("target", name, known, "target").removeprefix("cpu").removeprefix(":")
     isa = ISAS[level] if level else detect()
     return Target(f"cpu:{isa.name}", isa)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import q35c
+from q35c import arguments
 from q35c.artifact import read_artifact
-from q35c.errors import ArtifactError
+from q35c.errors import ArtifactError, OptionError
 
 Progress = Callable[[str, float], None]
 
@@ -28,6 +29,7 @@ def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
     """
     from q35c.codegen.target import find_target
 
+    arguments.callback("progress", progress)
     target = find_target("cpu").name
     path = cache_directory() / f"demo-{_digest(target)}.q35c"
     try:
@@ -48,10 +50,18 @@ def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
 
 
 def cache_directory() -> Path:
-    """Return where artifacts that can be made again are kept."""
+    """Return where artifacts that can be made again are kept. Raises OptionError."""
     # The specification says that a relative path must be ignored.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "q35c"
+    if base.is_absolute():
+        return base / "q35c"
+    try:
+        return Path.home() / ".cache" / "q35c"
+    except RuntimeError:
+        raise OptionError(
+            "this user has no home directory to keep files in",
+            hint="set HOME or XDG_CACHE_HOME to a directory",
+        ) from None
 
 
 def _digest(target: str) -> str:

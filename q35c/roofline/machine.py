@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -22,7 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from q35c.errors import ExecutionError
+from q35c import arguments
+from q35c.cpuinfo import CPUINFO, read_cpuinfo
+from q35c.demo import cache_directory
+from q35c.errors import ExecutionError, OptionError, UnsupportedMachine
 from q35c.roofline.cost import Cost
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ _PERCENT = 5  # of the samples are faster
 _CALIBRATION_SECONDS = 0.2
 _PAGE_BYTES = 4096
 _STAMP_WORD = 256  # of a thread's part: cycles before and after
+_UNKNOWN = "unknown processor"
 _PROBES = 2  # raised when a probe changes what it measures: limits of before are measured again
 _MEASURED = ("read", "cache", "int8", "bf16", "f32")
 
@@ -69,6 +72,8 @@ class Limits:
 
 def find_limits(model: Model, *, again: bool = False, progress: Progress | None = None) -> Limits:
     """Return the limits for a model's target and threads, from the cache or measured (`again`: always)."""
+    again = arguments.flag("again", again)
+    arguments.callback("progress", progress)
     key = limits_key(model.manifest.target.name, model.threads)
     known = None if again else _read_cache().get(key)
     if known is None:
@@ -86,20 +91,16 @@ def limits_key(target: str, threads: int) -> str:
     return f"{processor_name()}, {target}, {threads} threads, probes {_PROBES}"
 
 
-def processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
+def processor_name(path: Path = CPUINFO) -> str:
     """Return the processor's name as the kernel knows it."""
-    with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return "unknown processor"
+    with contextlib.suppress(UnsupportedMachine):
+        return read_cpuinfo(path).get("model name", _UNKNOWN)
+    return _UNKNOWN
 
 
 def cache_path() -> Path:
     """Return the file of known limits: in $XDG_CACHE_HOME, or in ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "q35c" / "limits.json"
+    return cache_directory() / "limits.json"
 
 
 def measure_limits(model: Model, progress: Progress | None = None) -> Limits:
@@ -201,16 +202,16 @@ def _read_cache() -> dict[str, Limits]:
         for key, values in document.items():
             if set(values) == names and all(0 < value < math.inf for value in values.values()):
                 found[key] = Limits(**{name: float(value) for name, value in values.items()})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OptionError, OSError, ValueError, TypeError, AttributeError):
         return {}
     return found
 
 
 def _write_cache(known: dict[str, Limits]) -> None:
-    path = cache_path()
-    temporary = path.with_name(f".limits-{secrets.token_hex(4)}")
     text = json.dumps({key: asdict(limits) for key, limits in known.items()}, indent=2)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OptionError, OSError):
+        path = cache_path()
+        temporary = path.with_name(f".limits-{secrets.token_hex(4)}")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text)
         temporary.replace(path)

@@ -37,21 +37,24 @@ def predict_tests(
     new_tokens: Sequence[int] = (128,),
     depths: Sequence[int] = (0,),
 ) -> list[Test]:
-    """Return what every test costs at every depth, not measured. A size of 0 leaves a test out."""
+    """Return what every test costs at every depth, not measured. A size of 0 leaves a test out.
+
+    Raises OptionError as `q35c.bench.choose_tests`.
+    """
+    from q35c.bench import choose_tests
+
+    kinds, places = choose_tests(
+        manifest.context, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths
+    )
     tests: list[Test] = []
-    for depth in depths:
-        for kind, size in sizes(prompt_tokens, new_tokens):
+    for depth in places:
+        for kind, size in kinds:
             calls = (
                 prefill_calls(manifest, depth, size) if kind == "pp" else [("decode", 1, (depth,))]
             )
             steps = [step for call in calls for step in steps_of(manifest, call)]
             tests.append(Test(kind, size, depth, tuple(steps)))
     return tests
-
-
-def sizes(prompt_tokens: Sequence[int], new_tokens: Sequence[int]) -> list[tuple[str, int]]:
-    tests = [("pp", size) for size in prompt_tokens if size]
-    return tests + [("tg", size) for size in new_tokens if size]
 
 
 def prefill_calls(manifest: Manifest, depth: int, size: int) -> list[Call]:
@@ -97,15 +100,17 @@ def run_roofline(
 
     Raises OptionError if a test does not fit the context, ExecutionError if the code keeps no clock.
     """
-    from q35c.bench import check_sizes
+    from q35c.bench import check_runs, choose_tests
 
-    kinds = sizes(prompt_tokens, new_tokens)
-    check_sizes(model.context, [size for _, size in kinds], depths, repetitions)
+    kinds, places = choose_tests(
+        model.context, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths
+    )
+    repetitions, seed = check_runs(repetitions, seed, progress)
     period = seconds_per_cycle(model)
     ids = np.random.default_rng(seed).integers(0, model.vocab_size, model.context).tolist()
-    done, total = 0, len(depths) * len(kinds) * (repetitions + 1)
+    done, total = 0, len(places) * len(kinds) * (repetitions + 1)
     tests: list[Test] = []
-    for depth in depths:
+    for depth in places:
         with model.session() as session:
             if depth:
                 session.prefill(ids[:depth])
