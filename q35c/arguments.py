@@ -6,6 +6,7 @@ and scalars of other array libraries included; True and False are no numbers.
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import os
@@ -18,6 +19,7 @@ from q35c.errors import OptionError, Q35CError
 
 T = TypeVar("T")
 MOST_ITEMS = 1 << 24  # of any list
+_PATH_MAX, _NAME_MAX = 4096, 255  # bytes that Linux allows
 _HINTS: tuple[tuple[Any, str], ...] = (
     (Mapping, "give the value that is meant, such as tokens['input_ids']"),
     ((bytes, bytearray, memoryview), "decode bytes to text first"),
@@ -39,7 +41,11 @@ def integer(
 def real(name: str, value: Any, low: float, high: float) -> float:
     """Return a number within bounds, both included; NaN is not. Raises OptionError."""
     number = _scalar(value)
-    if isinstance(number, bool) or not isinstance(number, Real) or not low <= number <= high:
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, Real)
+        or not low <= cast(Any, number) <= high
+    ):
         _refuse(name, value, f"a number, {low:g} to {high:g}")
     return float(number)
 
@@ -64,17 +70,32 @@ def text(name: str, value: Any) -> str:
 def choice(name: str, value: Any, known: Sequence[str], what: str) -> str:
     """Return one of the known texts. Raises OptionError that lists them."""
     if not isinstance(value, str) or value not in known:
-        raise OptionError(f"unknown {what}", where=name, expected=", ".join(known), got=value)
+        raise OptionError(
+            f"unknown {what}",
+            where=name,
+            expected=", ".join(known),
+            got=value,
+            hint=close_match(value, known),
+        )
     return value
 
 
+def close_match(value: Any, known: Sequence[str]) -> str | None:
+    """Return a question about what was probably meant, None where nothing is like it."""
+    is_short = isinstance(value, str) and len(value) < 100
+    found = difflib.get_close_matches(value, known, 1) if is_short else []
+    return f"did you mean {found[0]!r}?" if found else None
+
+
 def path(name: str, value: Any) -> Path:
-    """Return a path that the system could know: not empty, no NUL in it. Raises OptionError."""
+    """Return a path that the system could know: not empty or too long, no NUL in it. Raises OptionError."""
     if not isinstance(value, (str, os.PathLike)):
         _refuse(name, value, "a path")
     try:
         place = os.fspath(cast(Any, value))
-        is_possible = bool(os.fsencode(place)) and "\0" not in place
+        parts = os.fsencode(place).split(b"/")
+        is_possible = "\0" not in place and place != "" and len(place) < _PATH_MAX
+        is_possible = is_possible and max(map(len, parts)) <= _NAME_MAX
     except (TypeError, ValueError):  # a path of bytes, and text that no file name can be
         is_possible = False
     if not is_possible:

@@ -97,6 +97,13 @@ def open_checkpoint(
 
 def _directory(source: str | Path) -> ModelDirectory:
     path = Path(source)
+    if not path.exists() and "/" not in str(source):
+        raise CheckpointError(
+            "no such directory, and no model of the family",
+            where=str(source),
+            expected=f"a directory, an id of the hub, or of {', '.join(family.names())}",
+            hint=arguments.close_match(str(source), family.names()),
+        )
     if path.exists() or not _HUB_ID.fullmatch(str(source)):
         return ModelDirectory(path)
     snapshot = _download(str(source))

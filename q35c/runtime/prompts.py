@@ -6,7 +6,7 @@ Several prompts are a list of those, or an integer array of two axes: a prompt e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from q35c import arguments
 from q35c.errors import PromptError
@@ -82,7 +82,7 @@ def _ids_only(items: list[Any]) -> list[Any]:
         raise PromptError(
             "a conversation is no prompt",
             expected=_PROMPT,
-            got=items[0],
+            got=cast(object, items[0]),
             hint="model.apply_chat_template(messages) makes a prompt of it",
         )
     return items

@@ -98,9 +98,8 @@ class Sampler:
         return token
 
     def _check_logits(self, logits: Logits) -> None:
-        is_right = (
-            isinstance(logits, np.ndarray) and logits.ndim == 1 and logits.dtype == np.float32
-        )  # pyright: ignore
+        array: object = logits
+        is_right = isinstance(array, np.ndarray) and logits.ndim == 1 and logits.dtype == np.float32
         if not is_right or len(logits) <= self._largest_id:
             raise OptionError(
                 "not logits of this sequence",
