@@ -16,6 +16,7 @@ from q35c.cli.streams import note, say
 from q35c.errors import InputError, PromptError
 
 MAX_PROMPT_BYTES = 64 << 20
+_DASH_HINT = "A prompt that begins with a dash goes behind -- at the end: -- '-5 degrees'"
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
@@ -29,9 +30,7 @@ class PromptCommand(click.Command):
         except click.UsageError as error:
             is_unknown = isinstance(error, click.NoSuchOption) and not error.possibilities
             if is_unknown or any(word.startswith("-") and " " in word for word in given):
-                error.message += (
-                    "\nA prompt that begins with a dash goes behind -- at the end: -- '-5 degrees'"
-                )
+                raise click.UsageError(f"{error.format_message()}\n{_DASH_HINT}", ctx) from None
             raise
 
 

@@ -11,6 +11,7 @@ and an equal seed give equal tokens, whatever else is in the batch.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,9 +98,11 @@ class Sampler:
         self._largest_id = max(self._largest_id, token)
         return token
 
-    def _check_logits(self, logits: Logits) -> None:
-        array: object = logits
-        is_right = isinstance(array, np.ndarray) and logits.ndim == 1 and logits.dtype == np.float32
+    def _check_logits(self, logits: Any) -> None:
+        is_array = isinstance(logits, np.ndarray)
+        is_right = (
+            is_array and cast(Logits, logits).ndim == 1 and cast(Any, logits).dtype == np.float32
+        )
         if not is_right or len(logits) <= self._largest_id:
             raise OptionError(
                 "not logits of this sequence",
