@@ -99,10 +99,8 @@ class Sampler:
         return token
 
     def _check_logits(self, logits: Any) -> None:
-        is_array = isinstance(logits, np.ndarray)
-        is_right = (
-            is_array and cast(Logits, logits).ndim == 1 and cast(Any, logits).dtype == np.float32
-        )
+        is_array = isinstance(cast(object, logits), np.ndarray)
+        is_right = is_array and logits.ndim == 1 and logits.dtype == np.float32
         if not is_right or len(logits) <= self._largest_id:
             raise OptionError(
                 "not logits of this sequence",

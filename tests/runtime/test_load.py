@@ -289,7 +289,7 @@ print(json.dumps([bare, early, late, ids, peak()]))
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
     assert done.returncode == 0, done.stderr
     bare, early, late, ids, whole = json.loads(done.stdout)

@@ -255,12 +255,12 @@ def test_two_threads_in_one_session_are_told(model: q35c.Model) -> None:
 
     def wait(done: int, total: int) -> None:
         inside.set()
-        leave.wait(10)
+        leave.wait(120)
 
     with model.session() as session:
         thread = threading.Thread(target=session.prefill, args=([1, 2, 3], wait))
         thread.start()
-        inside.wait(10)
+        inside.wait(120)
         with pytest.raises(OptionError, match="in use"):
             session.decode(1)
         leave.set()
