@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from q35c import arguments
 from q35c.artifact.writer import ArtifactWriter
 from q35c.bench import peak_memory
 from q35c.codegen.generate import Generated, Limits, generate
@@ -60,7 +61,7 @@ def compile_model(
     kv_dtype: str = "auto",
     context: int | None = None,
     batch: int = 4,
-    dump_ir: Path | None = None,
+    dump_ir: str | Path | None = None,
     load_format: LoadFormat = "auto",
     seed: int = 0,
     progress: Progress | None = None,
@@ -72,9 +73,10 @@ def compile_model(
     smaller); `batch` the most sequences one decode step serves. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
-    clock = Clock(progress)
-    output = Path(output)
-    check_places(output, dump_ir, source)
+    clock = Clock(arguments.callback("progress", progress))
+    output = arguments.path("output", output)
+    dump = None if dump_ir is None else arguments.path("dump_ir", dump_ir)
+    check_places(output, dump, source)
     machine, policy = find_target(target), find_policy(precision, kv_dtype)
     machine.check_tools()
     checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
@@ -84,7 +86,7 @@ def compile_model(
     graph = import_program(trace_model(checkpoint.config))
     clock("passes", 0.0)
     splits = functools.partial(machine.decode_splits, context=limits.context)
-    module = run_pipeline(graph, Choices(policy, splits), dump_ir)
+    module = run_pipeline(graph, Choices(policy, splits), dump)
 
     def check_weights(size: int) -> None:
         check_space(output.parent, size)
@@ -163,13 +165,8 @@ def check_places(output: Path, dump_ir: Path | None, source: str | Path) -> None
 def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits:
     """Return the compiled limits, or raise OptionError."""
     most = config.max_position_embeddings
-    context = min(4096, most) if context is None else context
-    if not 1 <= context <= most:
-        raise OptionError(
-            "context is out of range", where="--context", expected=f"1 to {most}", got=context
-        )
-    if not 1 <= batch <= 256:
-        raise OptionError("batch is out of range", where="--batch", expected="1 to 256", got=batch)
+    context = arguments.integer("context", min(4096, most) if context is None else context, 1, most)
+    batch = arguments.integer("batch", batch, 1, 256)
     rounded = -(-context // CONTEXT_STEP) * CONTEXT_STEP
     return Limits(rounded, batch, config.vocab_size)
 

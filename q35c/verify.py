@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from q35c import arguments
 from q35c.errors import OptionError
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def verify_artifact(
     """
     import q35c
 
-    report = progress or (lambda stage, fraction: None)
+    arguments.path("source", source)
+    report = arguments.callback("progress", progress) or (lambda stage, fraction: None)
     with q35c.load(artifact, threads) as model:
         listed = _choose_ids(model, tokens, text, ids, seed)
         report("run artifact", 0.0)
@@ -234,17 +236,17 @@ def _fill_model(checkpoint: Any) -> Any:
 def _choose_ids(
     model: Model, tokens: int | None, text: str | None, ids: Sequence[int] | None, seed: int
 ) -> list[int]:
+    from q35c.runtime.prompts import check_ids
+
+    seed = arguments.integer("seed", seed, 0, 2**64 - 1)
     if ids is not None:
-        return list(ids)
+        return check_ids(ids, model.vocab_size, model.context)
     if text is None and tokens is None and "tokenizer" in model.manifest.segments:
         return model.tokenizer.encode(PARAGRAPH)[: model.context]
     if text is not None:
-        return model.tokenizer.encode(text)
+        return model.tokenizer.encode(arguments.text("text", text))
     tokens = min(_RANDOM_TOKENS, model.context) if tokens is None else tokens
-    if not 1 <= tokens <= model.context:
-        raise OptionError(
-            "value is not allowed", where="--tokens", expected=f"1 to {model.context}", got=tokens
-        )
+    tokens = arguments.integer("tokens", tokens, 1, model.context)
     return np.random.default_rng(seed).integers(0, model.vocab_size, tokens).tolist()
 
 

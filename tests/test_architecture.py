@@ -16,6 +16,8 @@ MAX_LINES = 400
 LEAN_MIB = 60
 
 BASE = {
+    "arguments",
+    "cpuinfo",
     "errors",
     "outputs",
     "temporary",

@@ -200,7 +200,12 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
         file = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "path is not valid"
-        raise ArtifactError(f"cannot open: {reason}", where=str(place)) from None
+        hint = (
+            "give the file that compiling has written"
+            if isinstance(error, FileNotFoundError)
+            else None
+        )
+        raise ArtifactError(f"cannot open: {reason}", where=str(place), hint=hint) from None
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, file)
         try:
@@ -216,7 +221,13 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
 def _read(path: Path, file: int) -> Artifact:
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
-        raise ArtifactError(_NOT_OURS, where=str(path), expected="a regular file")
+        is_directory = stat.S_ISDIR(status.st_mode)
+        raise ArtifactError(
+            _NOT_OURS,
+            where=str(path),
+            expected="a regular file",
+            hint="compile the model in this directory first" if is_directory else None,
+        )
     header = _read_header(path, file, status.st_size)
     found = _METADATA.match(header, 8)
     if found is None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
+from q35c.cli.streams import say
 from q35c.cli.text import size_text
-from q35c.errors import OptionError
+from q35c.errors import ArtifactError, OptionError
 from q35c.progress import Progress
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -69,13 +73,15 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
       q35c compile ./Qwen3.5-0.8B --target cpu:x86-64-v4 --context 32768 --kv-dtype int8
       q35c compile qwen3.5-0.8b --load-format dummy -o speed.q35c
     """
+    check_source(source)
     from q35c.compile import compile_model
 
     output = default_output(source, ".q35c") if output is None else output
     with Progress() as progress:
         report = compile_model(source, output, progress=progress, **options)
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
-    click.echo(f"{report.path}: {size_text(report.bytes)} in {report.seconds:.1f} s ({stages})")
+    say(f"{report.path}: {size_text(report.bytes)} in {report.seconds:.1f} s ({stages})")
+    say(f'next: q35c generate {shlex.quote(str(report.path))} "The house was"')
 
 
 @click.command("export")
@@ -91,17 +97,36 @@ def export_command(source: str, kind: str, output: Path | None) -> None:
     Example:
       q35c export ./Qwen3.5-0.8B --format onnx -o model.onnx
     """
+    check_source(source)
     from q35c.export.onnx import export_checkpoint
 
     output = default_output(source, f".{kind}") if output is None else output
     with Progress() as progress:
         export_checkpoint(source, output, progress=progress)
-    click.echo(f"{output}: {size_text(output.stat().st_size)}")
+    say(f"{output}: {size_text(output.stat().st_size)}")
+
+
+def check_source(source: str) -> None:
+    """Refuse an artifact where a checkpoint is meant. Raises OptionError."""
+    os.getcwd()  # fails where it is gone: PyTorch would end the process
+    if not Path(source).is_file():
+        return
+    from q35c.artifact import read_artifact
+
+    with contextlib.suppress(ArtifactError), read_artifact(source):
+        raise OptionError(
+            "is an artifact: it was compiled already",
+            where=source,
+            expected="a model directory, the id of a model on the hub, or a family name",
+            hint=f'q35c generate {shlex.quote(source)} "The house was"',
+        )
 
 
 def default_output(source: str, suffix: str) -> Path:
     """Return the file name, in the current directory, for a model given by path, id or name."""
     name = Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
     if not name:
-        raise OptionError("cannot derive a file name", where=source, hint="give one with -o")
+        raise OptionError(
+            "cannot derive a file name", where="source", got=source, hint="give one with -o"
+        )
     return Path(name + suffix)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
+from q35c.cli.streams import say
 from q35c.cli.text import table_text
 from q35c.outputs import write_output
 from q35c.progress import Progress
@@ -33,9 +32,9 @@ def bench_roofline(
         title = f"{Path(facts['artifact']).name}, {facts['precision']}, {facts['target']}"
         write_output(html, html_report(title, tests, limits, model.threads).encode())
     if is_json:
-        click.echo(json.dumps(facts | report_json(tests, limits), indent=2))
+        say(json.dumps(facts | report_json(tests, limits), indent=2))
     else:
-        click.echo(report_text(tests, limits, model.threads, table_text))
+        say(report_text(tests, limits, model.threads, table_text))
 
 
 def describe_roofline(manifest: Any, prompts: Sequence[int], depths: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import q35c
+from q35c import arguments
 from q35c.artifact import read_artifact
 from q35c.errors import ArtifactError
 from q35c.user_cache import cache_directory
@@ -28,6 +29,7 @@ def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
     """
     from q35c.codegen.targets import find_target
 
+    arguments.callback("progress", progress)
     target = find_target("cpu").name
     path = cache_directory() / f"demo-{_digest(target)}.q35c"
     try:

@@ -15,6 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
+from q35c import arguments
 from q35c.errors import DiskRefused, InternalError, LoweringError, OptionError
 from q35c.export.lowerings import LOWERINGS
 from q35c.export.nodes import Nodes, element_type
@@ -48,8 +49,9 @@ def export_checkpoint(
     from q35c.frontend.trace import trace_model
     from q35c.passes.pipeline import fuse
 
-    report = progress or (lambda stage, fraction: None)
-    check_outputs(Path(output), source)
+    report = arguments.callback("progress", progress) or (lambda stage, fraction: None)
+    output = arguments.path("output", output)
+    check_outputs(output, source)
     checkpoint = open_checkpoint(source, load_format, seed)
     report("trace", 0.0)
     program = trace_model(checkpoint.config)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from q35c import family, strictjson
+from q35c import arguments, family, strictjson
 from q35c.config import MAX_CONFIG_BYTES, ModelConfig
-from q35c.errors import CheckpointError, ConfigError, InternalError, OptionError
+from q35c.errors import CheckpointError, ConfigError, InternalError
 from q35c.frontend.directory import ModelDirectory
 from q35c.frontend.dummy import DummyWeights
 from q35c.frontend.shards import Shards
@@ -76,8 +76,9 @@ def open_checkpoint(
     With "dummy" only the configuration and the tokenizer files are read and the weights are drawn
     from `seed`. Raises CheckpointError, ConfigError or UnsupportedConfig.
     """
-    if load_format not in ("auto", "safetensors", "dummy"):
-        raise OptionError(f"no load format {load_format!r}", expected="auto, safetensors or dummy")
+    arguments.choice("load_format", load_format, get_args(LoadFormat), "load format")
+    seed = arguments.integer("seed", seed, 0, 2**64 - 1)
+    source = arguments.path("source", source)
     if str(source) in family.names() and not Path(source).exists():
         if load_format != "dummy":
             raise CheckpointError(
@@ -96,6 +97,13 @@ def open_checkpoint(
 
 def _directory(source: str | Path) -> ModelDirectory:
     path = Path(source)
+    if not path.exists() and "/" not in str(source):
+        raise CheckpointError(
+            "no such directory, and no model of the family",
+            where=str(source),
+            expected=f"a directory, an id of the hub, or of {', '.join(family.names())}",
+            hint=arguments.close_match(str(source), family.names()),
+        )
     if path.exists() or not _HUB_ID.fullmatch(str(source)):
         return ModelDirectory(path)
     snapshot = _download(str(source))

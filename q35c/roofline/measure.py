@@ -45,14 +45,15 @@ def predict_tests(
 
     Raises OptionError for sizes that no context holds, and if a test has more steps than can be listed.
     """
-    from q35c.bench import check_sizes
+    from q35c.bench import choose_tests
 
-    kinds = sizes(prompt_tokens, new_tokens)
-    check_sizes(MOST_TOKENS, [size for _, size in kinds], depths, 1)
+    kinds, places = choose_tests(
+        MOST_TOKENS, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths
+    )
     for _, size in kinds:
         check_steps(manifest, size)
     tests: list[Test] = []
-    for depth in depths:
+    for depth in places:
         for kind, size in kinds:
             calls = (
                 prefill_calls(manifest, depth, size) if kind == "pp" else [("decode", 1, (depth,))]
@@ -75,11 +76,6 @@ def check_steps(manifest: Manifest, tokens: int) -> None:
             got=f"{calls} calls of up to {longest} steps",
             hint="ask for fewer tokens",
         )
-
-
-def sizes(prompt_tokens: Sequence[int], new_tokens: Sequence[int]) -> list[tuple[str, int]]:
-    tests = [("pp", size) for size in prompt_tokens if size]
-    return tests + [("tg", size) for size in new_tokens if size]
 
 
 def prefill_calls(manifest: Manifest, depth: int, size: int) -> list[Call]:
@@ -128,15 +124,17 @@ def run_roofline(
 
     Raises OptionError if a test does not fit the context, ExecutionError if the code keeps no clock.
     """
-    from q35c.bench import check_sizes
+    from q35c.bench import check_runs, choose_tests
 
-    kinds = sizes(prompt_tokens, new_tokens)
-    check_sizes(model.context, [size for _, size in kinds], depths, repetitions)
+    kinds, places = choose_tests(
+        model.context, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths
+    )
+    repetitions, seed = check_runs(repetitions, seed, progress)
     period = seconds_per_cycle(model)
     ids = np.random.default_rng(seed).integers(0, model.vocab_size, model.context).tolist()
-    done, total = 0, len(depths) * len(kinds) * (repetitions + 1)
+    done, total = 0, len(places) * len(kinds) * (repetitions + 1)
     tests: list[Test] = []
-    for depth in depths:
+    for depth in places:
         with model.session() as session:
             if depth:
                 session.prefill(ids[:depth])

@@ -98,6 +98,11 @@ class Executor:
         for block in (weights, self._arena, self._io, self._barrier):
             _check_aligned(block.address)
 
+    @property
+    def is_closed(self) -> bool:
+        """Say whether `close` was called."""
+        return self._is_closed
+
     def entry(self, name: str) -> EntryPlan:
         """Return the plan of an entry. Raises OptionError if the artifact lacks it."""
         entry = self.manifest.entry(name)

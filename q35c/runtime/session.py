@@ -5,8 +5,7 @@ restored from a snapshot. Cache length and rotary position are two counters, bec
 them differently.
 """
 
-import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from q35c import arguments
 from q35c.artifact.manifest import Entry, StateTensor
 from q35c.errors import OptionError, PromptError
 from q35c.layouts.cache import GRID
@@ -25,6 +25,7 @@ from q35c.runtime.memory import (
     check_allocation,
     used_cells,
 )
+from q35c.runtime.prompts import check_ids
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 Result = TypeVar("Result")
@@ -93,21 +94,31 @@ class Session:
             self._budget.release(self)
 
     @property
+    def is_usable(self) -> bool:
+        """Say whether a step can be made: the session is open and its last step has succeeded."""
+        return self._region is not None and not self._is_broken and not self._executor.is_closed
+
+    def check_owner(self, executor: Executor) -> None:
+        """Raise OptionError if this session belongs to another model than the executor."""
+        if executor is not self._executor:
+            raise OptionError("the session belongs to another model", where="session")
+
+    @property
     def region(self) -> Region:
         """Return the state's memory. Raises OptionError if the session is closed."""
         if self._region is None:
             raise OptionError("the session is closed")
         return self._region
 
-    def prefill(self, ids: Iterable[int], progress: Progress | None = None) -> Logits:
+    def prefill(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[V] after the last. May be called at any point.
 
-        Cutting tokens into calls where the length is a multiple of 32 changes no bit; elsewhere last digits.
-
-        Raises PromptError if there are none, too many for the context or some outside the
-        vocabulary; then nothing has changed.
+        `ids` is a list, tuple, other sequence or integer array. Cutting tokens into calls where the length is a
+        multiple of 32 changes no bit; elsewhere last digits. Raises PromptError if there are none, too many for the
+        context or some outside the vocabulary; then nothing has changed.
         """
-        tokens = check_ids(ids, self._executor.manifest.model.vocab_size)
+        tokens = self._check_ids(ids)
+        arguments.callback("progress", progress)
         extend, prefill = map(self._executor.entry, ("extend", "prefill"))
 
         def append() -> Logits:
@@ -126,14 +137,15 @@ class Session:
         """Append one token; return the logits f32[V] after it. Raises PromptError as `prefill`."""
         return Session.decode_together([self], [token])[0]
 
-    def score(self, ids: Iterable[int], progress: Progress | None = None) -> Logits:
+    def score(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[S, V] after each.
 
         Raises PromptError as `prefill`, MemoryRefused if the result would not fit, OptionError if the
         artifact was compiled without the score entry.
         """
         vocab = self._executor.manifest.model.vocab_size
-        tokens = check_ids(ids, vocab)
+        tokens = self._check_ids(ids)
+        arguments.callback("progress", progress)
         entry = self._executor.entry("score")
         check_allocation("the logits", len(tokens) * vocab * 4, available_memory())
         logits: Logits = np.empty((len(tokens), vocab), dtype=np.float32)
@@ -155,10 +167,12 @@ class Session:
         Raises PromptError as `prefill`, OptionError for too many, mixed or repeated sessions; then
         nothing has changed.
         """
+        rows = arguments.sequence("sessions", sessions, "a list of sessions")
+        sessions = [arguments.instance("sessions", session, Session) for session in rows]
         if not sessions:
-            raise OptionError("no sessions", where="decode_together", expected="at least one")
+            raise OptionError("no sessions to decode", where="sessions")
         executor = sessions[0]._executor
-        ids = check_ids(tokens, executor.manifest.model.vocab_size)
+        ids = sessions[0]._check_ids(tokens)
         if len(sessions) > executor.manifest.batch or len(ids) != len(sessions):
             raise OptionError(
                 "wrong number of sequences",
@@ -195,8 +209,7 @@ class Session:
 
         Raises OptionError if it stems from another model or is longer than this session's context.
         """
-        if not isinstance(snapshot, Snapshot):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptionError("not a snapshot", where="restore", got=type(snapshot).__name__)
+        snapshot = arguments.instance("snapshot", snapshot, Snapshot)
         if snapshot.digest != self._digest:
             raise OptionError("the snapshot stems from another model")
         if snapshot.length > self.context:
@@ -247,6 +260,10 @@ class Session:
         self.position += count
         self.high_water = max(self.high_water, self.length)
         self._is_broken = False
+
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
+        manifest = self._executor.manifest
+        return check_ids(ids, manifest.model.vocab_size, manifest.context)
 
     def _check_room(self, count: int) -> None:
         self._check_usable()
@@ -303,25 +320,6 @@ def pieces(before: int, count: int, most: int) -> Iterator[tuple[int, int]]:
             end = on_grid
         yield start, end
         start = end
-
-
-def check_ids(ids: Iterable[int], vocab: int) -> list[int]:
-    """Return token ids as a list. Raises PromptError if it is empty or an id is outside 0..vocab-1."""
-    listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    if not listed:
-        raise PromptError("the prompt holds no tokens", hint="give at least one token")
-    for index, token in enumerate(listed):
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise PromptError("not a token id", where=f"token {index}", got=repr(token)[:80])
-        if not 0 <= (token := operator.index(token)) < vocab:
-            raise PromptError(
-                "token id is outside the vocabulary",
-                where=f"token {index}",
-                expected=f"0 to {vocab - 1}",
-                got=token,
-            )
-        listed[index] = token
-    return listed
 
 
 def _fixed_prefix(tensors: Sequence[StateTensor]) -> int:

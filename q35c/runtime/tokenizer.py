@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from q35c import arguments
 from q35c.errors import OptionError, TokenizerError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ _REPLACEMENT = "\ufffd"
 _WINDOW = 16  # tokens that are decoded again at most while a character is incomplete
 _OVERLAP = 8  # tokens that certainly hold the beginning of an incomplete character
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1000
+_ID_LIMIT = 1 << 32  # the library keeps ids in 32 bits
 
 
 class Tokenizer:
@@ -50,11 +52,16 @@ class Tokenizer:
             raise TokenizerError(f"text cannot be encoded: {error}"[:500]) from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of token ids; unknown ids add nothing."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Return the text of token ids; unknown ids add nothing. Raises OptionError for what are no ids."""
+        listed = arguments.sequence("ids", ids, "a list of token ids")
+        if not all(type(token) is int and 0 <= token < _ID_LIMIT for token in listed):
+            listed = [arguments.integer("ids", token, 0, _ID_LIMIT - 1) for token in listed]
+        is_skipping = arguments.flag("skip_special_tokens", skip_special_tokens)
+        return self._backend.decode(listed, skip_special_tokens=is_skipping)
 
     def token_id(self, token: str) -> int | None:
-        """Return the id of a token by its text, None if there is none."""
+        """Return the id of a token by its text, None if there is none. Raises OptionError for no text."""
+        arguments.text("token", token)
         return self._backend.token_to_id(token)
 
 
@@ -132,7 +139,10 @@ class StopScanner:
 
 def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return stop strings as a tuple. Raises OptionError for empty, overlong or too many ones."""
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if stop is None:
+        return ()
+    expected = "a text, or a list of texts"
+    stops = [stop] if isinstance(stop, str) else arguments.sequence("stop", stop, expected)
     if len(stops) > MAX_STOPS:
         raise OptionError("too many strings", where="stop", expected=f"at most {MAX_STOPS}")
     for text in stops:
@@ -141,9 +151,10 @@ def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
                 "not a stop string",
                 where="stop",
                 expected=f"texts of 1 to {MAX_STOP_LENGTH} characters",
-                got=repr(text)[:80],
+                got=text,
             )
-    return stops
+        arguments.text("stop", text)
+    return tuple(stops)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -30,8 +30,9 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs a command line in this process."""
+    """Return a function that runs a command line in this process, without a word about its progress."""
     monkeypatch.setenv(DEBUG_VARIABLE, "0")
+    monkeypatch.setattr("q35c.progress._QUIET_SECONDS", float("inf"))  # a busy machine takes long
 
     def call(*arguments: object, stdin: str | bytes = "") -> Result:
         return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)

@@ -238,7 +238,7 @@ def test_unused_workers_end():
     threads = [t for t in threading.enumerate() if t.name.startswith("q35c-worker")][-2:]
     del workers
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(timeout=120)
         assert not thread.is_alive()
 
 

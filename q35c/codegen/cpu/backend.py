@@ -106,10 +106,8 @@ class CpuBackend:
         return packer(weights, load)
 
 
-def find_cpu(level: str) -> CpuBackend | None:
-    """Return the backend of a level of instruction sets, of this machine's own for "", or None if there is no such level."""
-    if level and level not in ISAS:
-        return None
+def find_cpu(level: str) -> CpuBackend:
+    """Return the backend of a level of instruction sets, one of `cpu_names`; of this machine's own for ""."""
     isa = ISAS[level] if level else detect()
     return CpuBackend(f"cpu:{isa.name}", isa)
 
