@@ -57,17 +57,17 @@ def generate_command(
     """
     import q35c
 
-    text = read_prompt() if prompt == "-" else prompt
+    text: Any = read_prompt() if prompt == "-" else prompt
     begin = time.perf_counter()
     with q35c.load(artifact, threads, context=context) as model:
         load_seconds = time.perf_counter() - begin
         if chat:
-            text = model.apply_chat_template([{"role": "user", "content": text}])
+            text = model.encode_chat([{"role": "user", "content": text}])
         result = stream_text(model, text, stop=stop, **options)
         click.echo(describe_result(result, load_seconds, model.threads), err=True)
 
 
-def stream_text(model: Any, prompt: str, **options: Any) -> Any:
+def stream_text(model: Any, prompt: str | list[int], **options: Any) -> Any:
     """Generate to standard output piece by piece; return the `Generation`."""
     stream = model.generate(prompt, stream=True, **options)
     with ending_line():
