@@ -220,6 +220,6 @@ REFUSED: dict[str, str] = {
     "negations": "{{ " + "-" * 50000 + "1 }}",
     "nested loops": "{% for a in b %}" * 99 + "{% endfor %}" * 99,
     "nested branches": "{% if a %}" * 500 + "{% endif %}" * 500,
-    "many nodes": "{{a|e}}" * 9300,
+    "many nodes": "{{a|e|e}}" * 7200,
     "large": "a" * 70000,
 }

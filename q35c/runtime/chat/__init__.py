@@ -15,7 +15,7 @@ from q35c.errors import OptionError, TokenizerError
 from q35c.runtime.chat.budget import Budget, TooMuch
 from q35c.runtime.chat.control import Guard
 from q35c.runtime.chat.environment import environment
-from q35c.runtime.chat.filters import Refusal
+from q35c.runtime.chat.globals import Refusal
 from q35c.runtime.chat.messages import (
     Message,
     PlainData,
@@ -66,11 +66,19 @@ def render_guarded(
 
     A control token in the text is the template's own. Raises as `render_chat`.
     """
-    guard = Guard(tokens, template)
+    guard = Guard(tokens, _literals(template))
     _copy(PlainData(guard.note), messages, options)
     guard.choose()
     data = PlainData(guard.hide)
     return _render_copied(data, template, messages, special_tokens, options), guard.reveal
+
+
+@functools.lru_cache(maxsize=16)
+def _literals(template: str) -> str:
+    """Return the texts that a template holds. Raises TokenizerError if it is malformed."""
+    compile_template(template)
+    lexemes = environment().lex(template)
+    return "\n".join(text for _, kind, text in lexemes if kind in ("data", "string"))
 
 
 def _render_copied(

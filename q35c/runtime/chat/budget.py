@@ -15,7 +15,7 @@ from itertools import islice
 from types import GeneratorType
 from typing import Any, cast
 
-STEP = 16
+STEP = 32
 MAX_BYTES = 128 << 20  # beside 32 times the conversation: a template copies a message about 8 times
 MAX_DEPTH = 100
 MAX_BITS = 1024  # of an integer; the largest float has as many
@@ -61,10 +61,15 @@ class Series(Iterator[Any]):
         return self._values.__length_hint__()
 
 
+# Messages about values speak of the types that templates know.
+for _kind, _base in ((Items, list), (Table, dict), (Group, tuple)):
+    _kind.__name__, _kind.__module__ = _base.__name__, _base.__module__
 _WEIGHED = (Items, Table, Group, Series)
 _TABLE: dict[Any, Any] = {}
 _VIEWS: tuple[type[Any], ...] = (type(_TABLE.keys()), type(_TABLE.values()), type(_TABLE.items()))
-_SAMPLES: tuple[Any, ...] = ("", (), [], set(), range(0), _TABLE, _TABLE.items(), _TABLE.values())
+_SAMPLES: list[Any] = [
+    *cast(tuple[Any, ...], ("", (), [], set(), range(0), _TABLE, _TABLE.items(), _TABLE.values()))
+]
 _ITERATORS: tuple[type[Any], ...] = (
     GeneratorType,
     *map(type, map(iter, _SAMPLES)),
@@ -218,4 +223,4 @@ class Budget:
 def search_bytes(text: str, part: str, backwards: bool = False) -> int:
     """Return the cost of searching a text; CPython's search from the right is quadratic."""
     passes = len(part) if backwards else min(len(part), 100)
-    return text.__sizeof__() // 16 + len(text) * passes // 64 + STEP
+    return text.__sizeof__() // 8 + len(text) * passes // 64 + STEP

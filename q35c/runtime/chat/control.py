@@ -22,13 +22,14 @@ _TAKEN = re.compile(r"[\u2800-\u28ff\ue000-\ue7ff]|\\u(?:28[0-9a-f]{2}|e[0-7][0-
 class Guard:
     """The stand-ins of one conversation."""
 
-    def __init__(self, tokens: Iterable[str], template: str) -> None:
+    def __init__(self, tokens: Iterable[str], literals: str) -> None:
+        """Prepare stand-ins for control tokens; `literals` are the texts in the template."""
+        self._taken: set[str] = set()
+        self.note(literals)
         tokens = sorted(tokens, key=len, reverse=True)
         for token in tokens:
-            template = template.replace(token, "")
-        self._characters = sorted({c for token in tokens if (c := _rarest(token, template))})
-        self._taken: set[str] = set()
-        self.note(template)
+            literals = literals.replace(token, "")
+        self._characters = sorted({c for token in tokens if (c := _rarest(token, literals))})
 
     def note(self, text: str) -> str:
         """Remember the stand-ins that a text holds, as they cannot be used."""
@@ -57,10 +58,10 @@ class Guard:
         return text
 
 
-def _rarest(token: str, template: str) -> str | None:
-    """Return the token's sign that is rarest in the template; letters would change its words."""
+def _rarest(token: str, literals: str) -> str | None:
+    """Return the token's sign that is rarest in the literals; letters would change words."""
     signs = [c for c in token if not c.isalnum() and not c.isspace() and c != "_"]
-    return min(signs, key=template.count, default=None)
+    return min(signs, key=literals.count, default=None)
 
 
 def _escape(character: str) -> str:

@@ -19,24 +19,19 @@ from jinja2.runtime import (
     Context,
     LoopContext,
     Macro,
+    Markup,
     TemplateReference,
     Undefined,
+    escape,
     markup_join,
     str_join,
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner
-from markupsafe import Markup, escape
 
 from q35c.runtime.chat.budget import STEP, Budget, Group, Items, Series, Table
-from q35c.runtime.chat.filters import (
-    DictMaker,
-    Namespace,
-    add,
-    paid_filters,
-    paid_globals,
-    paid_tests,
-)
+from q35c.runtime.chat.filters import add, paid_filters, paid_tests
+from q35c.runtime.chat.globals import DictMaker, Namespace, paid_globals
 from q35c.runtime.chat.methods import (
     ESCAPED,
     call_method,

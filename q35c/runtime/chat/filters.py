@@ -1,23 +1,20 @@
-"""Filters, tests and globals of chat templates: those of jinja and transformers, each at a price.
+"""Filters and tests of chat templates: those of jinja and transformers, each at a price.
 
 A filter of jinja that has neither a row in `_COSTS` nor a function here does not exist for templates.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
-from jinja2 import defaults, pass_context
 from jinja2 import filters as jinja_filters
+from jinja2 import pass_context
 from jinja2 import tests as jinja_tests
-from jinja2.utils import Namespace as JinjaNamespace
+from jinja2.runtime import Markup, escape
 from jinja2.utils import _PassArg  # pyright: ignore[reportPrivateUsage]
-from markupsafe import Markup, escape
 
-from q35c.errors import OptionError
 from q35c.runtime.chat.budget import STEP, Budget, Items, TooMuch
 from q35c.runtime.chat.methods import (
     ESCAPED,
@@ -31,17 +28,10 @@ from q35c.runtime.chat.methods import (
     percent_format,
 )
 
-MAX_RANGE = 100_000
 MAX_PRECISION = 100
-_MAX_WORDS = 10_000
 Cost = Callable[..., Any]
 _FILTERS: dict[str, Any] = {**cast(Any, jinja_filters).FILTERS}
 _TESTS: dict[str, Any] = {**cast(Any, jinja_tests).TESTS}
-_GLOBALS: dict[str, Any] = {**cast(Any, defaults).DEFAULT_NAMESPACE}
-
-
-class Refusal(OptionError):
-    """What `raise_exception` of a template says about the conversation."""
 
 
 def paid_filters() -> dict[str, Any]:
@@ -65,18 +55,6 @@ def paid_tests() -> dict[str, Any]:
     numeric = {name: _paid(free[name], _only_numbers) for name in ("odd", "even", "divisibleby")}
     texts = {name: _paid(free[name], _text()) for name in ("lower", "upper")}
     return free | comparing | numeric | texts | {"in": _paid(free["in"], _member)}
-
-
-def paid_globals() -> dict[str, Any]:
-    """Return every global function and class."""
-    return _GLOBALS | {
-        "range": _range,
-        "dict": DictMaker(),
-        "namespace": Namespace,
-        "lipsum": _lipsum,
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-    }
 
 
 def _paid(function: Any, cost: Cost) -> Any:
@@ -312,77 +290,6 @@ def to_json(
     return json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-
-
-class DictMaker:
-    """The global `dict`: makes mappings, and has no attributes of the class."""
-
-    @pass_context
-    def __call__(self, context: Any, *args: Any, **options: Any) -> Any:
-        """Return a mapping of pairs or of keyword arguments."""
-        budget = context.budget
-        if args and not isinstance(args[0], dict):
-            pairs = [tuple(budget.read(pair)) for pair in budget.read(args[0])]
-            budget.pay_keys([pair[0] for pair in pairs if pair])
-            args = (pairs, *args[1:])
-        elif args:
-            budget.pay_keys(list(cast(Any, args[0])))
-        return dict(*args, **options)
-
-    @pass_context
-    def fromkeys(self, context: Any, keys: Any, value: Any = None) -> Any:
-        """Return a mapping from each key to one value."""
-        keys = context.budget.read(keys)
-        context.budget.pay_keys(keys)
-        return dict.fromkeys(keys, value)
-
-
-class Namespace(JinjaNamespace):
-    """Variables that a loop may set; names that begin with an underscore are refused."""
-
-    def __init__(*args: Any, **options: Any) -> None:
-        self, values = args[0], dict[Any, Any](*args[1:], **options)
-        for name in values:
-            _check_name(name)
-        JinjaNamespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        return "<Namespace>"  # it may hold itself
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise TypeError(f"a namespace cannot hold {name!r}")
-
-
-def _range(*limits: int) -> range:
-    values = range(*limits)
-    if len(values) > MAX_RANGE:
-        raise TooMuch(f"a range is longer than {MAX_RANGE}")
-    return values
-
-
-@pass_context
-def _lipsum(context: Any, n: int = 5, html: bool = True, min: int = 20, max: int = 100) -> Any:
-    words = abs(n) * (abs(max) + abs(min) + 1)
-    if words > _MAX_WORDS:
-        raise TooMuch(f"a filler text is longer than {_MAX_WORDS} words")
-    context.budget.pay(512 * words)
-    return _GLOBALS["lipsum"](n, html, min, max)
-
-
-def _raise_exception(message: Any) -> NoReturn:
-    raise Refusal(str(message)[:400])
-
-
-def _strftime_now(format: str) -> str:
-    if len(format) > 100:
-        raise TooMuch("a date format is longer than 100 characters")
-    return datetime.datetime.now().strftime(format)
 
 
 _COMPARING = "== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le"

@@ -109,7 +109,7 @@ def _schema(hint: Any) -> Schema:
     if origin is tuple and len(args) > 1 and ... not in args:
         return {"type": "array", "prefixItems": [_schema(part) for part in args]}
     if origin is dict:
-        return {"type": "object", "additionalProperties": _schema(args[-1])}
+        return {"type": "object", "additionalProperties": _schema([*args][-1])}
     raise ValueError(f"the hint {hint!r} has no JSON schema"[:200])
 
 
@@ -149,7 +149,7 @@ def _described(text: str, where: str) -> Schema:
 def _read_docstring(document: str) -> tuple[str, dict[str, str], str | None]:
     """Return the description, those of the arguments, and that of the result."""
     cuts = [(found.start(), found.end(), found[1]) for found in _SECTION.finditer(document)]
-    ends = [start for start, _, _ in cuts[1:]] + [len(document)]
+    ends = [*(start for start, _, _ in cuts), len(document)][1:]
     sections: dict[str, str] = {}
     for (_, begin, name), end in zip(cuts, ends, strict=True):
         sections.setdefault(name, document[begin:end])
