@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "codegen": {"ir", "passes.plan_memory", "artifact", "numpy", "tvm"},
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
     "artifact": {"numpy", "safetensors"},
-    "runtime": {"artifact", "numpy", "tokenizers", "jinja2"},
+    "runtime": {"artifact", "numpy", "tokenizers", "jinja2", "markupsafe"},
 }
 # The roof: it calls every room, but imports only these before a command needs more.
 ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "roofline", "verify"}

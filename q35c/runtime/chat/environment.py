@@ -19,15 +19,14 @@ from jinja2.runtime import (
     Context,
     LoopContext,
     Macro,
-    Markup,
     TemplateReference,
     Undefined,
-    escape,
     markup_join,
     str_join,
 )
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner
+from markupsafe import Markup, escape
 
 from q35c.runtime.chat.budget import STEP, Budget, Group, Items, Series, Table
 from q35c.runtime.chat.filters import add, paid_filters, paid_tests
@@ -235,7 +234,7 @@ def _concatenate(context: Any, values: list[Any]) -> str:
 
 
 def _slice(context: Any, value: Any, start: Any, stop: Any, step: Any) -> Any:
-    budget, part = context.budget, slice(start, stop, step)
+    budget, part = context.budget, cast(Any, slice(start, stop, step))
     if hasattr(value, "__len__"):
         length = len(range(*part.indices(len(value))))
         is_narrow = isinstance(value, str) and value.isascii()
@@ -246,8 +245,8 @@ def _slice(context: Any, value: Any, start: Any, stop: Any, step: Any) -> Any:
 def _item(context: Any, value: Any, key: Any) -> Any:
     budget = context.budget
     if type(key) is not int:
-        others = len(value) if isinstance(value, dict) and not isinstance(key, str) else 0
-        budget.pay((1 + others) * budget.weigh(key))
+        is_odd = isinstance(value, dict) and not isinstance(key, str)
+        budget.pay((1 + (len(cast(Any, value)) if is_odd else 0)) * budget.weigh(key))
     return context.environment.getitem(value, key)
 
 

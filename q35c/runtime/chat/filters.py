@@ -12,8 +12,8 @@ from typing import Any, cast
 from jinja2 import filters as jinja_filters
 from jinja2 import pass_context
 from jinja2 import tests as jinja_tests
-from jinja2.runtime import Markup, escape
 from jinja2.utils import _PassArg  # pyright: ignore[reportPrivateUsage]
+from markupsafe import Markup, escape
 
 from q35c.runtime.chat.budget import STEP, Budget, Items, TooMuch
 from q35c.runtime.chat.methods import (

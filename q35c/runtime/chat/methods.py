@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from string import Formatter
 from typing import Any, cast
 
-from jinja2.runtime import Markup, escape
+from markupsafe import Markup, escape
 
 from q35c.runtime.chat.budget import MAX_BITS, STEP, Budget, Items, TooMuch, search_bytes
 
