@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "codegen": {"ir", "formats", "layouts", "artifact", "numpy", "tvm", "tvm_ffi"},
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
     "artifact": {"layouts", "numpy", "safetensors"},
-    "runtime": {"artifact", "layouts", "numpy", "tokenizers", "jinja2"},
+    "runtime": {"artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe"},
 }
 # The roof: it calls every room, but imports only these before a command needs more.
 ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "roofline", "verify"}

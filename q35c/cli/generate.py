@@ -88,18 +88,18 @@ def generate_command(
     """
     import q35c
 
-    text = read_prompt() if prompt == "-" else prompt
+    text: Any = read_prompt() if prompt == "-" else prompt
     begin = time.perf_counter()
     with q35c.load(artifact, threads, context=context) as model:
         load_seconds = time.perf_counter() - begin
         if chat:
-            text = model.apply_chat_template([{"role": "user", "content": text}])
+            text = model.encode_chat([{"role": "user", "content": text}])
         stops = [unescaped(text) for text in stop]
         result = stream_text(model, text, stop=stops, **options)
         note(describe_result(result, load_seconds, model.threads))
 
 
-def stream_text(model: Any, prompt: str, **options: Any) -> Any:
+def stream_text(model: Any, prompt: str | list[int], **options: Any) -> Any:
     """Generate to standard output piece by piece; return the `Generation`."""
     stream = model.generate(prompt, stream=True, **options)
     with ending_line():

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from q35c import arguments, strictjson
@@ -203,7 +204,7 @@ class Model:
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty
                             how to sample, by default as the checkpoint says; temperature 0 is greedy
         seed                0..2^64-1; prompt i uses seed + i; by default a random one
-        stop, stop_ids      a text or a list of texts, and a list of token ids, that end the text; `stop_ids`
+        stop, stop_ids      a text or a list of texts (or control tokens), and a list of token ids, that end the text; `stop_ids`
                             replaces the defaults
 
         Returns a `Generation` (a `str`) for one prompt, a list of them for a list, or a `Stream`. Raises
@@ -232,8 +233,11 @@ class Model:
             if not is_single:
                 raise OptionError("a session continues one prompt", where="session")
         tokenizer = self.tokenizer if self._artifact.has_segment("tokenizer") else None
-        if tokenizer is None and options.stop:
-            raise OptionError("stop strings need a tokenizer", where="stop")
+        if options.stop:
+            if tokenizer is None:
+                raise OptionError("stop strings need a tokenizer", where="stop")
+            texts, ids = tokenizer.split_stops(options.stop)
+            options = replace(options, stop=texts, stop_ids=options.stop_ids | ids)
         encoded = [self._encode(item, None if is_single else i) for i, item in enumerate(prompts)]
         rows = [
             Row(ids, options, (options.seed + index) % (MAX_SEED + 1), tokenizer, session)
@@ -250,30 +254,43 @@ class Model:
             pass
         return pieces.result if is_single else pieces.results
 
-    def apply_chat_template(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Any] | None = None,
-        **variables: Any,
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """Return the prompt text of a conversation: messages with `role` and `content`.
 
-        Further keyword arguments reach the template, as `enable_thinking=False`. Raises TokenizerError
-        if the artifact has no template, OptionError if the template refuses the messages.
+        add_generation_prompt   end with the beginning of an answer, by default True
+        continue_final_message  end inside the last message, for the model to go on there
+        tools                   JSON schemas, or functions with hints and a docstring
+        documents               what some templates quote from
+
+        Further options reach the template, as `enable_thinking=False`. Arguments of tool calls may be
+        mappings or JSON text. Control tokens in a message become tokens when the text is encoded:
+        `encode_chat` prevents it. Raises TokenizerError if the artifact has no template or if that
+        fails, OptionError if the messages are malformed or the template refuses them.
         """
         from q35c.runtime.chat import render_chat
 
         template, special_tokens = self._chat_template()
-        return render_chat(
-            template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            special_tokens=special_tokens,
-            **variables,
+        readable = _readable(messages)
+        return render_chat(template, readable, special_tokens=special_tokens, **options)
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, allow_special: bool = False, **options: Any
+    ) -> list[int]:
+        """Return the token ids of a conversation, for `generate`. Options as in `apply_chat_template`.
+
+        Only the template's own control tokens become tokens: one that is typed in a message is encoded
+        as plain text, unless `allow_special` is true. Raises as `apply_chat_template`.
+        """
+        from q35c.runtime.chat import render_guarded
+
+        tokenizer = self.tokenizer
+        template, special_tokens = self._chat_template()
+        tokens = () if allow_special else tokenizer.special_tokens
+        readable = _readable(messages)
+        text, reveal = render_guarded(
+            template, readable, tokens, special_tokens=special_tokens, **options
         )
+        return tokenizer.encode(text) if allow_special else tokenizer.encode_guarded(text, reveal)
 
     def _encode(self, prompt: Any, number: int | None) -> list[int]:
         """Return a prompt's ids; errors say which of several prompts it is."""
@@ -308,6 +325,14 @@ def _load_weights(artifact: Artifact, *, verify: bool, mapped: bool) -> WeightBl
     if verify:  # what is in memory, so that nothing can change after the check
         artifact.check_weights_hash(hashlib.sha256(weights.buffer()).hexdigest())
     return weights
+
+
+def _readable(messages: Any) -> list[Any]:
+    """Return messages as the model can take them in. Raises OptionError for images and the like."""
+    from q35c.runtime.chat.messages import parse_arguments, refuse_media
+
+    refuse_media(messages)  # no artifact has an entry for what is not text
+    return parse_arguments(messages)
 
 
 def _read_template(artifact: Artifact) -> tuple[str, dict[str, str]]:

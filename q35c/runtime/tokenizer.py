@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from q35c import arguments
 from q35c.errors import OptionError, TokenizerError
+from q35c.runtime.tokenizer_check import check_tokenizer
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from tokenizers import Tokenizer as Backend
 
 _REPLACEMENT = "\ufffd"
@@ -25,6 +29,7 @@ class Tokenizer:
         """Raises TokenizerError if the document cannot be used."""
         import tokenizers
 
+        check_tokenizer(document)
         try:
             self._backend: Backend = tokenizers.Tokenizer.from_buffer(document)
         except BaseException as error:
@@ -44,12 +49,94 @@ class Tokenizer:
         """Return the token ids of a text. Raises TokenizerError if it cannot be encoded."""
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TokenizerError("not a text", got=type(text).__name__)
+        return self._encode(text, frame=True).ids
+
+    def _encode(self, text: str, frame: bool = False) -> Encoding:
+        """Encode a text; `frame` adds the tokens that the tokenizer puts around a whole text."""
         try:
-            return self._backend.encode(text).ids
+            return self._backend.encode(text, add_special_tokens=frame)
         except BaseException as error:  # lone surrogates, and panics of the library
             if not _is_library_error(error):
                 raise
             raise TokenizerError(f"text cannot be encoded: {error}"[:500]) from None
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Return the control tokens and their ids: they structure a text and are no part of it."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: at for at, token in added.items() if token.special and token.content}
+
+    def encode_guarded(self, text: str, reveal: Callable[[str], str]) -> list[int]:
+        """Return the ids of a text in which only the control tokens seen before `reveal` are ones.
+
+        Where no others come about, the ids are those of the whole text; else the text between control
+        tokens is encoded piece by piece, and as plain text where another one would come about. Raises
+        TokenizerError.
+        """
+        own = [(found[0], found.start()) for found in _any_of(self.special_tokens).finditer(text)]
+        whole = reveal(text)
+        encoding = self._encode(whole)
+        special_ids = set(self.special_tokens.values())
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        found = [(token, at[0]) for token, at in pairs if token in special_ids]
+        if len(whole) == len(text) and found == [(self.special_tokens[t], at) for t, at in own]:
+            return encoding.ids
+        ids: list[int] = []
+        begin = 0
+        for token, at in [*own, ("", len(text))]:
+            ids += self._encode_without_special(reveal(text[begin:at]), special_ids)
+            if token:
+                ids.append(self.special_tokens[token])
+            begin = at + len(token)
+        return ids
+
+    def _encode_without_special(self, text: str, special_ids: set[int]) -> list[int]:
+        ids = self._encode(text).ids
+        if special_ids.isdisjoint(ids):
+            return ids
+        added = self._backend.get_added_tokens_decoder().values()
+        others = _any_of(token.content for token in added if not token.special and token.content)
+        ids = list[int]()
+        begin = 0
+        for found in [*others.finditer(text), None]:
+            ids += self._encode_plain(text[begin : found.start() if found else len(text)])
+            if found:
+                ids += self._encode(found[0]).ids
+                begin = found.end()
+        if not special_ids.isdisjoint(ids):
+            raise TokenizerError("the tokenizer makes control tokens of plain text")
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Return the ids of a text as if there were no added tokens."""
+        backend: Any = self._backend
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        pieces: list[str] = [text] if text else []
+        if backend.pre_tokenizer is not None:
+            pieces = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for piece in pieces for token in backend.model.tokenize(piece)]
+
+    def split_stops(self, stops: Iterable[str]) -> tuple[tuple[str, ...], frozenset[int]]:
+        """Return the stop strings, and the ids of those that are control tokens.
+
+        A text never holds control tokens. Raises OptionError for a stop string with one in it.
+        """
+        texts: list[str] = []
+        ids: set[int] = set()
+        for stop in stops:
+            if stop in self.special_tokens:
+                ids.add(self.special_tokens[stop])
+            elif token := next((t for t in self.special_tokens if t in stop), None):
+                raise OptionError(
+                    f"the control token {token} is no part of any text",
+                    where="stop",
+                    expected="a text, or a control token alone",
+                    got=repr(stop)[:80],
+                )
+            else:
+                texts.append(stop)
+        return tuple(texts), frozenset(ids)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids; unknown ids add nothing. Raises OptionError for what are no ids."""
@@ -155,6 +242,11 @@ def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
             )
         arguments.text("stop", text)
     return tuple(stops)
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of texts, of which the longest counts; of none, one that never matches."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def _overlap(text: str, stop: str) -> int:
