@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from q35c.codegen.generate import Generated, Limits, generate
 from q35c.codegen.native_pack import packer_code, packer_symbol
 from q35c.codegen.pack import BLOCK, Pack, PackedWeight, block_bytes, pack_blocks
 from q35c.codegen.target import find_target
-from q35c.config import ModelConfig
+from q35c.config import MAX_CONTEXT, ModelConfig
 from q35c.errors import InternalError, OptionError
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
-from q35c.frontend.generation import chat_template, generation_defaults
+from q35c.frontend.companions import Companions, read_companions
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
-from q35c.ir.formats import integer_format
+from q35c.ir.formats import integer_format, largest_value
 from q35c.ir.precision import find_policy
 from q35c.passes.pipeline import run_pipeline
 from q35c.runtime.cpu import default_threads
@@ -43,6 +44,7 @@ class CompileReport:
     seconds: float
     peak_bytes: int  # this process's largest resident size so far
     stages: dict[str, float] = field(default_factory=dict)  # seconds
+    notes: tuple[str, ...] = ()  # what of the checkpoint is not taken, or looks odd
 
 
 def compile_model(
@@ -57,43 +59,48 @@ def compile_model(
     dump_ir: Path | None = None,
     load_format: LoadFormat = "auto",
     seed: int = 0,
+    follow_links: bool = False,
+    ignore_config: Collection[str] = (),
     progress: Progress | None = None,
 ) -> CompileReport:
     """Compile a checkpoint directory, hub id or family name into the file `output`.
 
     `kv_dtype` is the type of keys and values: f32, bf16, int8, or auto for the precision's own.
     `context` is the most tokens a sequence may hold (default: 4096, or the model's own limit if that is
-    smaller); `batch` the most sequences one decode step serves. Raises InputError subclasses for
+    smaller); `batch` the most sequences one decode step serves. `load_format` to `ignore_config` are those of
+    `open_checkpoint`. What of the checkpoint is not taken stands in the report's `notes`. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
     clock = Clock(progress)
     check_places(Path(output), dump_ir)
     machine, policy = find_target(target), find_policy(precision, kv_dtype)
-    checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
+    checkpoint = open_checkpoint(
+        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
+    )
+    companions = read_companions(checkpoint)
     limits = check_limits(checkpoint.config, context, batch)
     clock("trace", 0.0)
     graph = import_program(trace_model(checkpoint.config))
     clock("passes", 0.0)
     module = run_pipeline(graph, policy, dump_ir)
     generated = generate(module, machine, policy, limits, clock)
-    write_artifact(Path(output), checkpoint, generated, clock)
-    return clock.report(Path(output))
+    write_artifact(Path(output), checkpoint, companions, generated, clock)
+    return clock.report(Path(output), companions.notes)
 
 
 def write_artifact(
-    path: Path, checkpoint: Checkpoint, generated: Generated, progress: Progress
+    path: Path,
+    checkpoint: Checkpoint,
+    companions: Companions,
+    generated: Generated,
+    progress: Progress,
 ) -> None:
     """Pack the weights slice by slice into the artifact and publish it."""
-    texts = {
-        "tokenizer": checkpoint.files.get("tokenizer.json"),
-        "tokenizer_config": checkpoint.files.get("tokenizer_config.json"),
-        "chat_template": chat_template(checkpoint),
-    }
-    segments = {"code": generated.code} | {name: data for name, data in texts.items() if data}
+    segments = {"code": generated.code, **companions.segments}
     fields = {
         **generated.fields,
         "model": checkpoint.config.to_dict(),
-        "generation": generation_defaults(checkpoint),
+        "generation": companions.generation,
     }
 
     def report(done: int, total: int) -> None:
@@ -104,7 +111,9 @@ def write_artifact(
         jobs = (
             (weight.name, job)
             for weight in generated.weights
-            for job in weight.jobs(checkpoint.read, pack)
+            for job in weight.jobs(
+                partial(checkpoint.read, largest=largest_value(weight.dtype)), pack
+            )
         )
         for name, chunk in run_ahead(jobs, default_threads()):
             writer.write(name, chunk)
@@ -166,7 +175,7 @@ def check_places(output: Path, dump_ir: Path | None) -> None:
 
 def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits:
     """Return the compiled limits, or raise OptionError."""
-    most = config.max_position_embeddings
+    most = min(config.max_context, MAX_CONTEXT)
     context = min(4096, most) if context is None else context
     if not 1 <= context <= most:
         raise OptionError(
@@ -195,6 +204,6 @@ class Clock:
         if self._progress is not None:
             self._progress(stage, fraction)
 
-    def report(self, path: Path) -> CompileReport:
+    def report(self, path: Path, notes: tuple[str, ...] = ()) -> CompileReport:
         seconds = time.perf_counter() - self._begin
-        return CompileReport(path, path.stat().st_size, seconds, peak_memory(), self.stages)
+        return CompileReport(path, path.stat().st_size, seconds, peak_memory(), self.stages, notes)

@@ -43,14 +43,7 @@ def render_chat(
     `special_tokens` are variables like `eos_token`; further keyword arguments reach the template, as
     `enable_thinking`. Raises TokenizerError if the template itself is broken.
     """
-    import jinja2
-
-    if len(template) > MAX_TEMPLATE_BYTES:
-        raise TokenizerError("chat template is too large", expected=f"{MAX_TEMPLATE_BYTES} bytes")
-    try:
-        compiled = _environment().from_string(template)
-    except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError) as error:
-        raise TokenizerError(f"chat template is malformed: {error}"[:500]) from None
+    compiled = compile_template(template)
     known: dict[str, Any] = {**(special_tokens or {}), **variables}
     known |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
     try:
@@ -63,6 +56,18 @@ def render_chat(
             where="messages",
             hint="check the roles and the content of the messages",
         ) from None
+
+
+def compile_template(template: str) -> Any:
+    """Return a template that is ready to render. Raises TokenizerError if it is malformed or too large."""
+    import jinja2
+
+    if len(template) > MAX_TEMPLATE_BYTES:
+        raise TokenizerError("chat template is too large", expected=f"{MAX_TEMPLATE_BYTES} bytes")
+    try:
+        return _environment().from_string(template)
+    except (jinja2.TemplateError, RecursionError, MemoryError, SyntaxError) as error:
+        raise TokenizerError(f"chat template is malformed: {error}"[:500]) from None
 
 
 class _Budget:
