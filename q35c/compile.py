@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +15,13 @@ from q35c import arguments
 from q35c.artifact.writer import ArtifactWriter
 from q35c.bench import peak_memory
 from q35c.codegen.generate import Generated, Limits, generate
-from q35c.codegen.pack import Pack, Read
+from q35c.codegen.pack import Pack
 from q35c.codegen.targets import find_target
-from q35c.config import ModelConfig
+from q35c.config import MAX_CONTEXT, ModelConfig
 from q35c.errors import OptionError
+from q35c.formats.registry import largest_value
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
-from q35c.frontend.generation import chat_template, generation_defaults
+from q35c.frontend.companions import Companions, read_companions
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
 from q35c.ir.precision import find_policy
@@ -34,14 +35,6 @@ CONTEXT_STEP = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
-    """What an artifact holds beside code and weights: fields of its manifest, and texts."""
-
-    fields: dict[str, Any]
-    segments: dict[str, bytes]
-
-
-@dataclass(frozen=True, slots=True)
 class CompileReport:
     """What a compilation made and what it cost."""
 
@@ -50,6 +43,7 @@ class CompileReport:
     seconds: float
     peak_bytes: int  # this process's largest resident size so far
     stages: dict[str, float] = field(default_factory=dict)  # seconds
+    notes: tuple[str, ...] = ()  # what of the checkpoint is not taken, or looks odd
 
 
 def compile_model(
@@ -64,13 +58,16 @@ def compile_model(
     dump_ir: str | Path | None = None,
     load_format: LoadFormat = "auto",
     seed: int = 0,
+    follow_links: bool = False,
+    ignore_config: Collection[str] = (),
     progress: Progress | None = None,
 ) -> CompileReport:
     """Compile a checkpoint directory, hub id or family name into the file `output`.
 
     `kv_dtype` is the type of keys and values: f32, bf16, int8, or auto for the precision's own.
     `context` is the most tokens a sequence may hold (default: 4096, or the model's own limit if that is
-    smaller); `batch` the most sequences one decode step serves. Raises InputError subclasses for
+    smaller); `batch` the most sequences one decode step serves. `load_format` to `ignore_config` are those of
+    `open_checkpoint`. What of the checkpoint is not taken stands in the report's `notes`. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
     clock = Clock(arguments.callback("progress", progress))
@@ -79,9 +76,11 @@ def compile_model(
     check_places(output, dump, source)
     machine, policy = find_target(target), find_policy(precision, kv_dtype)
     machine.check_tools()
-    checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
+    checkpoint = open_checkpoint(
+        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
+    )
+    companions = read_companions(checkpoint)
     limits = check_limits(checkpoint.config, context, batch)
-    contents = read_contents(checkpoint)
     clock("trace", 0.0)
     graph = import_program(trace_model(checkpoint.config))
     clock("passes", 0.0)
@@ -93,39 +92,36 @@ def compile_model(
 
     generated = generate(module, machine, policy, limits, clock, check_weights)
     pack = machine.packer(generated.weights, Library)
-    write_artifact(output, contents, checkpoint.read, generated, pack, clock)
-    return clock.report(output)
-
-
-def read_contents(checkpoint: Checkpoint) -> Contents:
-    """Return what the checkpoint's small files give the artifact. Raises CheckpointError."""
-    texts = {
-        "tokenizer": checkpoint.files.get("tokenizer.json"),
-        "tokenizer_config": checkpoint.files.get("tokenizer_config.json"),
-        "chat_template": chat_template(checkpoint),
-    }
-    fields = {"model": checkpoint.config.to_dict(), "generation": generation_defaults(checkpoint)}
-    return Contents(fields, {name: data for name, data in texts.items() if data})
+    write_artifact(output, checkpoint, companions, generated, pack, clock)
+    return clock.report(output, companions.notes)
 
 
 def write_artifact(
     path: Path,
-    contents: Contents,
-    read: Read,
+    checkpoint: Checkpoint,
+    companions: Companions,
     generated: Generated,
     pack: Pack,
     progress: Progress,
 ) -> None:
     """Pack the weights slice by slice into the artifact and publish it."""
-    segments = {"code": generated.code, **contents.segments}
-    fields = {**generated.fields, **contents.fields}
+    segments = {"code": generated.code, **companions.segments}
+    fields = {
+        **generated.fields,
+        "model": checkpoint.config.to_dict(),
+        "generation": companions.generation,
+    }
 
     def report(done: int, total: int) -> None:
         progress("weights", done / total)
 
     with ArtifactWriter(path, fields, segments, generated.entries, report) as writer:
         jobs = (
-            (weight.name, job) for weight in generated.weights for job in weight.jobs(read, pack)
+            (weight.name, job)
+            for weight in generated.weights
+            for job in weight.jobs(
+                functools.partial(checkpoint.read, largest=largest_value(weight.dtype)), pack
+            )
         )
         for name, chunk in run_ahead(jobs, default_threads()):
             writer.write(name, chunk)
@@ -164,7 +160,7 @@ def check_places(output: Path, dump_ir: Path | None, source: str | Path) -> None
 
 def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits:
     """Return the compiled limits, or raise OptionError."""
-    most = config.max_position_embeddings
+    most = min(config.max_context, MAX_CONTEXT)
     context = arguments.integer("context", min(4096, most) if context is None else context, 1, most)
     batch = arguments.integer("batch", batch, 1, 256)
     rounded = -(-context // CONTEXT_STEP) * CONTEXT_STEP
@@ -188,6 +184,6 @@ class Clock:
         if self._progress is not None:
             self._progress(stage, fraction)
 
-    def report(self, path: Path) -> CompileReport:
+    def report(self, path: Path, notes: tuple[str, ...] = ()) -> CompileReport:
         seconds = time.perf_counter() - self._begin
-        return CompileReport(path, path.stat().st_size, seconds, peak_memory(), self.stages)
+        return CompileReport(path, path.stat().st_size, seconds, peak_memory(), self.stages, notes)

@@ -5,17 +5,32 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from q35c.cli.streams import say
+from q35c.cli.streams import note, say
 from q35c.cli.text import size_text
 from q35c.errors import ArtifactError, OptionError
 from q35c.progress import Progress
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that consent to what a checkpoint asks for."""
+    links = click.option(
+        "--follow-links", is_flag=True, help="Follow links that lead out of the model directory."
+    )
+    keys = click.option(
+        "--ignore-config",
+        metavar="KEY",
+        multiple=True,
+        help="Read config.json as if this key were not there; may be repeated.",
+    )
+    return links(keys(command))
 
 
 @click.command("compile")
@@ -61,6 +76,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
     help="dummy: random weights, for trying shapes and speed.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the dummy weights.")
+@source_options
 def compile_command(source: str, output: Path | None, **options: Any) -> None:
     """Compile a checkpoint into one file that needs neither PyTorch nor TVM to run.
 
@@ -79,6 +95,8 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
     output = default_output(source, ".q35c") if output is None else output
     with Progress() as progress:
         report = compile_model(source, output, progress=progress, **options)
+    for text in report.notes:
+        note(f"note: {text}")
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
     say(f"{report.path}: {size_text(report.bytes)} in {report.seconds:.1f} s ({stages})")
     say(f'next: q35c generate {shlex.quote(str(report.path))} "The house was"')
@@ -90,7 +108,8 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The file to write [<name>.onnx]."
 )
-def export_command(source: str, kind: str, output: Path | None) -> None:
+@source_options
+def export_command(source: str, kind: str, output: Path | None, **options: Any) -> None:
     """Write a checkpoint as another format: the whole model as a plain ONNX graph.
 
     \b
@@ -102,7 +121,7 @@ def export_command(source: str, kind: str, output: Path | None) -> None:
 
     output = default_output(source, f".{kind}") if output is None else output
     with Progress() as progress:
-        export_checkpoint(source, output, progress=progress)
+        export_checkpoint(source, output, progress=progress, **options)
     say(f"{output}: {size_text(output.stat().st_size)}")
 
 

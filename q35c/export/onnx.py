@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,11 +38,13 @@ def export_checkpoint(
     *,
     load_format: LoadFormat = "auto",
     seed: int = 0,
+    follow_links: bool = False,
+    ignore_config: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint as an ONNX model and return its path.
 
-    `source`, `load_format` and `seed` are those of `open_checkpoint`. Raises its errors, OptionError
+    `source` and `load_format` to `ignore_config` are those of `open_checkpoint`. Raises its errors, OptionError
     for an output that cannot be written, DiskRefused.
     """
     from q35c.frontend.importer import import_program
@@ -52,7 +54,9 @@ def export_checkpoint(
     report = arguments.callback("progress", progress) or (lambda stage, fraction: None)
     output = arguments.path("output", output)
     check_outputs(output, source)
-    checkpoint = open_checkpoint(source, load_format, seed)
+    checkpoint = open_checkpoint(
+        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
+    )
     report("trace", 0.0)
     program = trace_model(checkpoint.config)
     report("fuse", 0.2)

@@ -341,7 +341,11 @@ def _read_template(artifact: Artifact) -> tuple[str, dict[str, str]]:
     if artifact.has_segment("tokenizer_config"):
         data = artifact.segment("tokenizer_config")
         document = strictjson.loads(
-            data, where="tokenizer_config.json", limit=len(data), error=TokenizerError
+            data,
+            where="tokenizer_config.json",
+            limit=len(data),
+            error=TokenizerError,
+            has_long_integers=True,  # 10^30 as "no limit" of the model's length
         )
         if isinstance(document, dict):
             config = cast(dict[str, Any], document)

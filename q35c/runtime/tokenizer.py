@@ -45,6 +45,11 @@ class Tokenizer:
         """Return the number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def highest_id(self) -> int:
+        """Return the highest id of a token, -1 if there is none."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text. Raises TokenizerError if it cannot be encoded."""
         if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]

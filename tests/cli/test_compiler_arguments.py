@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from q35c.codegen.target import find_target
 
+from q35c.codegen.targets import find_target
 from q35c.compile import compile_model
 from q35c.demo import demo_artifact
 from q35c.errors import OptionError, Q35CError

@@ -242,7 +242,7 @@ def test_say_names_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_proc_or_a_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from q35c.demo import cache_directory
+    from q35c.user_cache import cache_directory
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
