@@ -1,7 +1,7 @@
 """Measure q35c beside llama.cpp, onnxruntime-genai and eager PyTorch on the same shape, in one run.
 
     python bench/peers.py --quick                  # a first look: prefill 512 and decode, two rounds
-    python bench/peers.py                          # the table of README, about an hour
+    python bench/peers.py                          # the tables of docs/measurements.md, about an hour
     python bench/peers.py --only llama,ort         # some of the systems
     python bench/peers.py --precision bf16,w4-small --long
     python bench/peers.py --artifact fast.q35c     # an artifact as it is, instead of compiling

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from q35c.artifact.writer import ArtifactWriter, check_output
+from q35c.artifact.writer import ArtifactWriter
 from q35c.bench import peak_memory
 from q35c.codegen.generate import Generated, Limits, generate
-from q35c.codegen.native_pack import packer_code, packer_symbol
-from q35c.codegen.pack import BLOCK, Pack, PackedWeight, block_bytes, pack_blocks
-from q35c.codegen.target import find_target
+from q35c.codegen.pack import Pack, Read
+from q35c.codegen.targets import find_target
 from q35c.config import ModelConfig
-from q35c.errors import InternalError, OptionError
+from q35c.errors import OptionError
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
 from q35c.frontend.generation import chat_template, generation_defaults
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
-from q35c.ir.formats import integer_format
 from q35c.ir.precision import find_policy
-from q35c.passes.pipeline import run_pipeline
+from q35c.outputs import check_folder, check_output, check_space
+from q35c.passes.pipeline import Choices, run_pipeline
 from q35c.runtime.cpu import default_threads
 from q35c.runtime.library import Library
 
 Progress = Callable[[str, float], None]  # stage, fraction done
 CONTEXT_STEP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What an artifact holds beside code and weights: fields of its manifest, and texts."""
+
+    fields: dict[str, Any]
+    segments: dict[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,70 +73,63 @@ def compile_model(
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
     clock = Clock(progress)
-    check_places(Path(output), dump_ir)
+    output = Path(output)
+    check_places(output, dump_ir, source)
     machine, policy = find_target(target), find_policy(precision, kv_dtype)
+    machine.check_tools()
     checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
     limits = check_limits(checkpoint.config, context, batch)
+    contents = read_contents(checkpoint)
     clock("trace", 0.0)
     graph = import_program(trace_model(checkpoint.config))
     clock("passes", 0.0)
-    module = run_pipeline(graph, policy, dump_ir)
-    generated = generate(module, machine, policy, limits, clock)
-    write_artifact(Path(output), checkpoint, generated, clock)
-    return clock.report(Path(output))
+    splits = functools.partial(machine.decode_splits, context=limits.context)
+    module = run_pipeline(graph, Choices(policy, splits), dump_ir)
+
+    def check_weights(size: int) -> None:
+        check_space(output.parent, size)
+
+    generated = generate(module, machine, policy, limits, clock, check_weights)
+    pack = machine.packer(generated.weights, Library)
+    write_artifact(output, contents, checkpoint.read, generated, pack, clock)
+    return clock.report(output)
 
 
-def write_artifact(
-    path: Path, checkpoint: Checkpoint, generated: Generated, progress: Progress
-) -> None:
-    """Pack the weights slice by slice into the artifact and publish it."""
+def read_contents(checkpoint: Checkpoint) -> Contents:
+    """Return what the checkpoint's small files give the artifact. Raises CheckpointError."""
     texts = {
         "tokenizer": checkpoint.files.get("tokenizer.json"),
         "tokenizer_config": checkpoint.files.get("tokenizer_config.json"),
         "chat_template": chat_template(checkpoint),
     }
-    segments = {"code": generated.code} | {name: data for name, data in texts.items() if data}
-    fields = {
-        **generated.fields,
-        "model": checkpoint.config.to_dict(),
-        "generation": generation_defaults(checkpoint),
-    }
+    fields = {"model": checkpoint.config.to_dict(), "generation": generation_defaults(checkpoint)}
+    return Contents(fields, {name: data for name, data in texts.items() if data})
+
+
+def write_artifact(
+    path: Path,
+    contents: Contents,
+    read: Read,
+    generated: Generated,
+    pack: Pack,
+    progress: Progress,
+) -> None:
+    """Pack the weights slice by slice into the artifact and publish it."""
+    segments = {"code": generated.code, **contents.segments}
+    fields = {**generated.fields, **contents.fields}
 
     def report(done: int, total: int) -> None:
         progress("weights", done / total)
 
     with ArtifactWriter(path, fields, segments, generated.entries, report) as writer:
-        pack = load_packer(generated.weights)
         jobs = (
-            (weight.name, job)
-            for weight in generated.weights
-            for job in weight.jobs(checkpoint.read, pack)
+            (weight.name, job) for weight in generated.weights for job in weight.jobs(read, pack)
         )
         for name, chunk in run_ahead(jobs, default_threads()):
             writer.write(name, chunk)
         progress("verify", 0.0)
         writer.commit()
     progress("done", 1.0)
-
-
-def load_packer(weights: Sequence[PackedWeight]) -> Pack:
-    """Return what packs rows: compiled code for integer formats."""
-    code = packer_code(weights)
-    library = None if code is None else Library(code)
-
-    def pack(rows: np.ndarray, dtype: str) -> np.ndarray:
-        form = integer_format(dtype)
-        if form is None or library is None:
-            return pack_blocks(rows, dtype)
-        rows = np.ascontiguousarray(rows)
-        blocks, inputs = len(rows) // BLOCK, rows.shape[1]
-        out = np.empty((blocks, block_bytes(form, inputs)), np.uint8)
-        entry = library.entry(packer_symbol(inputs, dtype))
-        if entry(rows.ctypes.data, 0, out.ctypes.data, 0, 0, blocks):
-            raise InternalError("the packer failed", got=(dtype, rows.shape))
-        return out
-
-    return pack
 
 
 def run_ahead(
@@ -152,16 +151,13 @@ def run_ahead(
                 future.cancel()
 
 
-def check_places(output: Path, dump_ir: Path | None) -> None:
+def check_places(output: Path, dump_ir: Path | None, source: str | Path) -> None:
     """Refuse what cannot be written to before minutes of work. Raises OptionError."""
-    check_output(output)
+    check_output(output, [Path(source)])
     if dump_ir is not None:
-        try:
-            dump_ir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OptionError(
-                f"cannot make the directory: {error.strerror}", where=str(dump_ir)
-            ) from None
+        if dump_ir.absolute() == output.absolute():
+            raise OptionError("the output has this name too", where=str(dump_ir))
+        check_folder(dump_ir, "*.txt")
 
 
 def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits:

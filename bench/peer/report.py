@@ -1,4 +1,4 @@
-"""Turn samples into the tables that README quotes, and into JSON."""
+"""Turn samples into the tables that docs/measurements.md quotes, and into JSON."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import click
 from q35c.cli.roofline import bench_roofline
 from q35c.cli.text import size_text, table_text
 from q35c.errors import OptionError
+from q35c.outputs import check_output
 from q35c.progress import Progress
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ def bench_command(
 
     if not is_roofline and (html is not None or remeasure):
         raise OptionError("belongs to --roofline", where="--html" if html else "--remeasure")
+    if html is not None:
+        check_output(html, [artifact])
     sizes: dict[str, Any] = {
         "prompt_tokens": prompts,
         "new_tokens": news,

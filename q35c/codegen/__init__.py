@@ -1,1 +1,1 @@
-"""From scheduled graphs to machine code: targets, kernels, lowering, weight packing, building."""
+"""From scheduled graphs to machine code: requests, schedules, memory, weight packing; a folder for each kind of machine."""

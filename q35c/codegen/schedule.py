@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from q35c.codegen.division import Division
-from q35c.codegen.kernels.sync import BARRIER_BYTES
-from q35c.codegen.program import (
+from q35c.codegen.calls import (
     Argument,
     Barrier,
     Call,
+    Division,
     Int,
     Nt,
     Part,
@@ -23,7 +22,8 @@ from q35c.codegen.program import (
     Tid,
     Tokens,
 )
-from q35c.passes.plan_memory import Lifetime, MemoryPlan, plan_memory
+from q35c.codegen.plan_memory import Lifetime, MemoryPlan, plan_memory
+from q35c.layouts.blobs import BARRIER_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,13 @@ See `model/` for the checkpoint and its card, `scripts/train_demo.py` for how it
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import q35c
 from q35c.artifact import read_artifact
 from q35c.errors import ArtifactError
+from q35c.user_cache import cache_directory
 
 Progress = Callable[[str, float], None]
 
@@ -26,7 +26,7 @@ def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
     It lies in the user's cache directory, under a name that changes with the checkpoint, with q35c
     and with this machine's instruction set. A damaged one is compiled again.
     """
-    from q35c.codegen.target import find_target
+    from q35c.codegen.targets import find_target
 
     target = find_target("cpu").name
     path = cache_directory() / f"demo-{_digest(target)}.q35c"
@@ -45,13 +45,6 @@ def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
         if old != path:
             old.unlink(missing_ok=True)
     return path, True
-
-
-def cache_directory() -> Path:
-    """Return where artifacts that can be made again are kept."""
-    # The specification says that a relative path must be ignored.
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "q35c"
 
 
 def _digest(target: str) -> str:

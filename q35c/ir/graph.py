@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from q35c.ir.ops import OPS
 from q35c.ir.types import Dim, TensorType
 
 ValueKind = Literal["value", "weight", "state"]
@@ -58,6 +60,26 @@ class Op:
     attrs: Attrs
     results: tuple[Value, ...]
 
+    def named(self) -> Iterator[tuple[str, Value]]:
+        """Yield each operand with its name in the op table; one that repeats comes several times."""
+        names = OPS[self.kind].operands
+        repeated = itertools.chain(names, itertools.repeat(names[-1] if names else ""))
+        return zip(repeated, self.operands, strict=False)
+
+    def __getitem__(self, name: str) -> Value:
+        """Return the operand of that name; of one that repeats, the first."""
+        return self.operands[OPS[self.kind].operands.index(name)]
+
+    def playing(self, role: str) -> tuple[Value, ...]:
+        """Return the operands that have a role in the op table: `row_wise`, `factors` or `per_sequence`."""
+        names = getattr(OPS[self.kind], role)
+        return tuple(value for name, value in self.named() if name in names)
+
+    @property
+    def source(self) -> Value:
+        """Return the first operand: what the op works on."""
+        return self.operands[0]
+
     @property
     def result(self) -> Value:
         (only,) = self.results
@@ -91,6 +113,10 @@ class Module:
 
     def __iter__(self) -> Iterator[Graph]:
         return iter(self.entries)
+
+    def map(self, step: Callable[[Graph], Graph]) -> Module:
+        """Return the module with every entry changed by `step`."""
+        return Module(tuple(map(step, self.entries)))
 
 
 def producers(graph: Graph) -> dict[Value, Op]:
@@ -179,8 +205,6 @@ class Rewriter(Builder):
 
 def drop_dead(graph: Graph) -> Graph:
     """Remove ops whose results nobody reads and that change no state."""
-    from q35c.ir.ops import OPS
-
     needed = set(graph.outputs)
     kept: list[Op] = []
     for op in reversed(graph.ops):

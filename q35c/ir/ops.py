@@ -1,19 +1,19 @@
 """The op table. One row declares an op: operands, attributes, type rule, meaning, cost, stages.
 
 Printer, parser, verifier, interpreter, cost report, documentation and op tests come from here.
-To add an op: write its row, then one lowering (`codegen/lower.py`) if it survives to the last stage.
+To add an op: write its row, then one lowering (`codegen/cpu/lower.py`) if it survives to the last stage.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from q35c.ir import formats
+from q35c.formats import registry
 from q35c.ir import reference as ref
 from q35c.ir import type_rules as rule
 from q35c.ir.type_rules import Attributes, ShapeRuleError, Types, symbolic_product
@@ -27,6 +27,8 @@ class OpSpec:
 
     `infer(types, attrs)` returns the result types or raises ShapeRuleError; `reference(*arrays,
     **attrs)` is the meaning in numpy; `macs(shapes, attrs)` counts multiply-adds with integer shapes.
+    Roles of operands, by name: a row of the result needs the same row alone of those that are `row_wise`; rows are
+    multiplied by the weights that are `factors`; those `per_sequence` have an element for each sequence.
     """
 
     kind: str
@@ -37,6 +39,9 @@ class OpSpec:
     reference: Callable[..., Any]
     stages: tuple[str, str]
     variadic: bool = False
+    row_wise: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+    per_sequence: tuple[str, ...] = ()
     writes_state: bool = False
     macs: Callable[[list[tuple[int, ...]], Attributes], int] = lambda shapes, attrs: math.prod(
         shapes[0]
@@ -48,12 +53,17 @@ ALWAYS, TRACED, FUSED, LATE, QUANTIZED = (
     ("traced", "scheduled"), ("traced", "fused"), ("fused", "fused"), ("stateful", "scheduled"),
     ("quantized", "scheduled"),
 )  # fmt: skip
+SCHEDULED = ("scheduled", "scheduled")
+
+
+ROLES = ("row_wise", "factors", "per_sequence")
 
 
 def define(kind: str, signature: str, attrs: str, infer, reference, summary: str, **more) -> None:
-    """Add a row; a trailing `*` in the signature makes the last operand repeatable."""
+    """Add a row; a trailing `*` in the signature makes the last operand repeatable, roles name operands."""
     names = tuple(name.rstrip("*") for name in signature.split())
     more.setdefault("stages", ALWAYS)
+    more |= {role: tuple(more[role].split()) for role in ROLES if role in more}
     OPS[kind] = OpSpec(
         kind, summary, names, tuple(attrs.split()), infer, reference,
         variadic=signature.endswith("*"), **more,
@@ -97,7 +107,8 @@ define(
     "embedding", "tokens table", "", rule.looked_up, lambda t, w: w[t], "Look up rows of a table."
 )
 define("linear", "x weight*", "", rule.linear_type, reference_linear,
-       "Multiply by one or more weights [N, K]; the outputs are concatenated.", macs=linear_macs)  # fmt: skip
+       "Multiply by one or more weights [N, K]; the outputs are concatenated.", macs=linear_macs,
+       row_wise="x", factors="weight")  # fmt: skip
 for _name, _rule, _function in (
     ("add", rule.broadcast, np.add), ("mul", rule.broadcast, np.multiply), ("div", rule.divided, np.divide),
 ):  # fmt: skip
@@ -143,6 +154,7 @@ define(
     rule.sliced,
     reference_slice,
     "Take part of one static axis.",
+    row_wise="x",
 )
 define("slice_update", "x y", "axis start step", rule.slice_updated, reference_slice_update,
        "Replace part of one static axis.", stages=TRACED)  # fmt: skip
@@ -165,7 +177,7 @@ define("experts", "x ids weights gate_up down", "", rule.experts_type, ref.exper
        macs=lambda s, a: math.prod(s[1]) * (math.prod(s[3][1:]) + math.prod(s[4][1:])))  # fmt: skip
 
 define("rms_norm", "x weight", "eps offset", rule.normed, ref.rms_norm,
-       "x * rsqrt(mean(x^2) + eps) * (offset + weight) over the last axis.")  # fmt: skip
+       "x * rsqrt(mean(x^2) + eps) * (offset + weight) over the last axis.", row_wise="x")  # fmt: skip
 define("gated_rms_norm", "x weight gate", "eps", rule.normed, ref.gated_rms_norm,
        "rms_norm(x) * weight * silu(gate).", stages=FUSED)  # fmt: skip
 define("rotary_table", "positions", "inv_freq sections scaling", rule.rotary_table_type, ref.rotary_table,
@@ -182,10 +194,10 @@ define(
 define("swiglu", "gate up", "", rule.paired, lambda g, u: ref.silu(g) * u,
        "silu(gate) * up.", stages=FUSED)  # fmt: skip
 define("linear_swiglu", "x gate up", "", rule.linear_swiglu_type, reference_swiglu,
-       "silu(x gate^T) * (x up^T) in one pass over x.", macs=linear_macs)  # fmt: skip
+       "silu(x gate^T) * (x up^T) in one pass over x.", macs=linear_macs, row_wise="x", factors="gate up")  # fmt: skip
 define("linear_residual", "x residual weight", "", rule.linear_residual_type,
        lambda x, r, w: r + x @ w.T.astype(x.dtype), "residual + x weight^T.",
-       macs=lambda s, a: math.prod(s[0][:-1]) * math.prod(s[2]))  # fmt: skip
+       macs=lambda s, a: math.prod(s[0][:-1]) * math.prod(s[2]), row_wise="x residual", factors="weight")  # fmt: skip
 define("gated_delta_net", "qkv z b a conv_w a_log dt_bias norm_w", "key_heads value_heads eps",
        rule.delta_net_type, reference_delta_net, stages=FUSED,
        summary="Conv, SiLU, gates, delta rule and gated norm, from an empty state.")  # fmt: skip
@@ -198,27 +210,60 @@ define("sparse_moe", "x router_logits shared shared_gate gate_up down", "top_k",
 
 define("sparse_moe_residual", "x router_logits shared shared_gate gate_up down residual", "top_k",
        rule.moe_type, lambda *xs, top_k: xs[-1] + ref.sparse_moe(*xs[:-1], top_k=top_k),
-       "residual + sparse_moe(..).", macs=lambda s, a: OPS["sparse_moe"].macs(s, a))  # fmt: skip
+       "residual + sparse_moe(..).", macs=lambda s, a: OPS["sparse_moe"].macs(s, a),
+       row_wise="x router_logits shared shared_gate residual", factors="gate_up down")  # fmt: skip
 
 define("stateful_gated_delta_net", "qkv z b a conv_w a_log dt_bias norm_w slots starts conv delta",
        "key_heads value_heads eps rows", rule.stateful_delta_net_type, ref.stateful_gated_delta_net,
-       stages=LATE, writes_state=True,
+       stages=LATE, writes_state=True, per_sequence="slots starts",
        summary="gated_delta_net that continues the sequences named by slots.",
        macs=lambda s, a: 3 * s[0][0] * math.prod(s[11][1:]))  # fmt: skip
 define("stateful_gated_attention", "q_gate k v q_norm k_norm table slots starts keys values",
        "heads kv_heads eps scale rows", rule.stateful_attention_type, ref.stateful_gated_attention,
-       stages=LATE, writes_state=True,
+       stages=("stateful", "quantized"), writes_state=True, per_sequence="slots starts",
        summary="gated_attention over the key/value cache of the sequences named by slots.")  # fmt: skip
-define("quantized_gated_attention", "q_gate k v q_norm k_norm table slots starts keys values",
-       "heads kv_heads eps scale rows cache", rule.quantized_attention_type, ref.stateful_gated_attention,
-       stages=("scheduled", "scheduled"), writes_state=True,
-       summary="stateful_gated_attention over keys and values that the cache keeps in bf16 or int8.")  # fmt: skip
+define("scheduled_gated_attention", "q_gate k v q_norm k_norm table slots starts keys values",
+       "heads kv_heads eps scale rows cache splits", rule.scheduled_attention_type,
+       lambda *xs, splits, **attrs: ref.stateful_gated_attention(*xs, **attrs),
+       stages=SCHEDULED, writes_state=True, per_sequence="slots starts",
+       summary="stateful_gated_attention over keys and values that the cache keeps in f32, bf16 or int8; the cells of a key "
+       "head are attended to in `splits` parts.")  # fmt: skip
 define("last_token", "x", "", rule.last_row,
        lambda x: x[-1:], "The last row.", stages=LATE)  # fmt: skip
 define("quantize_rows", "x", "dtype", rule.quantized_rows,
-       lambda x, *, dtype: formats.round_rows(x, dtype), stages=QUANTIZED,
+       lambda x, *, dtype: registry.round_rows(x, dtype), stages=QUANTIZED,
        summary="Round rows to bf16, or to int8 with a scale for each group of values.")  # fmt: skip
 define("quantized_moe_residual", "x router_logits shared shared_gate gate_up down residual", "top_k dtype",
        rule.quantized_moe_type, ref.quantized_moe_residual, stages=QUANTIZED,
        summary="sparse_moe_residual on rounded rows; what the experts activate is rounded like x.",
+       row_wise="x router_logits shared shared_gate residual", factors="gate_up down",
        macs=lambda s, a: OPS["sparse_moe"].macs(s, a))  # fmt: skip
+define("folded_moe_residual", "x router_logits shared_gate gate_up down residual gate up shared_down", "top_k dtype",
+       rule.folded_moe_type, ref.folded_moe_residual, stages=SCHEDULED,
+       row_wise="x router_logits shared_gate residual", factors="gate_up down gate up shared_down",
+       summary="sparse_moe_residual whose shared expert is one more routed expert; with a dtype, on rounded rows.",
+       macs=lambda s, a: s[0][0] * (a["top_k"] + 1) * (math.prod(s[3][1:]) + math.prod(s[4][1:])))  # fmt: skip
+
+
+def rounded(spec: OpSpec) -> OpSpec:
+    """Return the row of an op that rounds its result on the way out: rounded rows, behind the exact ones if those are kept."""
+
+    def infer(types: Types, attrs: Attributes) -> Types:
+        exact = spec.infer(types, attrs)
+        rows = rule.quantized_rows(exact, attrs)
+        return exact + rows if attrs["is_kept"] else rows
+
+    def reference(*arrays, dtype, is_kept, **attrs):
+        exact = spec.reference(*arrays, **attrs)
+        rows = registry.round_rows(exact, dtype)
+        return (exact, rows) if is_kept else rows
+
+    return replace(
+        spec, kind=f"rounded_{spec.kind}", attrs=(*spec.attrs, "dtype", "is_kept"), infer=infer,
+        reference=reference, stages=SCHEDULED, row_wise=(),
+        summary=f"{spec.kind} whose rows are rounded as by quantize_rows; the exact ones come first if they are kept.",
+    )  # fmt: skip
+
+
+ROUNDING = ("rms_norm", "linear_swiglu", "stateful_gated_delta_net", "scheduled_gated_attention")
+OPS |= {row.kind: row for row in (rounded(OPS[kind]) for kind in ROUNDING)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from q35c.ir.formats import round_rows
+from q35c.formats.registry import round_rows
 
 Array = np.ndarray
 
@@ -122,6 +122,16 @@ def sparse_moe(
 def quantized_moe_residual(*operands: Array, top_k: int, dtype: str) -> Array:
     """Return residual + sparse_moe(..) where the experts' inner activations are rounded too."""
     return operands[-1] + sparse_moe(*operands[:-1], top_k=top_k, dtype=dtype)
+
+
+def folded_moe_residual(
+    x, logits, shared_gate, gate_up, down, residual, gate, up, shared_down, *, top_k: int, dtype: str
+) -> Array:  # fmt: skip
+    """Return residual + sparse_moe(..) with the shared expert's three weights in place of its output."""
+    hidden = silu(x @ gate.T.astype(x.dtype)) * (x @ up.T.astype(x.dtype))
+    hidden = hidden if dtype == "f32" else round_rows(hidden, dtype)
+    shared = hidden @ shared_down.T.astype(x.dtype)
+    return residual + sparse_moe(x, logits, shared, shared_gate, gate_up, down, top_k, dtype)
 
 
 def rotary_table(positions: Array, inv_freq, sections, scaling: float) -> Array:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from q35c.ir.formats import integer_format, is_row_format
+from q35c.formats.registry import integer_format, is_row_format
 from q35c.ir.types import Dim, SymDim, TensorType
 
 Types = tuple[TensorType, ...]
@@ -297,6 +297,18 @@ def quantized_moe_type(types: Types, attrs: Attributes) -> Types:
     return moe_type((plain, *types[1:]), attrs)
 
 
+def folded_moe_type(types: Types, attrs: Attributes) -> Types:
+    x, logits, shared_gate, gate_up, down, residual, gate, up, shared_down = types
+    _, double, hidden = gate_up.shape
+    inner = static(double, "2I") // 2
+    expert = (TensorType(gate_up.dtype, (inner, hidden)),) * 2
+    expert += (TensorType(down.dtype, (hidden, inner)),)
+    need((gate, up, shared_down) == expert, f"the shared expert is none of {gate_up}, {down}")
+    shared = TensorType("f32", x.shape)
+    whole = (x, logits, shared, shared_gate, gate_up, down, residual)
+    return moe_type(whole, attrs) if attrs["dtype"] == "f32" else quantized_moe_type(whole, attrs)
+
+
 def delta_net_type(types: Types, attrs: Attributes) -> Types:
     qkv, z, b, a, conv_w, a_log, dt_bias, norm_w = types[:8]
     need(qkv.rank == 2 and conv_w.rank == 3, "wants qkv [T, C] and a conv weight [C, 1, K]")
@@ -352,8 +364,9 @@ def stateful_attention_type(types: Types, attrs: Attributes) -> Types:
     return (result,)
 
 
-def quantized_attention_type(types: Types, attrs: Attributes) -> Types:
-    need(attrs["cache"] in ("bf16", "int8"), 'cache must be "bf16" or "int8"')
+def scheduled_attention_type(types: Types, attrs: Attributes) -> Types:
+    need(attrs["cache"] in ("f32", "bf16", "int8"), 'cache must be "f32", "bf16" or "int8"')
+    need(attrs["splits"] >= 1, "there must be a part")
     return stateful_attention_type(types, attrs)
 
 

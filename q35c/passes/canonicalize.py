@@ -53,7 +53,7 @@ def canonicalize(graph: Graph) -> Graph:
 def simplify(op: Op, made: dict[Value, Op]) -> Value | Op:
     """Return an equal value that is already there, or the op in its simplest form."""
     rule = RULES.get(op.kind)
-    return rule(op, made.get(op.operands[0])) if rule else op
+    return rule(op, made.get(op.source)) if rule else op
 
 
 def fold_cast(op: Op, source: Op | None) -> Value | Op:
@@ -76,7 +76,7 @@ def fold_transpose(op: Op, source: Op | None) -> Value | Op:
     if source is not None and source.kind == "transpose":
         perm = tuple(source.attrs["perm"][i] for i in perm)
         op = replace(op, operands=source.operands, attrs=Attrs.of({"perm": perm}))
-    return op.operands[0] if perm == tuple(range(len(perm))) else op
+    return op.source if perm == tuple(range(len(perm))) else op
 
 
 def fold_slice(op: Op, source: Op | None) -> Value | Op:
@@ -87,7 +87,7 @@ def fold_slice(op: Op, source: Op | None) -> Value | Op:
 
 def fold_neutral(neutral: float):
     """x * 1 -> x; x + 0 -> x"""
-    return lambda op, source: op.operands[0] if op.attrs["value"] == neutral else op
+    return lambda op, source: op.source if op.attrs["value"] == neutral else op
 
 
 RULES = {

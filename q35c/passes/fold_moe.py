@@ -73,13 +73,13 @@ def match_moe(find: Matcher, op: Op) -> tuple[list[Value], int] | None:
 def match_routing(find: Matcher, ids: Value, weights: Value) -> tuple[Value, int] | None:
     """Match weights = chosen / sum(chosen), (chosen, ids) = topk(softmax(logits))."""
     division = find.op(weights, "div")
-    chosen = division.operands[0] if division else None
+    chosen = division["a"] if division else None
     top = find.op(chosen, "topk")
     if division is None or top is None or top.results != (chosen, ids):
         return None
-    if find.over_last_axis(division.operands[1], "sum") != chosen:
+    if find.over_last_axis(division["b"], "sum") != chosen:
         return None
-    logits = find.over_last_axis(top.operands[0], "softmax")
+    logits = find.over_last_axis(top["x"], "softmax")
     return (logits, top.attrs["k"]) if logits is not None else None
 
 

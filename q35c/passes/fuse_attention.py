@@ -75,17 +75,17 @@ def match_attention(find: Matcher, op: Op) -> tuple[list[Value], dict] | None:
         gate = find.source(activated, "sigmoid")
         if attention is None or gate is None or attended.type != activated.type:
             continue
-        q, k = (match_head(find, x) for x in attention.operands[:2])
+        q, k = (match_head(find, attention[name]) for name in ("q", "k"))
         if q is None or k is None:
             return None
         q_source, q_norm, table, eps = q
         k_source, k_norm, k_table, k_eps = k
         q_gate = match_query(find, q_source, gate)
         k_flat = match_rows(find, k_source)
-        v_flat = match_rows(find, find.source(attention.operands[2], "transpose", perm=(1, 0, 2)))
+        v_flat = match_rows(find, find.source(attention["v"], "transpose", perm=(1, 0, 2)))
         if q_gate is None or k_flat is None or v_flat is None or (table, eps) != (k_table, k_eps):
             return None
-        heads, kv_heads = (x.type.shape[0] for x in attention.operands[:2])
+        heads, kv_heads = (attention[name].type.shape[0] for name in ("q", "k"))
         attrs = {
             "heads": heads, "kv_heads": kv_heads, "eps": eps, "scale": attention.attrs["scale"],
         }  # fmt: skip
@@ -96,11 +96,11 @@ def match_attention(find: Matcher, op: Op) -> tuple[list[Value], dict] | None:
 def match_head(find: Matcher, value: Value) -> tuple[Value, Value, Value, float] | None:
     """Match rotary(transpose(rms_norm(x, w))); return x [T, H, D], w, table, eps."""
     rotary = find.op(value, "rotary")
-    turned = find.source(rotary.operands[0], "transpose", perm=(1, 0, 2)) if rotary else None
+    turned = find.source(rotary["x"], "transpose", perm=(1, 0, 2)) if rotary else None
     norm = find.op(turned, "rms_norm", offset=1.0)
     if rotary is None or norm is None:
         return None
-    return norm.operands[0], norm.operands[1], rotary.operands[1], norm.attrs["eps"]
+    return norm["x"], norm["weight"], rotary["table"], norm.attrs["eps"]
 
 
 def match_query(find: Matcher, query: Value, gate: Value) -> Value | None:

@@ -113,8 +113,8 @@ def match_convolution(find: Matcher, q: Value, k: Value, v: Value) -> tuple[Valu
     conv = find.op(find.source(turned, "silu"), "causal_conv")
     if conv is None or end != mixed.type.shape[-1]:
         return None
-    qkv = find.source(conv.operands[0], "transpose", perm=(1, 0))
-    weight = find.through(conv.operands[1], "reshape")
+    qkv = find.source(conv["x"], "transpose", perm=(1, 0))
+    weight = find.through(conv["weight"], "reshape")
     if qkv is None or not is_weight(weight) or weight.type.shape[:-1] != (end, 1):
         return None
     return qkv, weight

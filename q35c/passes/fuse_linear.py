@@ -8,10 +8,10 @@ from q35c.passes.match import Matcher
 
 # Operands of a consumer whose linears become one. Projections that tolerate few bits stay apart
 # from the sensitive gates (b, a, router), so that each merged weight has one precision.
-MERGED_OPERANDS: dict[str, tuple[tuple[int, ...], ...]] = {
-    "gated_delta_net": ((0, 1), (2, 3)),  # qkv | z, b | a
-    "gated_attention": ((0, 1, 2),),  # q and gate | k | v
-    "sparse_moe": ((1, 3),),  # router | shared expert's gate
+MERGED_OPERANDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "gated_delta_net": (("qkv", "z"), ("b", "a")),
+    "gated_attention": (("q_gate", "k", "v"),),
+    "sparse_moe": (("router_logits", "shared_gate"),),
 }
 
 
@@ -65,13 +65,13 @@ def fuse_linear(graph: Graph) -> Graph:
 def merge_siblings(find: Matcher, out: Rewriter, op: Op) -> None:
     """Emit one linear for each group of operands and let the operands read slices of it."""
     for group in MERGED_OPERANDS[op.kind]:
-        members = [op.operands[i] for i in group]
+        members = [op[name] for name in group]
         linears = [linear for member in members if (linear := find.op(member, "linear"))]
-        sources = {linear.operands[0] for linear in linears}
+        sources = {linear["x"] for linear in linears}
         if len(linears) != len(members) or len(sources) != 1:
             continue
         (x,) = sources
-        weights = [w for linear in linears for w in linear.operands[1:]]
+        weights = [w for linear in linears for w in linear.playing("factors")]
         merged = out.emit("linear", out.new(x), *weights)
         start = 0
         for member in members:
@@ -92,9 +92,9 @@ def match_swiglu(find: Matcher, op: Op) -> tuple[Value, Value, Value] | None:
             continue
         if any(find.uses[factor] != 1 for factor in (activated, gate.result, up_value)):
             continue
-        same_shape = gate.operands[1].type.shape == up.operands[1].type.shape
-        if gate.operands[0] == up.operands[0] and same_shape:
-            return gate.operands[0], gate.operands[1], up.operands[1]
+        same_shape = gate["weight"].type.shape == up["weight"].type.shape
+        if gate["x"] == up["x"] and same_shape:
+            return gate["x"], gate["weight"], up["weight"]
     return None
 
 

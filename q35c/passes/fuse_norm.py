@@ -56,7 +56,7 @@ def match_norm(find: Matcher, op: Op) -> tuple[Value, Value, float, float] | Non
         return None
     for scaled, factor in find.either(op.result, "mul"):
         offset_op = find.op(factor, "add_scalar")
-        weight = offset_op.operands[0] if offset_op else factor
+        weight = offset_op["x"] if offset_op else factor
         if not is_weight(weight) or weight.type.shape != op.result.type.shape[-1:]:
             continue
         for x, scale in find.either(scaled, "mul"):
@@ -69,7 +69,7 @@ def match_norm(find: Matcher, op: Op) -> tuple[Value, Value, float, float] | Non
 def match_inverse_rms(find: Matcher, x: Value, scale: Value) -> float | None:
     """Match scale = rsqrt(mean(x^2, last axis) + eps); return eps."""
     shifted = find.op(find.source(scale, "rsqrt"), "add_scalar")
-    squared = find.over_last_axis(shifted.operands[0], "mean") if shifted else None
+    squared = find.over_last_axis(shifted["x"], "mean") if shifted else None
     if find.source(squared, "pow_scalar", exponent=2) != x:
         return None
     return float(shifted.attrs["value"])  # type: ignore[union-attr]

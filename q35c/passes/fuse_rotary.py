@@ -98,7 +98,7 @@ def match_table(find: Matcher, value: Value, function: str, shape: Shape) -> Ang
     base, sections = mixed
     scaled = find.op(base, "mul_scalar")
     scaling = float(scaled.attrs["value"]) if scaled else 1.0
-    product = find.source(scaled.operands[0] if scaled else base, function)
+    product = find.source(scaled["x"] if scaled else base, function)
     for positions, frequencies in find.either(product, "mul"):
         constant = find.op(find.through(frequencies, "reshape"), "constant")
         source = find.through(positions, "reshape", "cast")
@@ -116,12 +116,12 @@ def match_mix(find: Matcher, value: Value) -> tuple[Value, tuple[int, int, int]]
     counts: list[int] = []
     for axis in (2, 1):
         update = find.op(value, "slice_update", start=axis, step=3)
-        part = find.op(update.operands[1], "slice", start=axis, step=3) if update else None
+        part = find.op(update["y"], "slice", start=axis, step=3) if update else None
         if update is None or part is None or not (is_last_axis(update) and is_last_axis(part)):
             return None
-        bases.append(axis_of(find, part.operands[0], axis))
+        bases.append(axis_of(find, part["x"], axis))
         counts.append(static(part.result.type.shape[-1]))
-        value = update.operands[0]
+        value = update["x"]
     base = axis_of(find, value, 0)
     if base is None or bases != [base, base]:
         return None

@@ -22,7 +22,7 @@ class Matcher:
     def source(self, value: Value | None, kind: str, **attrs) -> Value | None:
         """Return the first operand of the op that makes `value`, under the same conditions."""
         op = self.op(value, kind, **attrs)
-        return op.operands[0] if op else None
+        return op.source if op else None
 
     def either(self, value: Value | None, kind: str) -> list[tuple[Value, Value]]:
         """Return the operands of a commutative op in both orders; nothing if it is another op."""
@@ -35,20 +35,20 @@ class Matcher:
     def through(self, value: Value, *kinds: str) -> Value:
         """Look through one-operand ops of these kinds."""
         while (op := self.producers.get(value)) is not None and op.kind in kinds:
-            value = op.operands[0]
+            value = op.source
         return value
 
     def over_last_axis(self, value: Value | None, kind: str) -> Value | None:
         """Return the first operand of a reduction or softmax over its last axis."""
         op = self.op(value, kind)
-        return op.operands[0] if op is not None and is_last_axis(op) else None
+        return op.source if op is not None and is_last_axis(op) else None
 
     def last_axis_slice(self, value: Value | None) -> tuple[Value, int, int] | None:
         """Return (source, start, stop) of a step-1 slice of the last axis."""
         op = self.op(value, "slice", step=1)
         if op is None or not is_last_axis(op):
             return None
-        return op.operands[0], op.attrs["start"], op.attrs["stop"]
+        return op.source, op.attrs["start"], op.attrs["stop"]
 
     def joined(self, value: Value | None) -> tuple[Value, ...]:
         """Return the operands of a concat along the last axis; nothing if it is another op."""
@@ -62,5 +62,5 @@ def is_weight(value: Value) -> bool:
 
 def is_last_axis(op: Op) -> bool:
     """Tell whether the op works along the last axis of its first operand."""
-    rank = op.operands[0].type.rank
+    rank = op.source.type.rank
     return op.attrs["axis"] % rank == rank - 1

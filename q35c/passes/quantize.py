@@ -6,19 +6,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from q35c.errors import InternalError
-from q35c.ir.formats import integer_format
-from q35c.ir.graph import Graph, Module, Op, Rewriter, Value
+from q35c.formats.registry import integer_format
+from q35c.ir.graph import Graph, Module, Op, Rewriter, Value, producers
 from q35c.ir.precision import Policy
 
-# Which operands of an op are the weights that its operand 0 is multiplied by.
-LINEARS = {"linear": slice(1, None), "linear_residual": slice(2, None), "linear_swiglu": slice(1, None)}  # fmt: skip
-PRODUCTS = {**LINEARS, "sparse_moe_residual": slice(4, 6)}
+# What a linear is for whose rows a mixer reads, and of a linear that reads a mixer's rows.
 MIXER_ROLES = {
-    "stateful_gated_delta_net": ("delta_in", "delta_in", "delta_gates", "delta_gates"),
-    "stateful_gated_attention": ("attention_in", "attention_in", "attention_in"),
-    "sparse_moe_residual": ("", "router", "mlp_out", "router"),
-}
+    "stateful_gated_delta_net": {"qkv": "delta_in", "z": "delta_in", "b": "delta_gates", "a": "delta_gates"},
+    "stateful_gated_attention": {"q_gate": "attention_in", "k": "attention_in", "v": "attention_in"},
+    "sparse_moe_residual": {"router_logits": "router", "shared": "mlp_out", "shared_gate": "router"},
+}  # fmt: skip
 OUTPUT_ROLES = {"stateful_gated_delta_net": "delta_out", "stateful_gated_attention": "attention_out"}  # fmt: skip
+EXPERT_ROLES = {"gate_up": "experts_in", "down": "experts_out"}
 
 
 def quantize(module: Module, policy: Policy) -> Module:
@@ -80,15 +79,16 @@ def quantize_entry(graph: Graph, types: dict[Value, Value], rows: dict[Value, st
     for weight, typed in types.items():
         out.replace(weight, typed)
     for op in graph.ops:
-        operands = [out.new(v) for v in op.operands]
         kind, attrs = op.kind, op.attrs.to_dict()
-        dtype = rows[op.operands[PRODUCTS[kind]][0]] if kind in PRODUCTS else "f32"
+        factors = op.playing("factors")
+        dtype = rows[factors[0]] if factors else "f32"
         if dtype == "f32":
             results = out.copy(op)
             if kind == "last_token":
-                picked[results[0]] = operands[0]
+                picked[results[0]] = out.new(op.source)
             continue
-        operands[0] = round_rows(operands[0], dtype)
+        x, *others = map(out.new, op.operands)
+        operands = [round_rows(x, dtype), *others]
         if kind == "sparse_moe_residual":
             kind, attrs = "quantized_moe_residual", {**attrs, "dtype": dtype}
         out.replace(op.result, out.emit(kind, *operands, **attrs))
@@ -112,28 +112,26 @@ def module_roles(module: Module) -> dict[Value, str]:
 
 def weight_roles(graph: Graph) -> dict[Value, str]:
     """Return the role of every weight that has one. The head comes last: a tied table has its role."""
-    readers: dict[Value, list[tuple[Op, int]]] = {}
-    producers: dict[Value, Op] = {}
+    readers: dict[Value, list[tuple[Op, str]]] = {}
     for op in graph.ops:
-        producers.update(dict.fromkeys(op.results, op))
-        for place, value in enumerate(op.operands):
-            readers.setdefault(value, []).append((op, place))
+        for name, value in op.named():
+            readers.setdefault(value, []).append((op, name))
     roles: dict[Value, str] = {}
     for op in graph.ops:
         if op.kind == "embedding":
-            roles[op.operands[1]] = "embedding"
+            roles[op["table"]] = "embedding"
         elif op.kind == "sparse_moe_residual":
-            roles[op.operands[4]], roles[op.operands[5]] = "experts_in", "experts_out"
-        elif op.kind in LINEARS:
-            role = linear_role(op, readers, producers, graph.outputs)
-            roles.update(dict.fromkeys(op.operands[LINEARS[op.kind]], role))
+            roles.update((op[name], role) for name, role in EXPERT_ROLES.items())
+        elif factors := op.playing("factors"):
+            role = linear_role(op, readers, producers(graph), graph.outputs)
+            roles.update(dict.fromkeys(factors, role))
     return roles
 
 
 def linear_role(
     op: Op,
-    readers: dict[Value, list[tuple[Op, int]]],
-    producers: dict[Value, Op],
+    readers: dict[Value, list[tuple[Op, str]]],
+    made_by: dict[Value, Op],
     outputs: Iterable[Value],
 ) -> str:
     """Return what a linear is for: from who reads it, else from what it reads."""
@@ -141,22 +139,21 @@ def linear_role(
         return "head"
     if op.kind == "linear_swiglu":
         return "mlp_in"
-    for reader, place in through_slices(op.result, readers):
-        places = MIXER_ROLES.get(reader.kind, ())
-        if place < len(places):
-            return places[place]
-    made_by = producers.get(op.operands[0])
-    if made_by is not None and made_by.kind == "last_token":
-        made_by = producers.get(made_by.operands[0])
-    return OUTPUT_ROLES.get(made_by.kind, "mlp_out") if made_by is not None else "mlp_out"
+    for reader, name in through_slices(op.result, readers):
+        if role := MIXER_ROLES.get(reader.kind, {}).get(name):
+            return role
+    maker = made_by.get(op.source)
+    if maker is not None and maker.kind == "last_token":
+        maker = made_by.get(maker.source)
+    return OUTPUT_ROLES.get(maker.kind, "mlp_out") if maker is not None else "mlp_out"
 
 
 def through_slices(
-    value: Value, readers: dict[Value, list[tuple[Op, int]]]
-) -> Iterable[tuple[Op, int]]:
+    value: Value, readers: dict[Value, list[tuple[Op, str]]]
+) -> Iterable[tuple[Op, str]]:
     """Yield who reads a value or a slice of it, and as which operand."""
-    for reader, place in readers.get(value, ()):
+    for reader, name in readers.get(value, ()):
         if reader.kind == "slice":
             yield from through_slices(reader.result, readers)
         else:
-            yield reader, place
+            yield reader, name

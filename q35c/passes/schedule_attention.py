@@ -1,13 +1,14 @@
-"""Choose how attention keeps its keys and values."""
+"""Choose how attention keeps its keys and values, and into how many parts it splits them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from q35c.ir.graph import Graph, Module, Rewriter
-from q35c.ir.precision import Policy
 
 
-def schedule_attention(module: Module, policy: Policy) -> Module:
-    """Let attention round keys and values to the type of the policy's cache.
+def schedule_attention(module: Module, cache: str, decode_splits: Callable[[int], int]) -> Module:
+    """Let attention round keys and values to the type of the cache, and split them where rows are few.
 
     Before:
         graph g quantized {
@@ -38,24 +39,26 @@ def schedule_attention(module: Module, policy: Policy) -> Module:
           weight @k_norm: f32[4]
           state $keys: f32[B, CTX, 1, 4]
           state $values: f32[B, CTX, 1, 4]
-          %0: f32[T, 8] = quantized_gated_attention(%q, %k, %v, @q_norm, @k_norm, %table,
+          %0: f32[T, 8] = scheduled_gated_attention(%q, %k, %v, @q_norm, @k_norm, %table,
               %slots, %starts, $keys, $values) {cache = "int8", eps = 1e-06,
-              heads = 2, kv_heads = 1, rows = "sequence", scale = 0.5}
+              heads = 2, kv_heads = 1, rows = "sequence", scale = 0.5, splits = 1}
           return %0
         }
 
-    The state keeps its type, f32, which is that of the values in it. A cache in f32 rounds nothing: attention stays as it is.
+    The state keeps its type, f32, which is that of the values in it. One token of each of some sequences (rows "batch") is
+    few rows: there `decode_splits` says of a number of key heads how many parts the cells of one make.
     """
-    return Module(tuple(schedule_entry(graph, policy.cache) for graph in module))
 
+    def schedule_entry(graph: Graph) -> Graph:
+        out = Rewriter(graph, stage="scheduled")
+        for op in graph.ops:
+            if op.kind != "stateful_gated_attention":
+                out.copy(op)
+                continue
+            splits = decode_splits(op.attrs["kv_heads"]) if op.attrs["rows"] == "batch" else 1
+            attrs = {**op.attrs.to_dict(), "cache": cache, "splits": splits}
+            operands = map(out.new, op.operands)
+            out.replace(op.result, out.emit("scheduled_gated_attention", *operands, **attrs))
+        return out.done()
 
-def schedule_entry(graph: Graph, cache: str) -> Graph:
-    out = Rewriter(graph, stage="scheduled")
-    for op in graph.ops:
-        if op.kind != "stateful_gated_attention" or cache == "f32":
-            out.copy(op)
-            continue
-        operands = map(out.new, op.operands)
-        attrs = {**op.attrs.to_dict(), "cache": cache}
-        out.replace(op.result, out.emit("quantized_gated_attention", *operands, **attrs))
-    return out.done()
+    return module.map(schedule_entry)

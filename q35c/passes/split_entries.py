@@ -6,14 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from q35c.ir.graph import Attrs, Graph, Module, Rewriter, Value, drop_dead, renumber
+from q35c.ir.ops import OPS
 from q35c.ir.types import SymDim, TensorType
 
 SEQUENCES = SymDim("B")
-# Ops that compute a row from the same row of these operands.
-ROW_WISE = {
-    "linear": (0,), "linear_residual": (0, 1), "linear_swiglu": (0,), "rms_norm": (0,), "slice": (0,),
-    "sparse_moe_residual": (0, 1, 2, 3, 6),
-}  # fmt: skip
 
 
 def split_entries(graph: Graph) -> Module:
@@ -82,8 +78,8 @@ def as_prefill(graph: Graph) -> Graph:
         if whole.intersection(op.results):
             out.copy(op)
             continue
-        rows = ROW_WISE[op.kind]
-        operands = (last_row(v) if n in rows else out.new(v) for n, v in enumerate(op.operands))
+        rows = OPS[op.kind].row_wise
+        operands = (last_row(v) if name in rows else out.new(v) for name, v in op.named())
         last[op.result] = out.append(op.kind, tuple(operands), op.attrs)[0]
     return out.finish([last_row(value) for value in graph.outputs])
 
@@ -92,17 +88,18 @@ def needed_whole(graph: Graph) -> set[Value]:
     """Return the values of which all rows are needed: an op that mixes rows makes or reads them, or depends on them."""
     whole: set[Value] = set()
     for op in reversed(graph.ops):
-        is_row_wise = op.kind in ROW_WISE and op.result.type.shape[0] == SymDim("T")
-        rows = ROW_WISE[op.kind] if is_row_wise and op.result not in whole else ()
-        if not rows:
+        rows = OPS[op.kind].row_wise if op.results[0].type.shape[0] == SymDim("T") else ()
+        if not rows or whole.intersection(op.results):
             whole.update(op.results)
-        whole.update(v for number, v in enumerate(op.operands) if number not in rows)
+            rows = ()
+        whole.update(value for name, value in op.named() if name not in rows)
     return whole
 
 
 def as_decode(graph: Graph) -> Graph:
     """Let every row be the one new token of its own sequence."""
-    inputs = {value: Value(value.name, decode_type(value)) for value in graph.inputs}
+    named = {value for op in graph.ops for value in op.playing("per_sequence")}
+    inputs = {v: Value(v.name, decode_type(v, v in named)) for v in graph.inputs}
     out = Rewriter(replace(graph, inputs=tuple(inputs.values())), name="decode")
     for old, new in inputs.items():
         out.replace(old, new)
@@ -116,9 +113,9 @@ def as_decode(graph: Graph) -> Graph:
     return out.finish(map(out.new, graph.outputs))
 
 
-def decode_type(value: Value) -> TensorType:
+def decode_type(value: Value, is_per_sequence: bool) -> TensorType:
     """Return an input's type in decode: one sequence becomes B, each with one row."""
-    if value.name in ("slots", "starts"):
+    if is_per_sequence:
         return TensorType(value.type.dtype, (SEQUENCES,))
     return TensorType(value.type.dtype, per_sequence(value.type.shape))
 

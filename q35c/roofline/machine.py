@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -22,8 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from q35c.errors import ExecutionError
+from q35c.errors import ExecutionError, InputError
+from q35c.layouts.blobs import STAMP_BYTES
+from q35c.outputs import write_output
 from q35c.roofline.cost import Cost
+from q35c.user_cache import cache_directory
 
 if TYPE_CHECKING:
     from q35c.artifact.manifest import Probe
@@ -39,7 +40,7 @@ _PROBE_SECONDS = 1.5
 _PERCENT = 5  # of the samples are faster
 _CALIBRATION_SECONDS = 0.2
 _PAGE_BYTES = 4096
-_STAMP_WORD = 256  # of a thread's part: cycles before and after
+_STAMP_WORD = STAMP_BYTES // 8
 _PROBES = 2  # raised when a probe changes what it measures: limits of before are measured again
 _MEASURED = ("read", "cache", "int8", "bf16", "f32")
 
@@ -97,9 +98,8 @@ def processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cache_path() -> Path:
-    """Return the file of known limits: in $XDG_CACHE_HOME, or in ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "q35c" / "limits.json"
+    """Return the file of known limits."""
+    return cache_directory() / "limits.json"
 
 
 def measure_limits(model: Model, progress: Progress | None = None) -> Limits:
@@ -207,10 +207,7 @@ def _read_cache() -> dict[str, Limits]:
 
 
 def _write_cache(known: dict[str, Limits]) -> None:
-    path = cache_path()
-    temporary = path.with_name(f".limits-{secrets.token_hex(4)}")
     text = json.dumps({key: asdict(limits) for key, limits in known.items()}, indent=2)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        temporary.replace(path)
+    with contextlib.suppress(OSError, InputError):
+        cache_path().parent.mkdir(parents=True, exist_ok=True)
+        write_output(cache_path(), text.encode())

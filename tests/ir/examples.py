@@ -6,13 +6,13 @@ Types are IR text; `@` and `$` mark weights and state. `docs/ir.md` shows the ex
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from q35c.ir import Builder, Graph, SymDim, TensorType, Value
-from q35c.ir.ops import OPS
+from q35c.ir.ops import OPS, ROUNDING
 from q35c.ir.text import parse_dim
 
 T = SymDim("T")
@@ -38,6 +38,9 @@ _QKV = "f32[T,32] f32[T,16] f32[T,4] f32[T,4] @f32[32,1,3] @f32[4] @f32[4] @f32[
 _HEADS = "f32[T,32] f32[T,4] f32[T,4] @f32[4] @f32[4] f32[T,2]"  # Hq 4, Hkv 1, D 4, R 2
 _MOE = "f32[T,6] f32[T,4] f32[T,6] f32[T,1] @f32[4,10,6] @f32[4,6,5]"
 _QUANTIZED_MOE = "q8g32[T,6] f32[T,4] f32[T,6] f32[T,1] @i4g32[4,10,6] @i4g32[4,6,5]"
+_FOLDED_MOE = f"{_QUANTIZED_MOE} f32[T,6] @i4g32[5,6] @i4g32[5,6] @i4g32[6,5]".replace(
+    "f32[T,4] f32[T,6]", "f32[T,4]"
+)
 _DELTA = {"key_heads": 2, "value_heads": 4, "eps": 1e-6}
 _ATTENTION = {"heads": 4, "kv_heads": 1, "eps": 1e-6, "scale": 0.5}
 _FREQUENCIES = (1.0, 0.1, 0.01, 0.001)
@@ -94,18 +97,28 @@ FITS: dict[str, Case] = {
         **_ATTENTION,
         rows="sequence",
     ),
-    "quantized_gated_attention": case(
+    "scheduled_gated_attention": case(
         f"{_HEADS} i64[1] i32[1] $f32[B,CTX,1,4] $f32[B,CTX,1,4]",
         "scheduled",
         **_ATTENTION,
         rows="sequence",
         cache="int8",
+        splits=1,
     ),
     "last_token": case("f32[T,8]", "stateful"),
     "quantize_rows": case("f32[T,40]", "quantized", dtype="bf16"),
     "quantized_moe_residual": case(
         f"{_QUANTIZED_MOE} f32[T,6]", "quantized", top_k=2, dtype="q8g32"
     ),
+    "folded_moe_residual": case(_FOLDED_MOE, "scheduled", top_k=2, dtype="q8g32"),
+}
+FITS |= {  # an op that also rounds takes what it takes without
+    f"rounded_{kind}": replace(
+        FITS[kind],
+        stage="scheduled",
+        attrs={**FITS[kind].attrs, "dtype": "q8g32", "is_kept": kind != "linear_swiglu"},
+    )
+    for kind in ROUNDING
 }
 
 REFUSED: dict[str, list[Case]] = {
@@ -254,15 +267,20 @@ REFUSED: dict[str, list[Case]] = {
             rows="sequence",
         ),
     ],
-    "quantized_gated_attention": [
+    "scheduled_gated_attention": [
         case(
             f"{_HEADS} i64[1] i32[1] $f32[B,CTX,1,4] $f32[B,CTX,1,4]",
             stage,
             **_ATTENTION,
             rows="sequence",
             cache=cache,
+            splits=splits,
         )
-        for stage, cache in (("scheduled", "f32"), ("scheduled", "i8"), ("stateful", "int8"))
+        for stage, cache, splits in (
+            ("scheduled", "i8", 1),
+            ("stateful", "int8", 1),
+            ("scheduled", "f32", 0),
+        )
     ],
     "last_token": [case("f32[]", "stateful"), case("f32[T,8]", "fused")],
     "quantize_rows": [
@@ -283,6 +301,20 @@ REFUSED: dict[str, list[Case]] = {
         ),
         case(f"{_QUANTIZED_MOE} f32[T,5]", "quantized", top_k=2, dtype="q8g32"),
     ],
+    "folded_moe_residual": [
+        case(_FOLDED_MOE, "scheduled", top_k=2, dtype="f32"),
+        case(_FOLDED_MOE.replace("i4g32[5,6]", "i4g32[4,6]"), "scheduled", top_k=2, dtype="q8g32"),
+        case(_FOLDED_MOE.replace("i4g32[6,5]", "i8g32[6,5]"), "scheduled", top_k=2, dtype="q8g32"),
+        case(_FOLDED_MOE, "quantized", top_k=2, dtype="q8g32"),
+    ],
+}
+REFUSED |= {
+    f"rounded_{kind}": [
+        replace(fits, stage="quantized"),
+        replace(fits, attrs=fits.attrs | {"dtype": "f32"}),
+    ]
+    for kind in ROUNDING
+    if (fits := FITS[f"rounded_{kind}"])
 }
 
 

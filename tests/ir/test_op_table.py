@@ -77,6 +77,7 @@ def test_reference_keeps_float64(kind: str):
         "sparse_moe": 5 * 2 * (10 * 6 + 6 * 5),
         "sparse_moe_residual": 5 * 2 * (10 * 6 + 6 * 5),
         "quantized_moe_residual": 5 * 2 * (10 * 6 + 6 * 5),
+        "folded_moe_residual": 5 * 3 * (10 * 6 + 6 * 5),
         "stateful_gated_delta_net": 5 * 4 * 3 * (4 * 4),
     }.items(),
 )

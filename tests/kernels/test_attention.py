@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from q35c.codegen.isa.x86 import V3, V4, V4_BF16, Isa
-from q35c.codegen.kernels.attention import attention, attention_combine, attention_shape
-from q35c.codegen.kernels.attention_prepare import attention_prepare
-from q35c.codegen.kernels.quantize import quantize_rows
-from q35c.codegen.kernels.rotary import rotary_table
+from q35c.codegen.cpu.isa.x86 import V3, V4, V4_BF16, Isa
+from q35c.codegen.cpu.kernels.attention.prepare import attention_prepare
+from q35c.codegen.cpu.kernels.attention.tasks import attention, attention_combine, attention_shape
+from q35c.codegen.cpu.kernels.rows.rotary import rotary_table
+from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows
 from q35c.ir import reference
 from tests.kernels.harness import (
     BEST,

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.attention_prepare import attention_prepare
-from q35c.codegen.kernels.attention_shape import is_paired
+from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.kernels.attention.prepare import attention_prepare
+from q35c.codegen.cpu.kernels.attention.shape import is_paired
 from q35c.ir import reference
 from tests.kernels.harness import (
     EACH_ISA,

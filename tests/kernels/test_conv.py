@@ -1,5 +1,5 @@
 """The causal convolution with SiLU against float64: 64 shapes, any slot; the kernels of
-`gated_delta.py` convolve the channels of one head this way."""
+`delta/tasks.py` convolve the channels of one head this way."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from tvm.script import tirx as T
 
-from q35c.codegen.isa.x86 import Isa
-from q35c.codegen.kernels.common import share
-from q35c.codegen.kernels.gated_delta_conv import ConvShape, convolve_channels
+from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.kernels.delta.conv import ConvShape, convolve_channels
+from q35c.codegen.cpu.kernels.vectors import share
 from q35c.ir import reference
 from tests.kernels.harness import EACH_ISA, Kernels, assert_close, build_kernels, guard
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from q35c.codegen.kernels.gated_delta import gated_delta, gated_delta_scratch_bytes
+from q35c.codegen.cpu.kernels.delta.tasks import gated_delta, gated_delta_scratch_bytes
 from q35c.ir import reference
 from tests.kernels.harness import ISA, Kernels, assert_close, build_kernels, guard
 

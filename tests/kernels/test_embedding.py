@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from harness import EACH_ISA, build_kernels, guard, pack_rows, stored
 
-from q35c.codegen.kernels.embedding import embedding
+from q35c.codegen.cpu.kernels.linear.embedding import embedding
 
 SHAPES = ((1, 1), (5, 2), (31, 64), (32, 63), (33, 65), (100, 128), (997, 257), (64, 1024))
 TOKENS = (1, 2, 3, 7, 40)

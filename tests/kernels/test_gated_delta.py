@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from q35c.codegen.isa.x86 import V4, Isa, detect
-from q35c.codegen.kernels.gated_delta import (
+from q35c.codegen.cpu.isa.x86 import V4, Isa, detect
+from q35c.codegen.cpu.kernels.delta.tasks import (
     SHORT_RUN,
     gated_delta,
     gated_delta_decode,
     gated_delta_scratch_bytes,
 )
-from q35c.codegen.kernels.quantize import quantize_rows
+from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows
 from q35c.ir import reference
 from tests.kernels.harness import (
     EACH_ISA,

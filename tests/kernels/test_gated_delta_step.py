@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from q35c.codegen.kernels.gated_delta import gated_delta_decode
-from q35c.codegen.kernels.quantize import quantize_rows
+from q35c.codegen.cpu.kernels.delta.tasks import gated_delta_decode
+from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows
 from q35c.ir import reference
 from tests.kernels.harness import (
     EACH_ISA,

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -12,20 +13,11 @@ import pytest
 from harness import ISA, guard
 from tvm.script import tirx as T
 
-from q35c.codegen import build
-from q35c.codegen.build import build_shared
-from q35c.codegen.kernels.common import share
-from q35c.codegen.program import (
-    Barrier,
-    Call,
-    Int,
-    Nt,
-    Pointer,
-    Tid,
-    Tokens,
-    check_calls,
-    program_entry,
-)
+from q35c.codegen.calls import Barrier, Call, Int, Nt, Pointer, Tid, Tokens
+from q35c.codegen.cpu import build
+from q35c.codegen.cpu.build import build_shared
+from q35c.codegen.cpu.kernels.vectors import share
+from q35c.codegen.cpu.program import check_calls, program_entry
 from q35c.errors import ExecutionError, LoweringError, ToolchainError
 from q35c.runtime.library import Arguments, Library, Workers
 from tests.elf import dynamic_symbols
@@ -291,7 +283,8 @@ def test_a_kernel_that_cannot_be_compiled(monkeypatch, tmp_path):
         return compile_module(members, isa)
 
     monkeypatch.setattr(build, "_build", fail)
-    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("Q35C_CACHE", "off")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(RuntimeError, match="no code for halve"):
         build_shared({"halve": halve, "record": record}, {}, ISA)
     assert list(tmp_path.iterdir()) == []
@@ -331,7 +324,7 @@ sys.stdout.buffer.write(test_library.code.__wrapped__())
 
 def test_the_same_kernels_give_the_same_bytes(code):
     script = BUILD_AGAIN.format(tests=str(Path(__file__).parent), root=str(ROOT))
-    environment = {**os.environ, "PYTHONHASHSEED": "123"}
+    environment = {**os.environ, "PYTHONHASHSEED": "123", "Q35C_CACHE": "off"}
     run = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, check=True, cwd="/"
     )

@@ -13,8 +13,8 @@ from harness import (
     stored,
 )
 
-from q35c.codegen.isa.x86 import V4
-from q35c.codegen.kernels.linear import linear
+from q35c.codegen.cpu.isa.x86 import V4
+from q35c.codegen.cpu.kernels.linear.linear import linear
 
 SHAPES = ((1, 1), (31, 3), (47, 65), (98, 77), (256, 320))
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 23, 50, 130)

@@ -13,9 +13,9 @@ from harness import (
     stored,
 )
 
-from q35c.codegen.isa.x86 import V4
-from q35c.codegen.kernels.experts import expert_down, expert_gate_up
-from q35c.codegen.kernels.moe import combine, group_by_expert, route
+from q35c.codegen.cpu.isa.x86 import V4
+from q35c.codegen.cpu.kernels.experts.products import expert_down, expert_gate_up
+from q35c.codegen.cpu.kernels.experts.routing import combine, group_by_expert, route
 
 ROUTES = ((1, 1), (2, 2), (7, 3), (8, 8), (17, 2), (64, 4), (256, 8), (512, 10))
 EXPERTS = ((4, 16, 32, 2), (6, 17, 33, 3), (9, 40, 70, 4), (16, 64, 128, 8))  # E, I, H, top_k

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from q35c.codegen.kernels.rotary import rotary_table
+from q35c.codegen.cpu.kernels.rows.rotary import rotary_table
 from tests.kernels.harness import Kernels, assert_close, build_kernels, guard
 
 # Angles with the sections (time, height, width) that own them; odd ones take the scalar path.

@@ -24,8 +24,8 @@ def logits(path: Path, threads: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_divided_kernels(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("q35c.codegen.division.PART_BYTES", 1)  # tiny models have tiny kernels
-        patch.setattr("q35c.codegen.division.FEWEST_PARTS", 1)
+        patch.setattr("q35c.codegen.cpu.division.PART_BYTES", 1)  # tiny models have tiny kernels
+        patch.setattr("q35c.codegen.cpu.division.FEWEST_PARTS", 1)
         divided = tmp_path / "divided.q35c"
         options = {"precision": "w4", "context": CONTEXT, "batch": BATCH}
         compile_model(checkpoint(kind, "w4"), divided, **options)

@@ -6,6 +6,7 @@ A file is the input, a line `---`, and the result. `near_miss_*.txt` must come o
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -17,34 +18,28 @@ import pytest
 from q35c.ir import Graph, Module
 from q35c.ir.precision import POLICIES
 from q35c.ir.text import parse_graph, print_graph, print_module
-from q35c.passes.pipeline import FUSION
-from q35c.passes.quantize import quantize
-from q35c.passes.schedule_attention import schedule_attention
-from q35c.passes.split_entries import split_entries
-from q35c.passes.thread_state import thread_state
+from q35c.passes.pipeline import PIPELINE, Choices, Pass
 from tests.passes.arrays import assert_same_meaning, median_loss
 
 FOLDER = Path(__file__).parent
 
 
-def quantize_to_w4(graph: Graph) -> Graph:
-    (made,) = quantize(Module((graph,)), POLICIES["w4"])
-    return made
+CHOICES = Choices(replace(POLICIES["w4"], cache="int8"))
 
 
-def keep_int8(graph: Graph) -> Graph:
-    (made,) = schedule_attention(Module((graph,)), replace(POLICIES["w4"], cache="int8"))
-    return made
+def step_of(row: Pass) -> Callable[[Graph], Graph | Module]:
+    """Return a pass as a function of one graph, with the docstring of its file's function."""
+
+    def step(graph: Graph) -> Graph | Module:
+        made = row.run(Module((graph,)), CHOICES)
+        return made.entries[0] if len(made.entries) == 1 else made
+
+    step.__doc__ = getattr(importlib.import_module(f"q35c.passes.{row.name}"), row.name).__doc__
+    return step
 
 
-quantize_to_w4.__doc__ = quantize.__doc__
-keep_int8.__doc__ = schedule_attention.__doc__
-PASSES: dict[str, Callable[[Graph], Graph | Module]] = {
-    **{step.__name__: step for step in (*FUSION, thread_state, split_entries)},
-    "quantize": quantize_to_w4,
-    "schedule_attention": keep_int8,
-}
-ALWAYS_CHANGES = ("thread_state", "split_entries", "quantize", "schedule_attention")
+PASSES = {row.name: step_of(row) for row in PIPELINE}
+ALWAYS_CHANGES = ("introduce_state", "split_entries", "quantize", "schedule_attention")
 # Of the largest element, in the median draw: 4 bits of random weights, several layers deep; 8 bits of keys and values.
 ROUNDING = {"quantize": 0.25, "schedule_attention": 0.02}
 FILES = sorted(FOLDER.glob("*/*.txt"))

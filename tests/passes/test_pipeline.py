@@ -20,6 +20,7 @@ from q35c.ir.precision import POLICIES
 from q35c.ir.text import parse_graph, print_graph
 from q35c.passes import pipeline
 from q35c.passes.canonicalize import canonicalize
+from q35c.passes.pipeline import Choices
 from tests.models import config_document, random_weights
 from tests.passes.arrays import compare
 from tests.passes.sequences import Sequences, random_prompt
@@ -97,7 +98,7 @@ def test_only_fused_ops_remain(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_op_that_remains_is_allowed_to_the_end(name: str) -> None:
     """Mixers get their stateful form; no other op may need a later rewrite."""
-    for entry in pipeline.run_pipeline(traced(name), F32):
+    for entry in pipeline.run_pipeline(traced(name), Choices(F32)):
         late = {op.kind for op in entry.ops if OPS[op.kind].stages[1] != "scheduled"}
         assert not late, entry.name
 
@@ -109,23 +110,20 @@ def test_fusion_keeps_the_logits(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
 @pytest.mark.parametrize("left_out", range(len(pipeline.FUSION)))
-def test_any_pass_may_be_left_out(name: str, left_out: int, monkeypatch: Any) -> None:
-    missing = pipeline.FUSION[left_out].__name__
+def test_any_pass_may_be_left_out(name: str, left_out: int) -> None:
+    missing = pipeline.FUSION[left_out].name
     steps = pipeline.FUSION[:left_out] + pipeline.FUSION[left_out + 1 :]
-    monkeypatch.setattr(pipeline, "FUSION", steps)
-    graph = pipeline.fuse(traced(name))
+    graph = pipeline.fuse(traced(name), steps)
     compare([traced_logits(name)], [logits(graph, name)], TOLERANCE, f"{name} without {missing}")
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
-def test_every_fusion_has_work(name: str, monkeypatch: Any) -> None:
+def test_every_fusion_has_work(name: str) -> None:
     """Without the work of a pass, leaving it out would prove nothing."""
-    steps = {step.__name__: step for step in pipeline.FUSION}
     idle = {"fold_moe"} if name == "dense" else set()
-    for missing in set(steps) - {"canonicalize"} - idle:
-        kept = tuple(step for step in pipeline.FUSION if step is not steps[missing])
-        monkeypatch.setattr(pipeline, "FUSION", kept)
-        assert pipeline.fuse(traced(name)) != fused(name), missing
+    for missing in {row.name for row in pipeline.FUSION} - {"canonicalize"} - idle:
+        kept = [row for row in pipeline.FUSION if row.name != missing]
+        assert pipeline.fuse(traced(name), kept) != fused(name), missing
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -139,7 +137,7 @@ def test_fused_graph_is_canonical_and_round_trips(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_entries_continue_a_sequence(name: str) -> None:
     """Prefill, then decode token by token, beside another sequence: the one-shot logits."""
-    module = pipeline.run_pipeline(traced(name), F32)
+    module = pipeline.run_pipeline(traced(name), Choices(F32))
     tokens, positions = random_prompt(0, TOKENS, VOCABULARY)
     other, elsewhere = random_prompt(1, TOKENS, VOCABULARY)
     sequences = Sequences(module)
@@ -157,13 +155,13 @@ def test_entries_continue_a_sequence(name: str) -> None:
 
 
 def test_dump_writes_each_stage_that_changed(tmp_path: Path) -> None:
-    module = pipeline.run_pipeline(traced("dense"), F32, dump=tmp_path)
+    module = pipeline.run_pipeline(traced("dense"), Choices(POLICIES["w4"]), dump=tmp_path)
     files = sorted(tmp_path.iterdir())
     names = [path.stem.split("_", 1)[1] for path in files]
     assert names == [
         "import", "canonicalize", "fuse_norm", "fuse_rotary", "fuse_gated_delta", "fuse_attention",
-        "canonicalize", "fuse_linear", "thread_state", "split_entries", "quantize",
-        "schedule_attention",
+        "canonicalize", "fuse_linear", "introduce_state", "split_entries", "quantize",
+        "schedule_attention", "fuse_rounding",
     ]  # fmt: skip
     assert parse_graph(files[0].read_text()) == traced("dense")
     entries = [parse_graph(text) for text in files[-1].read_text().split("\n\n")]

@@ -11,9 +11,9 @@ from q35c.errors import InternalError
 from q35c.ir import Graph, Module
 from q35c.ir.precision import POLICIES
 from q35c.ir.text import parse_graph
-from q35c.passes.quantize import PRODUCTS, module_roles, quantize, weight_roles
+from q35c.passes.introduce_state import introduce_state
+from q35c.passes.quantize import module_roles, quantize, weight_roles
 from q35c.passes.split_entries import split_entries
-from q35c.passes.thread_state import thread_state
 from tests.passes.arrays import assert_same_meaning
 from tests.passes.tiny import tiny_model
 
@@ -33,9 +33,8 @@ def quantized(precision: str) -> Graph:
 
 def rows_by_weight(graph: Graph) -> dict[str, str]:
     """Return the dtype of the rows that each product's first weight meets."""
-    places = PRODUCTS | {"quantized_moe_residual": PRODUCTS["sparse_moe_residual"]}
-    products = [op for op in graph.ops if op.kind in places]
-    return {op.operands[places[op.kind]][0].name: op.operands[0].type.dtype for op in products}
+    products = [op for op in graph.ops if op.playing("factors")]
+    return {op.playing("factors")[0].name: op.source.type.dtype for op in products}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +65,7 @@ def test_bf16_keeps_the_meaning() -> None:
 @pytest.mark.parametrize("layers", ["da", "ad"])
 def test_roles_do_not_depend_on_how_a_graph_is_split(layers: str) -> None:
     """Some entries have no head, in some the last token's row is picked before a projection."""
-    graph = thread_state(tiny_model(layers))
+    graph = introduce_state(tiny_model(layers))
     entries = split_entries(graph).entries
     assert module_roles(Module((graph,))) == weight_roles(graph)
     for order in permutations(entries):
@@ -74,7 +73,7 @@ def test_roles_do_not_depend_on_how_a_graph_is_split(layers: str) -> None:
 
 
 def test_one_weight_in_two_roles_is_refused() -> None:
-    graph = thread_state(tiny_model("a"))
+    graph = introduce_state(tiny_model("a"))
     gate = next(op for op in graph.ops if op.kind == "linear_swiglu").operands[1]
     other = parse_graph(
         f"graph other stateful {{\ninput %x: f32[T, 6]\nweight {gate}: {gate.type}\n"

@@ -1,4 +1,4 @@
-"""thread_state and split_entries keep the model: however a sequence is cut, the logits are the same."""
+"""introduce_state and split_entries keep the model: however a sequence is cut, the logits are the same."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from q35c.errors import VerifyError
 from q35c.ir import Builder, Module, SymDim, TensorType
 from q35c.ir.graph import Graph
+from q35c.passes.introduce_state import introduce_state
 from q35c.passes.split_entries import split_entries
-from q35c.passes.thread_state import thread_state
 from tests.passes.arrays import compare
 from tests.passes.sequences import SLOTS, Sequences, forward, random_prompt
 from tests.passes.tiny import VOCABULARY, tiny_model
@@ -23,7 +23,7 @@ LAYERS = ("d", "a", "dad")
 
 def entries_of(layers: str) -> tuple[Graph, Module]:
     graph = tiny_model(layers)
-    return graph, split_entries(thread_state(graph))
+    return graph, split_entries(introduce_state(graph))
 
 
 def compositions(total: int):
@@ -101,7 +101,7 @@ def test_other_slots_are_untouched(entry: str) -> None:
 
 
 def test_state_is_named_by_mixer_and_shared_by_entries() -> None:
-    module = split_entries(thread_state(tiny_model("dad")))
+    module = split_entries(introduce_state(tiny_model("dad")))
     names = [{(s.name, str(s.type)) for s in entry.leaves("state")} for entry in module]
     assert names[0] == names[1] == names[2] == names[3]
     assert names[0] == {
@@ -115,7 +115,7 @@ def test_state_is_named_by_mixer_and_shared_by_entries() -> None:
 
 
 def test_entries_declare_their_rows() -> None:
-    entries = list(split_entries(thread_state(tiny_model())))
+    entries = list(split_entries(introduce_state(tiny_model())))
     types = {g.name: {v.name: str(v.type) for v in g.inputs} for g in entries}
     one = {"tokens": "i32[T]", "positions": "i32[3, T]", "slots": "i64[1]", "starts": "i32[1]"}
     assert types["prefill"] == types["score"] == types["extend"] == one
@@ -131,7 +131,7 @@ def test_entries_declare_their_rows() -> None:
 @pytest.mark.parametrize("layers", LAYERS)
 def test_behind_the_last_mixer_prefill_computes_one_row_and_extend_nothing(layers: str) -> None:
     """No other row is read there: of a whole feed-forward and of the head, the largest matrix."""
-    prefill, _, _, extend = split_entries(thread_state(tiny_model(layers)))
+    prefill, _, _, extend = split_entries(introduce_state(tiny_model(layers)))
     kinds = [op.kind for op in prefill.ops]
     end = max(n for n, kind in enumerate(kinds) if kind.startswith("stateful")) + 1
     assert [op.kind for op in extend.ops] == kinds[:end]
@@ -147,4 +147,4 @@ def test_a_mixer_that_was_not_fused_is_refused() -> None:
     heads = [b.input(name, TensorType("f32", (1, SymDim("T"), 4))) for name in "qkv"]
     graph = b.finish([b.emit("attention", *heads, scale=1.0)])
     with pytest.raises(VerifyError, match="not allowed at this stage"):
-        thread_state(graph)
+        introduce_state(graph)

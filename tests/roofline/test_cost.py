@@ -152,7 +152,7 @@ def test_what_no_rule_understands_costs_its_weight(family: str, parameters: dict
 
 
 def test_every_family_has_a_rule() -> None:
-    from q35c.codegen.kernels.families import FAMILIES
+    from q35c.codegen.cpu.families import FAMILIES
 
     assert set(RULES) == set(FAMILIES)
 

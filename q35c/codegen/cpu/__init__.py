@@ -1,0 +1,1 @@
+"""Code generation for host processors: kernels, programs, instruction sets, building."""

@@ -1,0 +1,1 @@
+"""The gated delta net: convolution, scan and single step."""

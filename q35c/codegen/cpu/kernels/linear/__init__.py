@@ -1,0 +1,1 @@
+"""Linear layers, and the embedding that reads the same weights."""

@@ -1,0 +1,1 @@
+"""Products of rows and packed weights, tile by tile, for the families that multiply."""

@@ -1,0 +1,1 @@
+"""Kernels over whole rows: norms, rotary tables, rounding."""

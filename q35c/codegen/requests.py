@@ -1,0 +1,181 @@
+"""What rules of lowering (lower.py) work with: kernels, packed weights and buffers by request, and kernel calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from q35c.codegen.backend import Backend, KernelKey
+from q35c.codegen.calls import Int, Tokens
+from q35c.codegen.pack import PackedWeight
+from q35c.codegen.schedule import (
+    Arrivals,
+    Buffer,
+    Schedule,
+    StateRef,
+    Step,
+    StepArgument,
+    View,
+    WeightRef,
+)
+from q35c.errors import LoweringError
+from q35c.formats.registry import integer_format
+from q35c.ir.graph import Graph, Op, Value, producers
+from q35c.ir.types import SymDim
+from q35c.layouts.weights import LINE_WORDS
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the entries of one model share: kernels, packed weights, the layout of a sequence's state."""
+
+    backend: Backend
+    context: int
+    io_tokens: int  # row stride of the positions in the io blob
+    state_offsets: Mapping[str, int]
+    kernels: dict[KernelKey, str] = field(default_factory=dict)
+    weights: dict[str, PackedWeight] = field(default_factory=dict)
+    counters: int = 0  # the most that a kernel needs at once
+
+    def kernel(self, family: str, **parameters: Any) -> str:
+        """Return the name of a kernel; equal requests share one."""
+        key = (family, tuple(sorted(parameters.items())))
+        return self.kernels.setdefault(key, f"{family}_{len(self.kernels)}")
+
+    def state(self, tensor: Value) -> StateRef:
+        """Return where a state tensor starts in every sequence's region."""
+        return StateRef(self.state_offsets[tensor.name])
+
+    def arrivals(self, counters: int) -> Arrivals:
+        """Request counters for a kernel whose threads meet at groups."""
+        self.counters = max(self.counters, counters)
+        return Arrivals()
+
+    def weight(self, layout: str, *sources: Value) -> WeightRef:
+        """Request a packed weight; equal requests share one."""
+        leaves = [source.name.removesuffix(".weight") for source in sources]
+        name = "-".join([leaves[0], *(leaf.rpartition(".")[2] for leaf in leaves[1:])])
+        shapes = tuple(tuple(int(d) for d in source.type.shape) for source in sources)  # type: ignore[arg-type]
+        packed = PackedWeight(
+            name, layout, sources[0].type.dtype, tuple(s.name for s in sources), shapes
+        )
+        known = self.weights.setdefault(name, packed)
+        if known != packed:
+            raise LoweringError(
+                "a weight is needed in two layouts", where=name, expected=known, got=packed
+            )
+        return WeightRef(name)
+
+
+class Lowering:
+    """Lower one entry. `max_tokens` bounds its rows; `logits` is where the output goes."""
+
+    def __init__(self, graph: Graph, shared: Shared, max_tokens: int) -> None:
+        self.graph, self.shared, self.max_tokens = graph, shared, max_tokens
+        self.schedule = Schedule(graph.name)
+        self.views: dict[Value, View] = {}
+        self.readers: dict[Value, list[Op]] = {}
+        for op in graph.ops:
+            for value in op.operands:
+                self.readers.setdefault(value, []).append(op)
+        self.made_by = producers(graph)
+        self.logits = graph.outputs[0] if graph.outputs else None
+        for value in graph.inputs:
+            self.views[value] = View(value.name, 0, Tokens())
+
+    # --- buffers -----------------------------------------------------------------------------
+
+    def output(self, value: Value) -> View:
+        """Return the rows a result is written to: io for the logits, a new buffer otherwise."""
+        words, rows = (
+            self.shared.backend.row_words(value.type.dtype, width(value)),
+            row_count(value),
+        )
+        if value == self.logits:
+            self.views[value] = View("logits", words, rows)
+        else:
+            words = spread(words)
+            self.views[value] = View(self.buffer(value.name, words, rows), words, rows)
+        return self.views[value]
+
+    def exact(self, op: Op) -> View:
+        """Return the exact rows of an op: its first result, or rows that nobody reads if it keeps rounded ones only."""
+        first = op.results[0]
+        if op.attrs.get("is_kept", True):
+            return self.output(first)
+        words, rows = spread(width(first)), row_count(first)
+        return View(self.buffer(f"{first.name}.exact", words, rows), words, rows)
+
+    def rounded_result(self, op: Op) -> tuple[int, View] | None:
+        """Return group and rows of an op that rounds its result itself."""
+        if "is_kept" not in op.attrs.to_dict():
+            return None
+        form = integer_format(op.attrs["dtype"])
+        if form is None:
+            raise LoweringError("only int8 rows are rounded on the way", got=op.attrs["dtype"])
+        return form.group, self.output(op.results[-1])
+
+    def temporary(self, label: str, width: int, rows: Tokens | Int) -> View:
+        """Return rows of f32 or i32 that only one op uses."""
+        name = f"{len(self.schedule.steps)}.{label}"
+        return View(self.buffer(name, width, rows), width, rows)
+
+    def buffer(self, name: str, width: int, rows: Tokens | Int) -> Buffer:
+        count = self.max_tokens if isinstance(rows, Tokens) else rows.value
+        return Buffer(name, 4 * width * count)
+
+    def scratch(self, family: str, **parameters: Any) -> View:
+        """Return scratch for every thread of a kernel."""
+        size = self.shared.backend.scratch_bytes(family, self.max_tokens, parameters)
+        return self.temporary("scratch", -(-size // 4), Int(1))
+
+    def rounded(self, x: View, width: int, dtype: str, pairs: int) -> View:
+        """Return the rounded rows of a temporary that has `pairs` rows of `width` for each token."""
+        q = self.temporary("rounded", pairs * self.shared.backend.row_words(dtype, width), x.rows)
+        self.quantize(x, q, width, dtype, pairs)
+        return q
+
+    # --- calls -------------------------------------------------------------------------------
+
+    def call(
+        self,
+        kernel: tuple[str, dict[str, Any]],
+        args: Iterable[StepArgument],
+        writes: Iterable[View],
+        state: Iterable[Value] = (),
+    ) -> None:
+        """Append a kernel call; views among the arguments that are not written are read."""
+        family, parameters = kernel
+        args, writes = tuple(args), tuple(writes)
+        reads = tuple(a for a in args if isinstance(a, View) and a not in writes)
+        name, touched = self.shared.kernel(family, **parameters), tuple(s.name for s in state)
+        divided = self.shared.backend.division(family, parameters)
+        self.schedule.steps.append(Step(name, args, reads, writes, touched, divided))
+
+    def quantize(self, x: View, q: View, width: int, dtype: str, pairs: int = 1) -> None:
+        """Append the rounding of rows; a token has `pairs` of them side by side."""
+        strides = [Int(x.stride // pairs), Int(q.stride // pairs)]
+        if form := integer_format(dtype):
+            parameters = {"K": width, "group": form.group, "pairs": pairs}
+            self.call(("quantize_rows", parameters), [x, q, q.rows, *strides], [q])
+        else:
+            self.call(("round_rows", {"K": width, "pairs": pairs}), [x, q, q.rows, *strides], [q])
+
+
+def spread(words: int) -> int:
+    """Return the stride of long rows: an odd number of cache lines, so that a column's rows do not share a few cache sets."""
+    return words + LINE_WORDS if words >= 512 and words % (2 * LINE_WORDS) == 0 else words
+
+
+def row_count(value: Value) -> Tokens | Int:
+    rows = value.type.shape[0]
+    return Tokens() if isinstance(rows, SymDim) else Int(rows)
+
+
+def width(value: Value) -> int:
+    return int(value.type.shape[-1])  # type: ignore[arg-type]
+
+
+def stride(view: View) -> Int:
+    return Int(view.stride)
