@@ -16,7 +16,8 @@ from q35c.codegen.schedule import Places, Schedule, WeightRef
 from q35c.ir.graph import Module, Value
 from q35c.ir.precision import Policy
 from q35c.layouts import blobs
-from q35c.layouts.cache import GRID, stored_shape
+from q35c.layouts.blobs import GRID
+from q35c.layouts.cache import stored_shape
 from q35c.layouts.weights import BLOCK
 
 LAYOUT_NOTES = {

@@ -17,7 +17,6 @@ from typing import Literal
 CacheLayout = Literal["cells32", "bf16-pairs", "int8-pairs"]
 
 CELLS = 32  # tokens of one block of keys
-GRID = 32  # tokens: cutting a sequence at a multiple of this into calls changes no bit of a result
 SCALE_ROWS = 4  # rows of 32 bytes behind a block of an int8 cache: an f32 scale for each token
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from q35c import arguments
 from q35c.artifact.manifest import Entry, StateTensor
 from q35c.errors import OptionError, PromptError
-from q35c.layouts.cache import GRID
+from q35c.layouts.blobs import GRID
 from q35c.runtime.executor import Executor, Logits
 from q35c.runtime.memory import (
     Region,

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from q35c.layouts.cache import GRID
+import q35c
+from q35c.layouts.blobs import GRID
 from q35c.runtime.session import Session, pieces
 from q35c.verify import row_kl
-from tests.compiled import BATCH, model, random_ids
+from tests.compiled import BATCH, artifact, random_ids
 
 # Every precision and kind of layer; the slow tests run all pairs.
 MODELS: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -41,6 +42,12 @@ STEPS = 3  # decode steps behind a prompt: they read all of the state
 SHARED = ((), (5,), (37, 91), (60,), (290,))
 
 
+def load(key: Any) -> q35c.Model:
+    """Return a model on one thread: short runs have nothing to share out."""
+    kind, precision, cache = key
+    return q35c.load(artifact(kind, precision, **cache), threads=1)
+
+
 def run(session: Session, end: int, cuts: Iterable[int]) -> list[np.ndarray]:
     """Return the state after IDS[:end] in pieces, the logits before it, and those of a few steps behind it."""
     session.reset()
@@ -67,8 +74,7 @@ def compare_cuts(session: Session, end: int, shared: Iterable[int], is_full: boo
 @pytest.mark.parametrize("key", MODELS, ids=str)
 def test_a_cut_on_the_grid_changes_no_bit(key: Any) -> None:
     """What is left behind the last cut is one row, few, a part of a chunk or whole chunks."""
-    kind, precision, cache = key
-    with model(kind, precision, **cache).session() as session:
+    with load(key).session() as session:
         for shared in SHARED:
             for end in (65, 100, 261, 320):
                 compare_cuts(session, end, shared, is_full=False)
@@ -77,8 +83,7 @@ def test_a_cut_on_the_grid_changes_no_bit(key: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ALL_MODELS, ids=str)
 def test_a_cut_on_the_grid_changes_no_bit_at_any_length(key: Any) -> None:
-    kind, precision, cache = key
-    with model(kind, precision, **cache).session() as session:
+    with load(key).session() as session:
         for end in (*range(33, 142), *range(508, 522)):
             for shared in ((), SHARED[end % len(SHARED)]):
                 compare_cuts(session, end, shared, is_full=True)
@@ -86,8 +91,7 @@ def test_a_cut_on_the_grid_changes_no_bit_at_any_length(key: Any) -> None:
 
 @pytest.mark.parametrize("key", MODELS, ids=str)
 def test_scores_of_pieces_on_the_grid_are_those_of_the_whole(key: Any) -> None:
-    kind, precision, cache = key
-    with model(kind, precision, **cache).session() as session:
+    with load(key).session() as session:
         want = session.score(IDS)
         last = run(session, len(IDS) - STEPS, ())[-STEPS - 1]
         assert np.array_equal(last, want[len(IDS) - STEPS - 1])
@@ -98,8 +102,7 @@ def test_scores_of_pieces_on_the_grid_are_those_of_the_whole(key: Any) -> None:
 
 @pytest.mark.parametrize("key", MODELS, ids=str)
 def test_a_row_of_a_batch_has_the_bits_of_the_same_row_alone(key: Any) -> None:
-    kind, precision, cache = key
-    compiled = model(kind, precision, **cache)
+    compiled = load(key)
     prompts = [IDS[:length] for length in (3, 65, 300)][:BATCH]
     sessions = [compiled.session() for _ in prompts]
     alone = []
@@ -118,9 +121,8 @@ def test_a_row_of_a_batch_has_the_bits_of_the_same_row_alone(key: Any) -> None:
 
 def off_grid(key: Any, length: int, cuts: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the logits of all rows behind each cut, and the same of the whole sequence; then those of decode steps."""
-    kind, precision, cache = key
     got, want = [], []
-    with model(kind, precision, **cache).session() as session:
+    with load(key).session() as session:
         whole = session.score(IDS[:length])
         for cut in cuts:
             session.reset()
