@@ -142,9 +142,9 @@ class Executor:
         """Return the seconds of a probe over memory that it may overwrite; it touches nothing else."""
         _check_aligned(address)
         arguments = Arguments(0, address, 0, 0, self._barrier.address, amount)
-        entry = self._library.entry(probe.symbol)
         with self._lock:
             self._check_open()
+            entry = self._library.entry(probe.symbol)
             begin = time.perf_counter()
             self._workers.run(entry, arguments)
             return time.perf_counter() - begin
@@ -152,8 +152,12 @@ class Executor:
     def close(self) -> None:
         """End the worker threads and let go of the weights; later steps raise OptionError."""
         with self._lock:
-            self._is_closed = True
-            self._workers.close()
+            if not self._is_closed:
+                self._is_closed = True
+                self._workers.close()
+                # Both are unmapped when the worker threads have let go of them, too.
+                self._entries.clear()
+                del self._library, self.weights
 
     def _run(
         self, plan: EntryPlan, sequences: Sequence[SequenceState], tokens: int, rows: int
