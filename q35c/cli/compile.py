@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from q35c.cli.signals import ending_cleanly
 from q35c.cli.text import size_text
 from q35c.errors import OptionError
 from q35c.progress import Progress
@@ -72,7 +73,7 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
     from q35c.compile import compile_model
 
     output = default_output(source, ".q35c") if output is None else output
-    with Progress() as progress:
+    with ending_cleanly(), Progress() as progress:
         report = compile_model(source, output, progress=progress, **options)
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
     click.echo(f"{report.path}: {size_text(report.bytes)} in {report.seconds:.1f} s ({stages})")
@@ -94,7 +95,7 @@ def export_command(source: str, kind: str, output: Path | None) -> None:
     from q35c.export.onnx import export_checkpoint
 
     output = default_output(source, f".{kind}") if output is None else output
-    with Progress() as progress:
+    with ending_cleanly(), Progress() as progress:
         export_checkpoint(source, output, progress=progress)
     click.echo(f"{output}: {size_text(output.stat().st_size)}")
 
