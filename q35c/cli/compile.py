@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from q35c.cli.signals import ending_cleanly
 from q35c.cli.streams import note, say
 from q35c.cli.text import size_text
 from q35c.errors import ArtifactError, OptionError
@@ -93,7 +94,7 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
     from q35c.compile import compile_model
 
     output = default_output(source, ".q35c") if output is None else output
-    with Progress() as progress:
+    with ending_cleanly(), Progress() as progress:
         report = compile_model(source, output, progress=progress, **options)
     for text in report.notes:
         note(f"note: {text}")
@@ -120,7 +121,7 @@ def export_command(source: str, kind: str, output: Path | None, **options: Any) 
     from q35c.export.onnx import export_checkpoint
 
     output = default_output(source, f".{kind}") if output is None else output
-    with Progress() as progress:
+    with ending_cleanly(), Progress() as progress:
         export_checkpoint(source, output, progress=progress, **options)
     say(f"{output}: {size_text(output.stat().st_size)}")
 

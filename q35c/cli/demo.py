@@ -7,6 +7,7 @@ import time
 import click
 
 from q35c.cli.generate import describe_result, stream_text
+from q35c.cli.signals import ending_cleanly
 from q35c.cli.streams import note, say
 from q35c.cli.text import size_text
 from q35c.progress import Progress
@@ -31,7 +32,7 @@ def demo_command(prompt: str | None, max_new_tokens: int, seed: int, threads: in
     from q35c.demo import PROMPT, demo_artifact
 
     begin = time.perf_counter()
-    with Progress() as progress:
+    with ending_cleanly(), Progress() as progress:
         path, is_new = demo_artifact(progress)
     seconds = time.perf_counter() - begin
     done = f"compiled in {seconds:.1f} s" if is_new else "compiled before"

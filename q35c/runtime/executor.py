@@ -167,9 +167,9 @@ class Executor:
         _check_aligned(address)
         self.check_usable()
         arguments = Arguments(0, address, 0, 0, self._barrier.address, amount)
-        entry = self._library.entry(probe.symbol)
         with self._lock:
             self.check_usable()
+            entry = self._library.entry(probe.symbol)
             begin = time.perf_counter()
             self._workers.run(entry, arguments)
             return time.perf_counter() - begin
@@ -180,8 +180,12 @@ class Executor:
             self._is_closed = True
             return
         with self._lock:
-            self._is_closed = True
-            self._workers.close()
+            if not self._is_closed:
+                self._is_closed = True
+                self._workers.close()
+                # Both are unmapped when the worker threads have let go of them, too.
+                self._entries.clear()
+                del self._library, self.weights
 
     def check_usable(self) -> None:
         """Raise OptionError if the model is closed, or was loaded by a process that forked this one."""

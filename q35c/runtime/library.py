@@ -6,6 +6,8 @@ convention of TVM FFI: `Any` is 16 bytes, an int32 type index (1 is an integer),
 
 from __future__ import annotations
 
+import _ctypes
+import contextlib
 import ctypes
 import os
 import struct
@@ -20,15 +22,17 @@ from operator import call
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from q35c.errors import ExecutionError, OptionError
+from q35c.errors import ExecutionError, InputError, OptionError
 
 _ARGUMENTS = 8  # weights, state, arena, io and barrier address, T, tid, nt
 _INTEGER = 1  # type index of TVM FFI, with its padding; addresses travel as integers too
+_FUNCTION = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p
+)
 _PACKED = struct.Struct("<" + "qq" * _ARGUMENTS)
 
-Share = Callable[
-    [], int
-]  # one thread's part of a run; returns 0, or what the compiled code reported
+# One thread's part of a run; returns 0, or what the compiled code reported.
+Share = Callable[[], int]
 
 
 class Arguments(NamedTuple):
@@ -82,28 +86,45 @@ class Library:
 
     def __init__(self, code: bytes) -> None:
         self._entries: dict[str, Entry] = {}
-        # The descriptor stays open: the loader knows a library by its path, so a second one
-        # under a reused descriptor number would silently get the first one's code.
-        self._descriptor = os.memfd_create("q35c-code")
-        with os.fdopen(os.dup(self._descriptor), "wb") as file:
-            file.write(code)
-        try:
-            self._library = ctypes.CDLL(f"/proc/self/fd/{self._descriptor}")
-        except OSError as error:
-            os.close(self._descriptor)
-            raise ExecutionError("the compiled code cannot be loaded", got=error) from error
+        self._library = _open_library(code)
 
     def entry(self, symbol: str) -> Entry:
         """Return the program exported under this name; ExecutionError when there is none."""
         if symbol in self._entries:
             return self._entries[symbol]
         try:
-            function = self._library[f"__tvm_ffi_{symbol}"]
-        except AttributeError as error:
+            place = ctypes.c_char.in_dll(self._library, f"__tvm_ffi_{symbol}")
+        except ValueError as error:
             raise ExecutionError("the compiled code lacks an entry", expected=symbol) from error
-        function.restype = ctypes.c_int
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
+        function = _FUNCTION(ctypes.addressof(place))
+        # One that the library itself hands out refers to itself, so that the code would stay until the next collection.
+        setattr(function, "library", self._library)  # noqa: B010 (of which ctypes' types know nothing)
         return self._entries.setdefault(symbol, Entry(symbol, function))
+
+
+def _open_library(code: bytes) -> ctypes.CDLL:
+    """Load code, which stays in memory as long as the library or one of its functions is referred to."""
+    with contextlib.ExitStack() as undo:
+        try:
+            descriptor = os.memfd_create("q35c-code")
+            undo.callback(os.close, descriptor)
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                file.write(code)
+            library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        except OSError as error:
+            if not os.path.isdir("/proc/self/fd"):
+                raise InputError("compiled code cannot be loaded without /proc", hint="mount /proc") from None  # fmt: skip
+            raise ExecutionError("the compiled code cannot be loaded", got=error) from error
+        undo.pop_all()
+    # The descriptor stays open as long: the loader knows a library by its path, so a second one under a reused
+    # descriptor number would silently get the first one's code.
+    weakref.finalize(library, _unload, library._handle, descriptor).atexit = False
+    return library
+
+
+def _unload(handle: int, descriptor: int) -> None:
+    _ctypes.dlclose(handle)
+    os.close(descriptor)
 
 
 class _Semaphore:
@@ -143,8 +164,9 @@ class Workers:
         self._finalizer = weakref.finalize(self, _stop, self._jobs)
 
     def close(self) -> None:
-        """Let the threads end; later runs fail."""
+        """Let the threads end, and go of the code; later runs fail."""
         self._finalizer()
+        self._calls.clear()
 
     def run(self, entry: Entry, arguments: Arguments, threads: int | None = None) -> None:
         """Run `entry` on `threads` threads, by default all; ExecutionError when any of them failed.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -40,10 +41,19 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     return call
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
+def start(
+    *arguments: object, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start a command line as a process of its own, with all three streams as pipes."""
     command = [sys.executable, "-m", "q35c", *(str(argument) for argument in arguments)]
     pipe = subprocess.PIPE
     # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=listen)
+    return subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        preexec_fn=listen,
+        env={**os.environ, **(environment or {})},
+    )

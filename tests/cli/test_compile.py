@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ import pytest
 from q35c.artifact import read_artifact
 from q35c.cli.compile import default_output
 from q35c.errors import OptionError
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, start
 from tests.compiled import checkpoint
 
 
@@ -158,6 +160,24 @@ def test_refused_sources(run: Run, tmp_path: Path, source: str, said: str) -> No
     result = run("compile", source, "-o", tmp_path / "x.q35c")
     assert (result.exit_code, said in result.stderr) == (1, True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    names = ("temporary", "cache", "out")
+    for name in names:
+        (tmp_path / name).mkdir()
+    environment = {"TMPDIR": str(tmp_path / "temporary"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = ["compile", checkpoint("dense"), "-o", tmp_path / "out" / "x.q35c", "--context", 64]
+    child = start(*command, environment=environment)
+    while not list((tmp_path / "temporary").glob("q35c-objects-*/*.o")):
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(number)
+    child.communicate(timeout=60)
+    assert child.returncode == 128 + number
+    assert [list((tmp_path / name).glob("*")) for name in ("temporary", "out")] == [[], []]
 
 
 def test_default_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

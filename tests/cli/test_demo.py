@@ -56,6 +56,21 @@ def test_compiled_once_and_again_when_something_changed(
     assert len(compilations) == 3
 
 
+def test_a_cache_that_cannot_be_used(compilations: list[Path], run: Run, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    result = run("demo", "-n", 1)
+    assert result.exit_code == 1
+    assert "cannot keep the compiled demo" in result.stderr and "XDG_CACHE_HOME" in result.stderr
+    assert compilations == []
+
+
+def test_what_else_lies_in_the_cache(compilations: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "q35c"
+    (folder / "demo-0123.q35c").mkdir(parents=True)
+    path, is_new = demo_artifact()
+    assert is_new and sorted(folder.iterdir()) == sorted([folder / "demo-0123.q35c", path])
+
+
 def test_demo_tells_where_and_writes(compilations: list[Path], run: Run) -> None:
     first = run("demo", "-n", 5, "--prompt", "the")
     again = run("demo", "-n", 5, "--prompt", "the")
