@@ -26,6 +26,7 @@ from q35c.artifact.reader import Progress, read_artifact
 from q35c.artifact.schema import encode
 from q35c.errors import ArtifactError, DiskRefused, InternalError, OptionError
 from q35c.layouts import blobs
+from q35c.version import __version__
 
 ZERO_HASH = "0" * 64
 _PREFIX, _SUFFIX = ".q35c-", ".partial"
@@ -98,8 +99,6 @@ def _describe(data: bytes) -> dict[str, Any]:
 
 
 def _add_derived(document: dict[str, Any]) -> None:
-    from q35c import __version__
-
     entries = document["entries"]
     tokens = max(entry["max_tokens"] for entry in entries)
     rows = max(blobs.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)

@@ -20,7 +20,7 @@ from tvm import s_tir, tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, compilation_pipeline
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.program import HELPERS, helper_symbol, kernel_symbol
 from q35c.codegen.cpu.support import BF16_IR, SUPPORT_IR
 from q35c.errors import ToolchainError
