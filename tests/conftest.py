@@ -6,6 +6,8 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 COMPILED = "Q35C_TESTS_COMPILED"
 
 
@@ -19,3 +21,11 @@ def pytest_unconfigure() -> None:
     """Remove it: the workers have ended."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ.pop(COMPILED), ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Make what runs at night slow as well: `-m "not slow"` replaces the `-m` of pyproject, and leaves both out."""
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker("slow")

@@ -15,7 +15,18 @@ PACKAGE = ROOT / "q35c"
 MAX_LINES = 400
 LEAN_MIB = 60
 
-BASE = {"errors", "fields", "strictjson", "config", "hf_config", "family", "version", "__version__"}
+BASE = {
+    "errors",
+    "temporary",
+    "user_cache",
+    "fields",
+    "strictjson",
+    "config",
+    "hf_config",
+    "family",
+    "version",
+    "__version__",
+}
 KERNELS = {"layouts", "formats", "codegen.cpu.isa", "codegen.cpu.kernels", "tvm"}
 CPU = "codegen.cpu.kernels"
 # Room -> other rooms of q35c and other packages that its modules may import, wherever they do. A folder is a room of its own
@@ -31,7 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "codegen.targets": {"codegen", "codegen.cpu.backend"},
     "codegen.cpu": {
         "codegen", "codegen.cpu.backend", "codegen.cpu.isa", "codegen.cpu.kernels", f"{CPU}.rows", f"{CPU}.products", f"{CPU}.linear",
-        f"{CPU}.experts", f"{CPU}.attention", f"{CPU}.delta", "ir", "formats", "layouts", "numpy", "tvm",
+        f"{CPU}.experts", f"{CPU}.attention", f"{CPU}.delta", "ir", "formats", "layouts", "numpy", "tvm", "tvm_ffi",
     },
     "codegen.cpu.backend": {
         "codegen", "codegen.cpu", "codegen.cpu.isa", f"{CPU}.rows", "ir", "formats", "layouts",

@@ -6,13 +6,13 @@ See `model/` for the checkpoint and its card, `scripts/train_demo.py` for how it
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import q35c
 from q35c.artifact import read_artifact
 from q35c.errors import ArtifactError
+from q35c.user_cache import cache_directory
 
 Progress = Callable[[str, float], None]
 
@@ -45,13 +45,6 @@ def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
         if old != path:
             old.unlink(missing_ok=True)
     return path, True
-
-
-def cache_directory() -> Path:
-    """Return where artifacts that can be made again are kept."""
-    # The specification says that a relative path must be ignored.
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "q35c"
 
 
 def _digest(target: str) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import secrets
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from q35c.errors import ExecutionError
 from q35c.layouts.blobs import STAMP_BYTES
 from q35c.roofline.cost import Cost
+from q35c.user_cache import cache_directory
 
 if TYPE_CHECKING:
     from q35c.artifact.manifest import Probe
@@ -98,9 +98,8 @@ def processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def cache_path() -> Path:
-    """Return the file of known limits: in $XDG_CACHE_HOME, or in ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "q35c" / "limits.json"
+    """Return the file of known limits."""
+    return cache_directory() / "limits.json"
 
 
 def measure_limits(model: Model, progress: Progress | None = None) -> Limits:

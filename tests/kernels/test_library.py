@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -282,7 +283,8 @@ def test_a_kernel_that_cannot_be_compiled(monkeypatch, tmp_path):
         return compile_module(members, isa)
 
     monkeypatch.setattr(build, "_build", fail)
-    monkeypatch.setattr(build.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("Q35C_CACHE", "off")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(RuntimeError, match="no code for halve"):
         build_shared({"halve": halve, "record": record}, {}, ISA)
     assert list(tmp_path.iterdir()) == []
@@ -322,7 +324,7 @@ sys.stdout.buffer.write(test_library.code.__wrapped__())
 
 def test_the_same_kernels_give_the_same_bytes(code):
     script = BUILD_AGAIN.format(tests=str(Path(__file__).parent), root=str(ROOT))
-    environment = {**os.environ, "PYTHONHASHSEED": "123"}
+    environment = {**os.environ, "PYTHONHASHSEED": "123", "Q35C_CACHE": "off"}
     run = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, check=True, cwd="/"
     )
