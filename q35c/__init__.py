@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from q35c import errors as errors
 from q35c.errors import Q35CError as Q35CError
+from q35c.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from q35c.runtime.generate import Generation as Generation
     from q35c.runtime.model import Model as Model
     from q35c.runtime.session import Session as Session
 
-__version__ = "0.1.0"
 __all__ = ["Generation", "Model", "Q35CError", "Session", "__version__", "errors", "load"]
 
 

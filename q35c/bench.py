@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,20 +89,6 @@ def run_benchmark(
                     done += 1
                 found.append(Measurement(name, size, depth, tuple(seconds[1:])))
     return found
-
-
-def peak_memory(status: Path = Path("/proc/self/status")) -> int:
-    """Return this process's largest resident size in bytes, 0 where the kernel does not tell.
-
-    Unlike getrusage's figure it does not include the parent's size at the moment of the fork.
-    """
-    try:
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
 
 
 def check_runs(repetitions: int, seed: int, progress: Progress | None) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from typing import Any
 
 from q35c import arguments
 from q35c.artifact.writer import ArtifactWriter
-from q35c.bench import peak_memory
 from q35c.codegen.generate import Generated, Limits, generate
 from q35c.codegen.pack import Pack
 from q35c.codegen.targets import find_target
@@ -29,6 +28,7 @@ from q35c.outputs import check_folder, check_output, check_space
 from q35c.passes.pipeline import Choices, run_pipeline
 from q35c.runtime.cpu import default_threads
 from q35c.runtime.library import Library
+from q35c.runtime.memory import peak_memory
 
 Progress = Callable[[str, float], None]  # stage, fraction done
 CONTEXT_STEP = 64

@@ -25,6 +25,7 @@ from q35c.errors import ArtifactError, DiskRefused, InternalError
 from q35c.layouts import blobs
 from q35c.outputs import PREFIX, SUFFIX, check_output, check_space, publish
 from q35c.temporary import sweep_stale, temporary_file
+from q35c.version import __version__
 
 ZERO_HASH = "0" * 64
 
@@ -96,8 +97,6 @@ def _describe(data: bytes) -> dict[str, Any]:
 
 
 def _add_derived(document: dict[str, Any]) -> None:
-    from q35c import __version__
-
     entries = document["entries"]
     tokens = max(entry["max_tokens"] for entry in entries)
     rows = max(blobs.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)

@@ -120,7 +120,7 @@ def print_rates(found: Sequence[Measurement], facts: dict[str, Any]) -> None:
 
 def facts_of(artifact: Path, model: Model, load_seconds: float) -> dict[str, Any]:
     """Return what was measured, and where."""
-    from q35c.bench import peak_memory
+    from q35c.runtime.memory import peak_memory
 
     manifest = model.manifest
     return {

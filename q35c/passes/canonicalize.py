@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from q35c.ir.graph import Attrs, Graph, Op, Rewriter, Value
+from q35c.ir.build import Rewriter
+from q35c.ir.graph import Attrs, Graph, Op, Value
 from q35c.ir.ops import OPS
 
 

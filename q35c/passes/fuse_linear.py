@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from q35c.ir.graph import Graph, Op, Rewriter, Value
+from q35c.ir.build import Rewriter
+from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import static
 from q35c.passes.match import Matcher
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from q35c.ir.graph import Graph, Op, Rewriter, Value
+from q35c.ir.build import Rewriter
+from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import Shape, TensorType, static
 from q35c.passes.match import Matcher, is_last_axis
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from q35c.ir.graph import Graph, Op, Rewriter, Value
+from q35c.ir.build import Rewriter
+from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import SymDim, TensorType, static
 from q35c.ir.verify import verify
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from q35c.errors import InternalError
 from q35c.formats.registry import integer_format
-from q35c.ir.graph import Graph, Module, Op, Rewriter, Value, producers
+from q35c.ir.build import Rewriter
+from q35c.ir.graph import Graph, Module, Op, Value, producers
 from q35c.ir.precision import Policy
 
 # What a linear is for whose rows a mixer reads, and of a linear that reads a mixer's rows.

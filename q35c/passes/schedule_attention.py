@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from q35c.ir.graph import Graph, Module, Rewriter
+from q35c.ir.build import Rewriter
+from q35c.ir.graph import Graph, Module
 
 
 def schedule_attention(module: Module, cache: str, decode_splits: Callable[[int], int]) -> Module:

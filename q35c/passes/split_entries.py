@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from q35c.ir.graph import Attrs, Graph, Module, Rewriter, Value, drop_dead, renumber
+from q35c.ir.build import Rewriter, drop_dead, renumber
+from q35c.ir.graph import Attrs, Graph, Module, Value
 from q35c.ir.ops import OPS
 from q35c.ir.types import SymDim, TensorType
 

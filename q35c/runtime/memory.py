@@ -317,3 +317,17 @@ class WeightBlock:
         weight = self._weights[name]
         data = self._bytes[weight.offset : weight.offset + weight.bytes]
         return data.view(NUMPY_TYPES[weight.dtype]).reshape(weight.shape)
+
+
+def peak_memory(status: Path = Path("/proc/self/status")) -> int:
+    """Return this process's largest resident size in bytes, 0 where the kernel does not tell.
+
+    Unlike getrusage's figure it does not include the parent's size at the moment of the fork.
+    """
+    try:
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

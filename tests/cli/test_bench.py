@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import q35c
-from q35c.bench import Measurement, peak_memory, run_benchmark
+from q35c.bench import Measurement, run_benchmark
 from q35c.runtime import Session
+from q35c.runtime.memory import peak_memory
 from tests.cli.conftest import Run
 
 

@@ -10,21 +10,14 @@ import pytest
 import tvm
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Call, Int, Nt, Pointer, Tid, Tokens
 from q35c.codegen.cpu import build
 from q35c.codegen.cpu import object_key as object_key_module
-from q35c.codegen.cpu.isa.x86 import V3, V4, V4_BF16, Isa
+from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.isa.x86 import V3, V4, V4_BF16
 from q35c.codegen.cpu.kernels.rows.norm import rms_norm
 from q35c.codegen.cpu.object_key import object_key
-from q35c.codegen.cpu.program import (
-    Call,
-    Int,
-    Nt,
-    Pointer,
-    Tid,
-    Tokens,
-    kernel_symbol,
-    program_entry,
-)
+from q35c.codegen.cpu.program import kernel_symbol, program_entry
 from q35c.user_cache import SWITCH
 
 WIDTH, EPSILON = 64, 1e-6

@@ -21,7 +21,8 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.build import build_shared, compile_kernel
-from q35c.codegen.cpu.isa.x86 import V3, Isa, detect
+from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.isa.x86 import V3, detect
 from q35c.codegen.cpu.kernels.rows.round_int8 import row_layout
 from q35c.codegen.cpu.program import Parameters, as_pointer, call_kernel, entry_function
 from q35c.runtime.library import Arguments, Library, Workers

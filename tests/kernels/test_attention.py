@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from q35c.codegen.cpu.isa.x86 import V3, V4, V4_BF16, Isa
+from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.isa.x86 import V3, V4, V4_BF16
 from q35c.codegen.cpu.kernels.attention.prepare import attention_prepare
 from q35c.codegen.cpu.kernels.attention.tasks import attention, attention_combine, attention_shape
 from q35c.codegen.cpu.kernels.rows.rotary import rotary_table

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.prepare import attention_prepare
 from q35c.codegen.cpu.kernels.attention.shape import is_paired
 from q35c.ir import reference

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tvm.script import tirx as T
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.delta.conv import ConvShape, convolve_channels
 from q35c.codegen.cpu.kernels.vectors import share
 from q35c.ir import reference

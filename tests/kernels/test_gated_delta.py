@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from q35c.codegen.cpu.isa.x86 import V4, Isa, detect
+from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.isa.x86 import V4, detect
 from q35c.codegen.cpu.kernels.delta.tasks import (
     SHORT_RUN,
     gated_delta,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from q35c.codegen.backend import Built, KernelKey, Load, Program, Progress
 from q35c.codegen.calls import Division, Pointer
-from q35c.codegen.cpu.isa.x86 import ISAS, Isa, detect
+from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.isa.x86 import ISAS, detect
 from q35c.formats.registry import integer_format
 from q35c.layouts.cache import CacheLayout, cache_layout
 from q35c.layouts.rows import bf16_row_words

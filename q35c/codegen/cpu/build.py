@@ -23,7 +23,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, compilation_pipeline
 
 from q35c.codegen.child import run_in_child, tool_failed
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.object_key import object_key
 from q35c.codegen.cpu.program import HELPERS, helper_symbol, kernel_symbol
 from q35c.codegen.cpu.support import BF16_IR, SUPPORT_IR

@@ -10,7 +10,7 @@ from typing import Any
 from q35c.codegen.backend import KernelKey, Parameters
 from q35c.codegen.cpu.backend import CpuBackend
 from q35c.codegen.cpu.fast_macros import install
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.prepare import attention_prepare
 from q35c.codegen.cpu.kernels.attention.tasks import (
     attention,

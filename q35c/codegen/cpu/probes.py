@@ -22,9 +22,9 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.calls import Call, Nt, Pointer, Tid, Tokens
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.isa.byte_products import add_products as add_byte_products
 from q35c.codegen.cpu.isa.byte_products import dot_bytes
-from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat_int, vector
 from q35c.codegen.cpu.program import program_entry
 from q35c.layouts.blobs import STAMP_BYTES

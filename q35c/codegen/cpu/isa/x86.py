@@ -9,26 +9,9 @@ Rapids, Zen 4 and later).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.cpuinfo import processor_flags
 from q35c.errors import UnsupportedMachine
-
-
-@dataclass(frozen=True)
-class Isa:
-    """Describe one instruction set: vector width, LLVM cpu and features, the /proc/cpuinfo flags it needs."""
-
-    name: str
-    lanes: int
-    registers: int
-    llvm_cpu: str
-    llvm_features: tuple[str, ...]
-    cpu_features: tuple[str, ...]
-    has_vnni: bool = False
-    has_bf16: bool = False
-    has_vbmi: bool = False
-
 
 _V3_FEATURES = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4_FEATURES = (*_V3_FEATURES, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")

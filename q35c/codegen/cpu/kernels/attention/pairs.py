@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.shape import LOWEST, STEP, AttentionShape
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,

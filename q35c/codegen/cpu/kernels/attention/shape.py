@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.vectors import Expr, ramp, widen
 from q35c.layouts.blobs import SLOT_BYTES
 from q35c.layouts.cache import CELLS, SCALE_ROWS, cache_layout, value_width

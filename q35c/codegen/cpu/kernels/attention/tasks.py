@@ -20,7 +20,7 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.bf16 import BF16
 from q35c.codegen.cpu.kernels.attention.f32 import attend
 from q35c.codegen.cpu.kernels.attention.int8 import INT8

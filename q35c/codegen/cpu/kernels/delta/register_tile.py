@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.vectors import Expr, ramp, splat
 
 Left = Callable[[Expr, Expr], Expr]

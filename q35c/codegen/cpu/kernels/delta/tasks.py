@@ -13,7 +13,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.delta.conv import ConvShape, convolve_channels
 from q35c.codegen.cpu.kernels.delta.scan import pack_state, scan_chunk, scan_shape, unpack_state
 from q35c.codegen.cpu.kernels.delta.step import (

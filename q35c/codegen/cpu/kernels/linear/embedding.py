@@ -8,13 +8,13 @@ That line traffic is the limit. Threads split (token, chunk of columns) pairs.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
-import numpy as np
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.integer_tile import IntegerProduct
 from q35c.codegen.cpu.kernels.products.integer_weights import scale_of
@@ -125,8 +125,10 @@ def _level_of(form: IntegerFormat, code: Expr) -> Expr:
         return code - form.zero_point
     code, found = T.Bind(T.cast(code, "int64")), None
     for first in range(0, len(form.levels), 8):
-        eight = np.array(form.levels[first : first + 8], np.int8).view(np.int64)[0]
-        part = T.int64(int(eight))
+        eight = int.from_bytes(
+            struct.pack("8b", *form.levels[first : first + 8]), "little", signed=True
+        )
+        part = T.int64(eight)
         found = part if found is None else T.Select(code < first, found, part)
     shift = T.bitwise_and(code, T.int64(7)) * 8
     return T.cast(T.cast(T.shift_right(found, shift), "int8"), "int32")

@@ -15,7 +15,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.product import Operands, Product
 from q35c.codegen.cpu.kernels.products.rounded_blocks import RoundedRows, sweep_rounded

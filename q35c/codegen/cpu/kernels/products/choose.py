@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.products.float_tile import FloatProduct
 from q35c.codegen.cpu.kernels.products.integer_tile import IntegerProduct
 from q35c.codegen.cpu.kernels.products.pair_tile import PairProduct

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from tvm.script import tirx as T
 
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.isa.byte_products import (
     as_bytes,
     high_halves,
@@ -19,7 +20,6 @@ from q35c.codegen.cpu.isa.byte_products import (
     look_up_modulo,
     low_halves,
 )
-from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import AHEAD_BYTES, SCALE_BITS, WHOLE_SCALES
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 from tvm.script import tirx as T
 
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.isa.byte_products import add_products, scale_sums
-from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.products.integer_weights import Packed, Unpacked, Weights
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import Tile
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat, splat_int

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat, vsilu
 from q35c.layouts.weights import BLOCK, ceil_div
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from q35c.codegen.cpu.isa.x86 import Isa
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding, round_group
 from q35c.codegen.cpu.kernels.vectors import Expr, hsum, ramp, share, splat, vrsqrt
 
