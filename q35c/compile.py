@@ -26,6 +26,7 @@ from q35c.frontend.generation import chat_template, generation_defaults
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
 from q35c.ir.formats import integer_format
+from q35c.ir.graph import Graph
 from q35c.ir.precision import find_policy
 from q35c.passes.pipeline import Choices, run_pipeline
 from q35c.runtime.cpu import default_threads
@@ -59,12 +60,14 @@ def compile_model(
     load_format: LoadFormat = "auto",
     seed: int = 0,
     progress: Progress | None = None,
+    import_graph: Callable[[ModelConfig], Graph] | None = None,
 ) -> CompileReport:
     """Compile a checkpoint directory, hub id or family name into the file `output`.
 
     `kv_dtype` is the type of keys and values: f32, bf16, int8, or auto for the precision's own.
     `context` is the most tokens a sequence may hold (default: 4096, or the model's own limit if that is
-    smaller); `batch` the most sequences one decode step serves. Raises InputError subclasses for
+    smaller); `batch` the most sequences one decode step serves. `import_graph` is for callers that have
+    the graph of this configuration, which otherwise is traced. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
     clock = Clock(progress)
@@ -73,13 +76,18 @@ def compile_model(
     checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
     limits = check_limits(checkpoint.config, context, batch)
     clock("trace", 0.0)
-    graph = import_program(trace_model(checkpoint.config))
+    graph = (import_graph or import_model)(checkpoint.config)
     clock("passes", 0.0)
     splits = functools.partial(machine.decode_splits, context=limits.context)
     module = run_pipeline(graph, Choices(policy, splits), dump_ir)
     generated = generate(module, machine, policy, limits, clock)
     write_artifact(Path(output), checkpoint, generated, clock)
     return clock.report(Path(output))
+
+
+def import_model(config: ModelConfig) -> Graph:
+    """Trace a model of this configuration, without weights, and import the trace."""
+    return import_program(trace_model(config))
 
 
 def write_artifact(
