@@ -5,27 +5,23 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from q35c.artifact.writer import ArtifactWriter, check_output
 from q35c.bench import peak_memory
-from q35c.codegen.cpu.native_pack import packer_code, packer_symbol
 from q35c.codegen.generate import Generated, Limits, generate
-from q35c.codegen.pack import BLOCK, Pack, PackedWeight, block_bytes, pack_blocks
+from q35c.codegen.pack import Pack
 from q35c.codegen.targets import find_target
 from q35c.config import ModelConfig
-from q35c.errors import InternalError, OptionError
+from q35c.errors import OptionError
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
 from q35c.frontend.generation import chat_template, generation_defaults
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
-from q35c.ir.formats import integer_format
 from q35c.ir.graph import Graph
 from q35c.ir.precision import find_policy
 from q35c.passes.pipeline import Choices, run_pipeline
@@ -81,7 +77,8 @@ def compile_model(
     splits = functools.partial(machine.decode_splits, context=limits.context)
     module = run_pipeline(graph, Choices(policy, splits), dump_ir)
     generated = generate(module, machine, policy, limits, clock)
-    write_artifact(Path(output), checkpoint, generated, clock)
+    pack = machine.packer(generated.weights, Library)
+    write_artifact(Path(output), checkpoint, generated, pack, clock)
     return clock.report(Path(output))
 
 
@@ -91,7 +88,7 @@ def import_model(config: ModelConfig) -> Graph:
 
 
 def write_artifact(
-    path: Path, checkpoint: Checkpoint, generated: Generated, progress: Progress
+    path: Path, checkpoint: Checkpoint, generated: Generated, pack: Pack, progress: Progress
 ) -> None:
     """Pack the weights slice by slice into the artifact and publish it."""
     texts = {
@@ -110,7 +107,6 @@ def write_artifact(
         progress("weights", done / total)
 
     with ArtifactWriter(path, fields, segments, generated.entries, report) as writer:
-        pack = load_packer(generated.weights)
         jobs = (
             (weight.name, job)
             for weight in generated.weights
@@ -121,26 +117,6 @@ def write_artifact(
         progress("verify", 0.0)
         writer.commit()
     progress("done", 1.0)
-
-
-def load_packer(weights: Sequence[PackedWeight]) -> Pack:
-    """Return what packs rows: compiled code for integer formats."""
-    code = packer_code(weights)
-    library = None if code is None else Library(code)
-
-    def pack(rows: np.ndarray, dtype: str) -> np.ndarray:
-        form = integer_format(dtype)
-        if form is None or library is None:
-            return pack_blocks(rows, dtype)
-        rows = np.ascontiguousarray(rows)
-        blocks, inputs = len(rows) // BLOCK, rows.shape[1]
-        out = np.empty((blocks, block_bytes(form, inputs)), np.uint8)
-        entry = library.entry(packer_symbol(inputs, dtype))
-        if entry(rows.ctypes.data, 0, out.ctypes.data, 0, 0, blocks):
-            raise InternalError("the packer failed", got=(dtype, rows.shape))
-        return out
-
-    return pack
 
 
 def run_ahead(

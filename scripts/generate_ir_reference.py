@@ -41,7 +41,7 @@ attr     = integer | float | true | false | "text" | dim | "(" attr* ")"
 - A **weight** is a name and a type, never data: the name of a tensor of the checkpoint without its
   leading `model.`.
 - `i4g64` is a weight of 4-bit integers with one 8-bit scale for 64 inputs of an output row, `q8g64` are rows
-  of int8 with one f32 scale for 64 values, and late `bf16` rows are f32 rows rounded so (`q35c/ir/formats.py`).
+  of int8 with one f32 scale for 64 values, and late `bf16` rows are f32 rows rounded so (`q35c/formats/registry.py`).
   The interpreter computes with their rounded values.
 - A **state** tensor outlives a call; only ops marked so below write it.
 - `parse_graph(print_graph(g)) == g` for every graph (`q35c/ir/text.py`).

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from q35c.artifact import ArtifactWriter, Manifest, WeightEntry, layout
+from q35c.artifact import ArtifactWriter, Manifest, WeightEntry
+from q35c.layouts import blobs
 
 VOCAB, CONTEXT, BATCH, MAX_TOKENS = 270, 256, 4, 16
 END, IM_END = 256, 257  # special tokens, behind the 256 bytes
@@ -70,7 +71,7 @@ def state_layout(context: int = CONTEXT) -> dict[str, Any]:
         ("layers.1.keys", [1, context // 32, 32, 32], "context"),
         ("layers.1.values", [1, context, 32], "context"),
     ]
-    return layout.state_layout(
+    return blobs.state_layout(
         {"name": name, "dtype": "f32", "shape": shape, "growth": growth}
         for name, shape, growth in tensors
     )
@@ -129,10 +130,10 @@ def code(context: int = CONTEXT, batch: int = BATCH) -> bytes:
     if compiler is None:
         pytest.skip("no C compiler")
     state = [tensor["offset"] for tensor in state_layout(context)["tensors"]]
-    io = layout.io_layout(MAX_TOKENS, batch, max(MAX_TOKENS // 2, batch), VOCAB, 1)["fields"]
+    io = blobs.io_layout(MAX_TOKENS, batch, max(MAX_TOKENS // 2, batch), VOCAB, 1)["fields"]
     numbers = dict(zip(("CONV", "DELTA", "KEYS", "VALUES"), state, strict=True))
     numbers |= {name.upper(): field["offset"] for name, field in io.items()}
-    numbers |= {"VOCAB": VOCAB, "MAX_TOKENS": MAX_TOKENS, "NOISE": layout.align(4 * VOCAB * VOCAB)}
+    numbers |= {"VOCAB": VOCAB, "MAX_TOKENS": MAX_TOKENS, "NOISE": blobs.align(4 * VOCAB * VOCAB)}
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "model.so"
         defines = [f"-D{name}={value}" for name, value in numbers.items()]
@@ -233,5 +234,5 @@ def with_manifest(data: bytes, text: str) -> bytes:
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     header["__metadata__"] = {"q35c": text, "q35c.sha256": digest}
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (layout.align(8 + len(raw)) - 8 - len(raw))
+    raw += b" " * (blobs.align(8 + len(raw)) - 8 - len(raw))
     return len(raw).to_bytes(8, "little") + raw + data[8 + length :]

@@ -29,17 +29,19 @@ BASE = {
 # Room -> other rooms of q35c and other packages that its modules may import, wherever they do.
 ROOMS: dict[str, set[str]] = {
     "base": set(),
-    "ir": {"numpy"},
-    "passes": {"ir"},
+    "formats": {"numpy"},
+    "layouts": {"formats"},
+    "ir": {"formats", "numpy"},
+    "passes": {"ir", "formats"},
     "frontend": {"ir", "numpy", "torch", "transformers", "safetensors", "huggingface_hub"},
-    "codegen": {"ir", "artifact", "numpy", "tvm", "tvm_ffi"},
+    "codegen": {"ir", "formats", "layouts", "artifact", "numpy", "tvm", "tvm_ffi"},
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
-    "artifact": {"numpy", "safetensors"},
-    "runtime": {"artifact", "numpy", "tokenizers", "jinja2"},
+    "artifact": {"layouts", "numpy", "safetensors"},
+    "runtime": {"artifact", "layouts", "numpy", "tokenizers", "jinja2"},
 }
 # The roof: it calls every room, but imports only these before a command needs more.
 ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "roofline", "verify"}
-LEAN_AT_IMPORT = {"numpy", "click", "artifact", "load"} | ROOF
+LEAN_AT_IMPORT = {"numpy", "click", "artifact", "layouts", "load"} | ROOF
 DRIVER = {"compile"}  # the spine names them all
 HEAVY = ("torch", "transformers", "tvm", "tvm_ffi", "safetensors", "onnx", "huggingface_hub")
 

@@ -1,36 +1,14 @@
-"""Where everything lies: tensors in a block, fields of the io block, segments of the file.
-
-Every block starts at a multiple of 64 bytes and every tensor in it too, so that generated code may
-load whole cache lines and vectors. The compiler and the reader use the same functions.
-"""
+"""Where the segments of the file lie, and the header that says so. The compiler and the reader use the same functions."""
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-ALIGNMENT = 64
-CELL = 32  # tokens per block of the key cache: one vector load serves 32 tokens
-SCALE_ROWS = 4  # rows of 32 bytes behind a block of an int8 cache: an f32 scale for each token
+from q35c.layouts.blobs import ALIGNMENT, DTYPES, align, tensor_bytes
+
 MAX_HEADER_BYTES = 16 << 20
-MAX_BARRIER_BYTES = 1 << 20  # with a counter for each group of each expert's inner rows
 
-_DTYPES = {  # name -> (safetensors name, bytes)
-    "f32": ("F32", 4),
-    "bf16": ("BF16", 2),
-    "i64": ("I64", 8),
-    "i32": ("I32", 4),
-    "i8": ("I8", 1),
-    "u8": ("U8", 1),
-}
 _FIRST_SEGMENTS = ("code", "tokenizer")
-
-
-class HasMaxTokens(Protocol):
-    """Anything that says how many tokens a call takes."""
-
-    @property
-    def max_tokens(self) -> int: ...
 
 
 class HasBytes(Protocol):
@@ -53,66 +31,6 @@ class HasTensor(Protocol):
     def dtype(self) -> str: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
-
-
-def align(size: int) -> int:
-    """Round up to a multiple of 64."""
-    return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-
-
-def tensor_bytes(dtype: str, shape: Sequence[int]) -> int:
-    """Return the bytes of a dense tensor, without padding."""
-    return math.prod(shape) * _DTYPES[dtype][1]
-
-
-def pack_tensors(specs: Iterable[tuple[str, Sequence[int]]]) -> tuple[list[int], int]:
-    """Place (dtype, shape) tensors one after another; return their offsets and the block's bytes."""
-    offsets: list[int] = []
-    end = 0
-    for dtype, shape in specs:
-        offsets.append(end)
-        end += align(tensor_bytes(dtype, shape))
-    return offsets, end
-
-
-def max_tokens(entries: Iterable[HasMaxTokens]) -> int:
-    """Return the tokens of the largest call, which is the width of the io block's token fields."""
-    return max(entry.max_tokens for entry in entries)
-
-
-def logits_rows(logits: str, tokens: int) -> int:
-    """Return how many rows of logits an entry writes for so many tokens."""
-    return {"none": 0, "last": 1, "all": tokens}[logits]
-
-
-def io_layout(tokens: int, batch: int, logits_rows: int, vocab: int, steps: int) -> dict[str, Any]:
-    """Return the manifest's `io`: tokens, three position axes, slots, starts, logits, clock.
-
-    `positions` has a row stride of `tokens` elements, whatever a call's token count. `clock` is a switch, then the
-    cycle counter before each of at most `steps` kernels and after the last.
-    """
-    specs: dict[str, tuple[str, list[int]]] = {
-        "tokens": ("i32", [tokens]),
-        "positions": ("i32", [3, tokens]),
-        "slots": ("i64", [batch]),
-        "starts": ("i32", [batch]),
-        "logits": ("f32", [logits_rows, vocab]),
-        "clock": ("i64", [steps + 2]),
-    }
-    offsets, total = pack_tensors(specs.values())
-    fields = {
-        name: {"offset": offset, "dtype": dtype, "shape": shape}
-        for offset, (name, (dtype, shape)) in zip(offsets, specs.items(), strict=True)
-    }
-    return {"bytes": total, "fields": fields}
-
-
-def state_layout(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the manifest's `state` from tensors with name, dtype, shape and growth."""
-    listed = [dict(tensor) for tensor in tensors]
-    offsets, total = pack_tensors((tensor["dtype"], tensor["shape"]) for tensor in listed)
-    placed = [{**tensor, "offset": at} for tensor, at in zip(listed, offsets, strict=True)]
-    return {"bytes": total, "tensors": placed}
 
 
 def memory_plan(*, weights: int, state: int, arena: int, io: int, batch: int) -> dict[str, int]:
@@ -172,7 +90,7 @@ def _tensor(dtype: str, shape: list[int], start: int) -> dict[str, Any]:
     if size % ALIGNMENT:
         dtype, shape = "u8", [align(size)]
     return {
-        "dtype": _DTYPES[dtype][0],
+        "dtype": DTYPES[dtype][0],
         "shape": shape,
         "data_offsets": [start, start + align(size)],
     }

@@ -16,6 +16,8 @@ from q35c.artifact import layout
 from q35c.artifact.schema import Items, Pattern, Range, Reader, decode, encode, refuse
 from q35c.config import FULL, LINEAR, ModelConfig
 from q35c.errors import ArtifactVersionError
+from q35c.layouts import blobs
+from q35c.layouts.cache import CELLS, CacheLayout, cache_layout, stored_shape
 
 FORMAT = 3
 PLAN_MARK = b"\nq35c-plan:"
@@ -66,7 +68,7 @@ class Entry:
     @property
     def logits_rows(self) -> int:
         """Return how many rows of logits a call may write."""
-        return layout.logits_rows(self.logits, self.max_tokens)
+        return blobs.logits_rows(self.logits, self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,7 @@ class StateTensor:
 
     @property
     def bytes(self) -> int:
-        return layout.tensor_bytes(self.dtype, self.shape)
+        return blobs.tensor_bytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,7 @@ class Manifest:
     io: Io
     arena_bytes: Bytes
     max_threads: Annotated[int, Range(1, 1024)]
-    barrier_bytes: Annotated[int, Range(64, layout.MAX_BARRIER_BYTES)]
+    barrier_bytes: Annotated[int, Range(64, blobs.MAX_BARRIER_BYTES)]
     state: State
     weights: Annotated[tuple[Weight, ...], Items(1, 16384)]
     weights_bytes: Bytes
@@ -248,8 +250,8 @@ class Manifest:
 def check_consistent(manifest: Manifest) -> None:
     """Recompute what follows from other fields. Raises ArtifactError naming the field."""
     _check_entries(manifest)
-    expected_io = layout.io_layout(
-        layout.max_tokens(manifest.entries),
+    expected_io = blobs.io_layout(
+        blobs.max_tokens(manifest.entries),
         manifest.batch,
         max(entry.logits_rows for entry in manifest.entries),
         manifest.model.vocab_size,
@@ -272,31 +274,26 @@ def check_consistent(manifest: Manifest) -> None:
             raise refuse("$.generation.stop_ids", "id is outside the vocabulary", got=token)
     aligned = {"$.arena_bytes": manifest.arena_bytes, "$.barrier_bytes": manifest.barrier_bytes}
     for path, size in aligned.items():
-        if size % layout.ALIGNMENT:
+        if size % blobs.ALIGNMENT:
             raise refuse(path, "size is not a multiple of 64", got=size)
 
 
 def expected_state(
-    config: ModelConfig, context: int, cache: str, has_pairs: bool
+    config: ModelConfig, context: int, layout: CacheLayout
 ) -> Counter[tuple[str, tuple[int, ...]]]:
     """Return how many state tensors of each growth and shape a model has.
 
     Per linear-attention layer the conv inputs f32[K-1, C] and the delta state f32[Hv, Dk, Dv]; per
-    full-attention layer the keys [Hkv, context/32, D, 32] and the values [Hkv, context, D], or as the
-    keys in a cache of pairs: of bf16 where the target `has_pairs`, and of i8, with scales behind each D.
+    full-attention layer keys and values in this layout.
     """
-    key_dim = config.linear_num_key_heads * config.linear_key_head_dim
-    value_dim = config.linear_num_value_heads * config.linear_value_head_dim
-    conv = (config.linear_conv_kernel_dim - 1, 2 * key_dim + value_dim)
-    delta = (
-        config.linear_num_value_heads,
-        config.linear_key_head_dim,
-        config.linear_value_head_dim,
-    )
+    key_heads, value_heads = config.linear_num_key_heads, config.linear_num_value_heads
+    key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+    conv = (config.linear_conv_kernel_dim - 1, 2 * key_heads * key_dim + value_heads * value_dim)
+    delta = (value_heads, key_dim, value_dim)
     heads, dim = config.num_key_value_heads, config.head_dim
-    rows = dim + layout.SCALE_ROWS if cache == "i8" else dim
-    keys = (heads, context // layout.CELL, rows, layout.CELL)
-    values = keys if cache == "i8" or (cache == "bf16" and has_pairs) else (heads, context, dim)
+    keys, values = (
+        tuple(stored_shape(kind, heads, dim, context, layout)) for kind in ("keys", "values")
+    )
     shapes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for kind in config.layer_types:
         if kind == LINEAR:
@@ -342,11 +339,11 @@ def _check_steps(path: str, entry: Entry, manifest: Manifest) -> None:
 
 
 def _check_state(manifest: Manifest) -> None:
-    if manifest.context % layout.CELL:
-        raise refuse("$.context", f"not a multiple of {layout.CELL}", got=manifest.context)
+    if manifest.context % CELLS:
+        raise refuse("$.context", f"not a multiple of {CELLS}", got=manifest.context)
     tensors = manifest.state.tensors
     specs = [(tensor.dtype, tensor.shape) for tensor in tensors]
-    offsets, total = layout.pack_tensors(specs)
+    offsets, total = blobs.pack_tensors(specs)
     _check_equal("$.state.tensors offsets", [tensor.offset for tensor in tensors], offsets)
     _check_equal("$.state.bytes", manifest.state.bytes, total)
     _check_unique("$.state.tensors", [tensor.name for tensor in tensors])
@@ -355,7 +352,8 @@ def _check_state(manifest: Manifest) -> None:
     if others:
         raise refuse("$.state.tensors", "keys and values have two types", got=(cache, *others))
     has_pairs = "avx512_bf16" in manifest.target.cpu_features  # then the kernels want them
-    expected = expected_state(manifest.model, manifest.context, cache, has_pairs)
+    form = cache_layout({"i8": "int8"}.get(cache, cache), has_pairs)
+    expected = expected_state(manifest.model, manifest.context, form)
     _check_equal("$.state.tensors", found, expected)
     for index, tensor in enumerate(tensors):
         if tensor.growth == "fixed" and tensor.dtype != "f32":
@@ -365,9 +363,9 @@ def _check_state(manifest: Manifest) -> None:
 def _check_weights(manifest: Manifest) -> None:
     weights = manifest.weights
     specs = [(weight.dtype, weight.shape) for weight in weights]
-    offsets, total = layout.pack_tensors(specs)
+    offsets, total = blobs.pack_tensors(specs)
     _check_equal("$.weights offsets", [weight.offset for weight in weights], offsets)
-    sizes = [layout.tensor_bytes(dtype, shape) for dtype, shape in specs]
+    sizes = [blobs.tensor_bytes(dtype, shape) for dtype, shape in specs]
     _check_equal("$.weights sizes", [weight.bytes for weight in weights], sizes)
     _check_equal("$.weights_bytes", manifest.weights_bytes, total)
     taken = [*manifest.segments, "__metadata__"]  # one table of names in the file's header

@@ -19,6 +19,7 @@ from q35c import strictjson
 from q35c.artifact import layout
 from q35c.artifact.manifest import Manifest
 from q35c.errors import ArtifactError
+from q35c.layouts import blobs
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
@@ -77,7 +78,7 @@ class Artifact:
                 f"no segment {name!r}", where=str(self.path), expected=known, got=name
             )
         segment = self.manifest.segments[name]
-        data = b"".join(self._chunks(name, layout.align(segment.bytes)))
+        data = b"".join(self._chunks(name, blobs.align(segment.bytes)))
         if any(data[segment.bytes :]):
             raise self._damaged(name, "padding is not zero")
         data = data[: segment.bytes]

@@ -25,6 +25,7 @@ from q35c.artifact.manifest import FORMAT, Manifest, Segment, Weight
 from q35c.artifact.reader import Progress, read_artifact
 from q35c.artifact.schema import encode
 from q35c.errors import ArtifactError, DiskRefused, InternalError, OptionError
+from q35c.layouts import blobs
 
 ZERO_HASH = "0" * 64
 _PREFIX, _SUFFIX = ".q35c-", ".partial"
@@ -43,13 +44,13 @@ class WeightEntry:
     @property
     def bytes(self) -> int:
         """Return the bytes of the data, without padding."""
-        return layout.tensor_bytes(self.dtype, self.shape)
+        return blobs.tensor_bytes(self.dtype, self.shape)
 
 
 def place_weights(entries: Iterable[WeightEntry]) -> tuple[Weight, ...]:
     """Return the entries with their offsets from the first weight."""
     listed = list(entries)
-    offsets, _ = layout.pack_tensors((entry.dtype, entry.shape) for entry in listed)
+    offsets, _ = blobs.pack_tensors((entry.dtype, entry.shape) for entry in listed)
     return tuple(
         Weight(
             name=entry.name,
@@ -78,7 +79,7 @@ def complete_manifest(
     try:
         document: dict[str, Any] = json.loads(strictjson.dumps(encode(fields)))
         placed = place_weights(weights)
-        _, size = layout.pack_tensors((weight.dtype, weight.shape) for weight in placed)
+        _, size = blobs.pack_tensors((weight.dtype, weight.shape) for weight in placed)
         hashed = {name: _describe(data) for name, data in segments.items()}
         hashed["weights"] = {"bytes": size, "sha256": ZERO_HASH}
         document |= {"format": FORMAT, "segments": hashed}
@@ -101,12 +102,12 @@ def _add_derived(document: dict[str, Any]) -> None:
 
     entries = document["entries"]
     tokens = max(entry["max_tokens"] for entry in entries)
-    rows = max(layout.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
+    rows = max(blobs.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
     document.setdefault("producer", f"q35c {__version__}")
     document.setdefault("barrier_bytes", 128)
     vocab = document["model"]["vocab_size"]
     steps = max(len(entry["steps"]) for entry in entries)
-    document.setdefault("io", layout.io_layout(tokens, document["batch"], rows, vocab, steps))
+    document.setdefault("io", blobs.io_layout(tokens, document["batch"], rows, vocab, steps))
     memory = layout.memory_plan(
         weights=document["weights_bytes"],
         state=document["state"]["bytes"],
@@ -153,7 +154,7 @@ class ArtifactWriter:
             for name in layout.segment_order(segments):
                 data = segments[name]
                 self._put(data)
-                self._put(bytes(layout.align(len(data)) - len(data)))
+                self._put(bytes(blobs.align(len(data)) - len(data)))
         except BaseException:
             self.abort()
             raise
@@ -187,7 +188,7 @@ class ArtifactWriter:
         self._put_weight_bytes(data)
         self._done_in_weight += len(data)
         if self._done_in_weight == weight.bytes:
-            self._put_weight_bytes(memoryview(bytes(layout.align(weight.bytes) - weight.bytes)))
+            self._put_weight_bytes(memoryview(bytes(blobs.align(weight.bytes) - weight.bytes)))
             self._index, self._done_in_weight = self._index + 1, 0
         if self._progress is not None:
             self._progress(self._done, self.manifest.weights_bytes)

@@ -7,21 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from q35c.artifact import layout
 from q35c.artifact.writer import WeightEntry, place_weights
-from q35c.codegen.cpu.build import build_shared
-from q35c.codegen.cpu.isa.x86 import Isa
-from q35c.codegen.cpu.kernels.attention.shape import stored_shape
-from q35c.codegen.cpu.lower import lower
-from q35c.codegen.cpu.probes import probes
-from q35c.codegen.cpu.program import ELEMENT_BYTES, Pointer, Tokens, check_calls, program_entry
-from q35c.codegen.cpu.support import BARRIER_BYTES
-from q35c.codegen.pack import BLOCK, PackedWeight
+from q35c.codegen.backend import Backend
+from q35c.codegen.calls import Pointer, Tokens
+from q35c.codegen.pack import PackedWeight
 from q35c.codegen.requests import Shared
 from q35c.codegen.schedule import Places, Schedule, WeightRef
-from q35c.codegen.targets import Target
 from q35c.ir.graph import Module, Value
 from q35c.ir.precision import Policy
+from q35c.layouts import blobs
+from q35c.layouts.cache import stored_shape
+from q35c.layouts.weights import BLOCK
 
 LAYOUT_NOTES = {
     "vector": "as in the checkpoint",
@@ -54,20 +50,20 @@ class Limits:
 
 def generate(
     module: Module,
-    target: Target,
+    backend: Backend,
     policy: Policy,
     limits: Limits,
     progress: Callable[[str, float], None],
 ) -> Generated:
     """Lower every entry, plan its memory, build one shared object."""
     progress("lower", 0.0)
-    entries = describe_entries(module, target, limits)
-    state = layout.state_layout(describe_state(module, policy, limits.context, target.isa))
+    entries = describe_entries(module, backend, limits)
+    state = blobs.state_layout(describe_state(module, policy, limits.context, backend))
     tokens = max(entry["max_tokens"] for entry in entries)
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
-    shared = Shared(target, limits.context, tokens, offsets)
+    shared = Shared(backend, limits.context, tokens, offsets)
     schedules = [
-        lower(graph, shared, entry["max_tokens"])
+        backend.lower(graph, shared, entry["max_tokens"])
         for graph, entry in zip(module, entries, strict=True)
     ]
     for entry, schedule in zip(entries, schedules, strict=True):
@@ -83,42 +79,26 @@ def generate(
         schedule.name: schedule.place(plan, places)
         for schedule, plan in zip(schedules, plans, strict=True)
     }
-    programs = {name: program_entry(name, calls, clock) for name, calls in placed.items()}
-    measuring = list(probes(target.isa))
-    programs |= {probe.symbol: probe.program() for probe in measuring}
-    progress("kernels", 0.0)
-    functions = shared.functions(lambda done: progress("kernels", done))
-    functions |= {p.symbol: p.kernel for p in measuring if p.kernel}
-    for calls in placed.values():
-        check_calls(calls, functions)
-    progress("machine code", 0.0)
-    code = build_shared(
-        functions, programs, target.isa, lambda done: progress("machine code", done)
-    )
+    built = backend.build(shared.kernels, placed, clock, progress)
     fields = {
-        "target": describe_target(target),
+        "target": backend.describe(),
         "precision": policy.name,
         "context": limits.context,
         "batch": limits.batch,
         "entries": entries,
         "arena_bytes": max(plan.bytes for plan in plans),
-        "max_threads": target.max_threads,
+        "max_threads": backend.max_threads,
         "barrier_bytes": barrier_bytes(shared),
         "state": state,
         "kernels": describe_kernels(shared),
-        "probes": [probe.describe() for probe in measuring],
+        "probes": built.probes,
     }
-    return Generated(code, tuple(shared.weights.values()), stored, fields)
+    return Generated(built.code, tuple(shared.weights.values()), stored, fields)
 
 
 def barrier_bytes(shared: Shared) -> int:
     """Return the bytes of the barrier's words and of the counters behind them."""
-    return layout.align(BARRIER_BYTES + ELEMENT_BYTES * shared.counters)
-
-
-def describe_target(target: Target) -> dict[str, Any]:
-    features = list(target.isa.cpu_features)
-    return {"name": target.name, "cpu_features": features, "lanes": target.isa.lanes}
+    return blobs.align(blobs.BARRIER_BYTES + blobs.ELEMENT_BYTES * shared.counters)
 
 
 def stored_weight(weight: PackedWeight) -> WeightEntry:
@@ -126,14 +106,14 @@ def stored_weight(weight: PackedWeight) -> WeightEntry:
     return WeightEntry(weight.name, weight.stored_dtype, weight.shape, note, weight.sources)
 
 
-def describe_entries(module: Module, target: Target, limits: Limits) -> list[dict[str, Any]]:
+def describe_entries(module: Module, backend: Backend, limits: Limits) -> list[dict[str, Any]]:
     """Return name, symbol, rows, most tokens and logits of each entry."""
-    score_tokens = target.logits_bytes // (4 * limits.vocabulary)
+    score_tokens = backend.logits_bytes // (4 * limits.vocabulary)
     kinds = {
-        "prefill": ("sequence", target.prefill_tokens, "last"),
+        "prefill": ("sequence", backend.prefill_tokens, "last"),
         "decode": ("batch", limits.batch, "all"),
-        "score": ("sequence", min(max(1, score_tokens), target.prefill_tokens), "all"),
-        "extend": ("sequence", target.prefill_tokens, "none"),
+        "score": ("sequence", min(max(1, score_tokens), backend.prefill_tokens), "all"),
+        "extend": ("sequence", backend.prefill_tokens, "none"),
     }
     names = ("rows", "max_tokens", "logits")
     return [
@@ -146,25 +126,28 @@ def describe_entries(module: Module, target: Target, limits: Limits) -> list[dic
     ]
 
 
-def describe_state(module: Module, policy: Policy, context: int, isa: Isa) -> list[dict[str, Any]]:
-    """Return the stored shape of every state tensor, in the layout that the kernels for `isa` use.
+def describe_state(
+    module: Module, policy: Policy, context: int, backend: Backend
+) -> list[dict[str, Any]]:
+    """Return the stored shape of every state tensor, in the layout that the backend uses.
 
     What does not grow comes first, so that a short session keeps it together in huge pages.
     """
-    tensors = [stored_state(v, policy, context, isa) for v in module.entries[0].leaves("state")]
+    tensors = [stored_state(v, policy, context, backend) for v in module.entries[0].leaves("state")]
     return sorted(tensors, key=lambda tensor: tensor["growth"] == "context")
 
 
-def stored_state(value: Value, policy: Policy, context: int, isa: Isa) -> dict[str, Any]:
+def stored_state(value: Value, policy: Policy, context: int, backend: Backend) -> dict[str, Any]:
     kind = value.name.rpartition(".")[2]
     dims = value.type.shape[1:]
     if kind not in ("keys", "values"):
         return {"name": value.name, "dtype": "f32", "shape": list(dims), "growth": "fixed"}
     heads, head_dim = (int(d) for d in dims[1:])  # type: ignore[arg-type]
+    layout = backend.cache_layout(policy.cache)
     return {
         "name": value.name,
         "dtype": {"int8": "i8"}.get(policy.cache, policy.cache),
-        "shape": stored_shape(kind, heads, head_dim, context, policy.cache, isa),
+        "shape": stored_shape(kind, heads, head_dim, context, layout),
         "growth": "context",
     }
 
@@ -173,11 +156,11 @@ def io_places(
     limits: Limits, tokens: int, entries: list[dict[str, Any]]
 ) -> dict[str, tuple[int, int]]:
     """Return offset and bytes of each io field."""
-    rows = max(layout.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
+    rows = max(blobs.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
     steps = max(len(entry["steps"]) for entry in entries)
-    fields = layout.io_layout(tokens, limits.batch, rows, limits.vocabulary, steps)["fields"]
+    fields = blobs.io_layout(tokens, limits.batch, rows, limits.vocabulary, steps)["fields"]
     return {
-        name: (field["offset"], layout.tensor_bytes(field["dtype"], field["shape"]))
+        name: (field["offset"], blobs.tensor_bytes(field["dtype"], field["shape"]))
         for name, field in fields.items()
     }
 

@@ -1,11 +1,6 @@
-"""Weight layouts: which checkpoint tensors make a packed weight, and the bytes it becomes.
+"""Weight layouts: which checkpoint tensors make a packed weight, and the bytes it becomes (layouts/weights.py).
 
-Matrices are stored in blocks of 32 output rows so that one vector load serves 8, 16 or 32 outputs of
-one input element: f32 as [blocks, K, 32], bf16 in pairs of inputs as [blocks, K/2, 32, 2]. Integers are
-stored as [blocks, bytes]: a cache line with the 32 rows' exponents, then, for each two groups of inputs, a cache line
-with their 32 scales and lines of a 4-byte word for each of the 32 outputs. 16 inputs take 4 lines of 8 bits or 2
-lines of 4 bits; of 5 bits a line with the high bits of 32 inputs comes first, then the low 4. Everything is read,
-converted and written in slices of about a megabyte.
+Everything is read, converted and written in slices of about a megabyte.
 """
 
 from __future__ import annotations
@@ -17,10 +12,11 @@ from functools import partial
 
 import numpy as np
 
-from q35c.ir.formats import IntegerFormat, integer_format, quantize_weight, to_bf16
+from q35c.formats.bf16 import to_bf16
+from q35c.formats.integer import IntegerFormat, quantize_weight
+from q35c.formats.registry import integer_format
+from q35c.layouts.weights import BLOCK, CACHE_LINE, IntegerBlock, block_shape, ceil_div
 
-BLOCK = 32  # output rows per block
-CACHE_LINE = 64  # bytes
 SLICE_BYTES = 1 << 20  # f32 bytes converted at a time: they stay in the cache
 
 Job = Callable[[], np.ndarray]
@@ -59,17 +55,12 @@ class PackedWeight:
             channels, _, taps = self.source_shapes[0]
             return taps, channels
         experts = (self.experts,) if self.layout.startswith("experts") else ()
-        return (*experts, self.blocks, *self._block_shape(self.inputs))
+        return (*experts, self.blocks, *block_shape(self.dtype, self.inputs))
 
     @property
     def experts(self) -> int:
         """Number of experts, a shared one included."""
         return self.source_shapes[0][0] + (len(self.sources) > 1)
-
-    def _block_shape(self, inputs: int) -> tuple[int, ...]:
-        if form := integer_format(self.dtype):
-            return (block_bytes(form, inputs),)
-        return (inputs, BLOCK) if self.dtype == "f32" else (ceil_div(inputs, 2), BLOCK, 2)
 
     @property
     def stored_dtype(self) -> str:
@@ -159,10 +150,6 @@ class PackedWeight:
         return stack(parts, 0, count * BLOCK)
 
 
-def ceil_div(value: int, divisor: int) -> int:
-    return -(-value // divisor)
-
-
 def stack(parts: list[np.ndarray], start: int, rows: int) -> np.ndarray:
     """Return `rows` rows of the stacked parts from `start`, zero beyond their end."""
     whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -202,14 +189,6 @@ def pack_blocks(rows: np.ndarray, dtype: str) -> np.ndarray:
     )
 
 
-def block_bytes(form: IntegerFormat, inputs: int) -> int:
-    """Return the bytes of a block of rows of `inputs` values: 32 exponents and a line of scales for two groups each
-    take a cache line.
-    """
-    groups = form.groups(inputs)
-    return CACHE_LINE * (1 + ceil_div(groups, 2)) + groups * BLOCK * form.group * form.bits // 8
-
-
 def pack_integers(rows: np.ndarray, form: IntegerFormat) -> np.ndarray:
     """Turn f32 [n * 32, K] into u8 [n, block_bytes]."""
     levels, scales, exponents = quantize_weight(rows, form)
@@ -218,7 +197,7 @@ def pack_integers(rows: np.ndarray, form: IntegerFormat) -> np.ndarray:
     sets = codes.reshape(count, BLOCK, groups, -1, form.set_inputs // 4, 4)
     words = pack_words(sets, form.bits)
     lines = words.transpose(0, 2, 3, 4, 1, 5)  # [n, groups, sets, lines of a set, 32, 4]
-    packed = np.zeros((count, block_bytes(form, rows.shape[1])), np.uint8)
+    packed = np.zeros((count, IntegerBlock(form, rows.shape[1]).block_bytes), np.uint8)
     packed[:, :BLOCK] = exponents.reshape(count, BLOCK)
     by_group = scales.reshape(count, BLOCK, groups)
     end = CACHE_LINE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-ALIGNMENT = 64
+from q35c.layouts.blobs import align
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def plan_memory(lifetimes: Iterable[Lifetime]) -> MemoryPlan:
     placed: list[tuple[int, int, Lifetime]] = []  # start, end, buffer; sorted by start
     offsets: dict[str, int] = {}
     for buffer in sorted(lifetimes, key=lambda b: (-b.bytes, b.first, b.name)):
-        size = -(-buffer.bytes // ALIGNMENT) * ALIGNMENT
+        size = align(buffer.bytes)
         start = 0
         for other_start, other_end, other in placed:
             if other.last < buffer.first or buffer.last < other.first:

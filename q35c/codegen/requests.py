@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from q35c.codegen.cpu.division import division_of
-from q35c.codegen.cpu.families import FAMILIES, scratch_bytes
-from q35c.codegen.cpu.isa.x86 import Isa
-from q35c.codegen.cpu.kernels.rows.round_bf16 import bf16_row_words
-from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout
-from q35c.codegen.cpu.kernels.vectors import LINE_WORDS
-from q35c.codegen.cpu.program import Int, Tokens
+from q35c.codegen.backend import Backend, KernelKey
+from q35c.codegen.calls import Int, Tokens
 from q35c.codegen.pack import PackedWeight
 from q35c.codegen.schedule import (
     Arrivals,
@@ -26,22 +19,22 @@ from q35c.codegen.schedule import (
     View,
     WeightRef,
 )
-from q35c.codegen.targets import Target
 from q35c.errors import LoweringError
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 from q35c.ir.graph import Graph, Op, Value, producers
 from q35c.ir.types import SymDim
+from q35c.layouts.weights import LINE_WORDS
 
 
 @dataclass(slots=True)
 class Shared:
     """What the entries of one model share: kernels, packed weights, the layout of a sequence's state."""
 
-    target: Target
+    backend: Backend
     context: int
     io_tokens: int  # row stride of the positions in the io blob
     state_offsets: Mapping[str, int]
-    kernels: dict[tuple, str] = field(default_factory=dict)
+    kernels: dict[KernelKey, str] = field(default_factory=dict)
     weights: dict[str, PackedWeight] = field(default_factory=dict)
     counters: int = 0  # the most that a kernel needs at once
 
@@ -59,14 +52,6 @@ class Shared:
         self.counters = max(self.counters, counters)
         return Arrivals()
 
-    def functions(self, progress: Callable[[float], None]) -> dict[str, Any]:
-        """Generate every requested kernel; `progress` hears which part of them is done."""
-        made: dict[str, Any] = {}
-        for key, name in self.kernels.items():
-            made[name] = make_kernel(*key, self.target.isa)
-            progress(len(made) / len(self.kernels))
-        return made
-
     def weight(self, layout: str, *sources: Value) -> WeightRef:
         """Request a packed weight; equal requests share one."""
         leaves = [source.name.removesuffix(".weight") for source in sources]
@@ -81,14 +66,6 @@ class Shared:
                 "a weight is needed in two layouts", where=name, expected=known, got=packed
             )
         return WeightRef(name)
-
-
-@functools.cache
-def make_kernel(family: str, parameters: tuple[tuple[str, Any], ...], isa: Isa) -> Any:
-    """Generate a kernel; parsing it takes far longer than asking for it again."""
-    generate = FAMILIES[family]
-    extra = {"isa": isa} if "isa" in inspect.signature(generate).parameters else {}
-    return generate(**dict(parameters), **extra)
 
 
 class Lowering:
@@ -111,7 +88,10 @@ class Lowering:
 
     def output(self, value: Value) -> View:
         """Return the rows a result is written to: io for the logits, a new buffer otherwise."""
-        words, rows = self.row_words(value.type.dtype, width(value)), row_count(value)
+        words, rows = (
+            self.shared.backend.row_words(value.type.dtype, width(value)),
+            row_count(value),
+        )
         if value == self.logits:
             self.views[value] = View("logits", words, rows)
         else:
@@ -147,18 +127,12 @@ class Lowering:
 
     def scratch(self, family: str, **parameters: Any) -> View:
         """Return scratch for every thread of a kernel."""
-        size = scratch_bytes(family, self.shared.target, self.max_tokens, parameters)
+        size = self.shared.backend.scratch_bytes(family, self.max_tokens, parameters)
         return self.temporary("scratch", -(-size // 4), Int(1))
-
-    def row_words(self, dtype: str, width: int) -> int:
-        """Return the 4-byte words of one row; bf16 rows are rounded ones."""
-        if form := integer_format(dtype):
-            return RowLayout(width, form.group, self.shared.target.isa).words
-        return bf16_row_words(width, self.shared.target.isa) if dtype == "bf16" else width
 
     def rounded(self, x: View, width: int, dtype: str, pairs: int) -> View:
         """Return the rounded rows of a temporary that has `pairs` rows of `width` for each token."""
-        q = self.temporary("rounded", pairs * self.row_words(dtype, width), x.rows)
+        q = self.temporary("rounded", pairs * self.shared.backend.row_words(dtype, width), x.rows)
         self.quantize(x, q, width, dtype, pairs)
         return q
 
@@ -176,7 +150,7 @@ class Lowering:
         args, writes = tuple(args), tuple(writes)
         reads = tuple(a for a in args if isinstance(a, View) and a not in writes)
         name, touched = self.shared.kernel(family, **parameters), tuple(s.name for s in state)
-        divided = division_of(family, parameters)
+        divided = self.shared.backend.division(family, parameters)
         self.schedule.steps.append(Step(name, args, reads, writes, touched, divided))
 
     def quantize(self, x: View, q: View, width: int, dtype: str, pairs: int = 1) -> None:

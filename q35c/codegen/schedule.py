@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from q35c.codegen.cpu.division import Division
-from q35c.codegen.cpu.program import (
+from q35c.codegen.calls import (
     Argument,
     Barrier,
     Call,
+    Division,
     Int,
     Nt,
     Part,
@@ -22,8 +22,8 @@ from q35c.codegen.cpu.program import (
     Tid,
     Tokens,
 )
-from q35c.codegen.cpu.support import BARRIER_BYTES
 from q35c.codegen.plan_memory import Lifetime, MemoryPlan, plan_memory
+from q35c.layouts.blobs import BARRIER_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from q35c.errors import VerifyError
-from q35c.ir.formats import stored
+from q35c.formats.registry import stored
 from q35c.ir.graph import Graph, Value
 from q35c.ir.ops import OPS
 from q35c.ir.types import SymDim, TensorType

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from q35c.ir import formats
+from q35c.formats import registry
 from q35c.ir import reference as ref
 from q35c.ir import type_rules as rule
 from q35c.ir.type_rules import Attributes, ShapeRuleError, Types, symbolic_product
@@ -231,7 +231,7 @@ define("scheduled_gated_attention", "q_gate k v q_norm k_norm table slots starts
 define("last_token", "x", "", rule.last_row,
        lambda x: x[-1:], "The last row.", stages=LATE)  # fmt: skip
 define("quantize_rows", "x", "dtype", rule.quantized_rows,
-       lambda x, *, dtype: formats.round_rows(x, dtype), stages=QUANTIZED,
+       lambda x, *, dtype: registry.round_rows(x, dtype), stages=QUANTIZED,
        summary="Round rows to bf16, or to int8 with a scale for each group of values.")  # fmt: skip
 define("quantized_moe_residual", "x router_logits shared shared_gate gate_up down residual", "top_k dtype",
        rule.quantized_moe_type, ref.quantized_moe_residual, stages=QUANTIZED,
@@ -255,7 +255,7 @@ def rounded(spec: OpSpec) -> OpSpec:
 
     def reference(*arrays, dtype, is_kept, **attrs):
         exact = spec.reference(*arrays, **attrs)
-        rows = formats.round_rows(exact, dtype)
+        rows = registry.round_rows(exact, dtype)
         return (exact, rows) if is_kept else rows
 
     return replace(

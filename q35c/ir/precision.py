@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from q35c.errors import OptionError
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 
 # What a weight is for; `quantize` finds it from the structure of the graph.
 ROLES = (

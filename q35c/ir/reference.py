@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from q35c.ir.formats import round_rows
+from q35c.formats.registry import round_rows
 
 Array = np.ndarray
 

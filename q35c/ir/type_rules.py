@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from q35c.ir.formats import integer_format, is_row_format
+from q35c.formats.registry import integer_format, is_row_format
 from q35c.ir.types import Dim, SymDim, TensorType
 
 Types = tuple[TensorType, ...]

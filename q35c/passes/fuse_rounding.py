@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 from q35c.ir.graph import Graph, Op, Rewriter, Value
 from q35c.ir.ops import ROUNDING
 from q35c.ir.types import static

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from q35c.errors import InternalError
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 from q35c.ir.graph import Graph, Module, Op, Rewriter, Value, producers
 from q35c.ir.precision import Policy
 

@@ -75,7 +75,7 @@ def step_cost(family: str, parameters: Parameters, work: Work) -> Cost:
 
 
 def peak_of(dtype: str) -> Peak:
-    """Return the peak that bounds products with values stored in a format of `ir/formats.py`."""
+    """Return the peak that bounds products with values stored in a format of `formats/registry.py`."""
     if dtype in ("bf16", "f32"):
         return dtype
     return "int8"

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q35c.errors import ExecutionError
+from q35c.layouts.blobs import STAMP_BYTES
 from q35c.roofline.cost import Cost
 from q35c.user_cache import cache_directory
 
@@ -39,7 +40,7 @@ _PROBE_SECONDS = 1.5
 _PERCENT = 5  # of the samples are faster
 _CALIBRATION_SECONDS = 0.2
 _PAGE_BYTES = 4096
-_STAMP_WORD = 256  # of a thread's part: cycles before and after
+_STAMP_WORD = STAMP_BYTES // 8
 _PROBES = 2  # raised when a probe changes what it measures: limits of before are measured again
 _MEASURED = ("read", "cache", "int8", "bf16", "f32")
 

@@ -14,10 +14,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from q35c.artifact import Manifest, layout
+from q35c.artifact import Manifest
 from q35c.artifact.manifest import Entry as EntryPlan
 from q35c.artifact.manifest import Probe
 from q35c.errors import InternalError, OptionError
+from q35c.layouts import blobs
 from q35c.runtime.library import Arguments, Entry, Library, Workers
 from q35c.runtime.memory import Region, WeightBlock
 
@@ -104,7 +105,7 @@ class Executor:
             fields["positions"][:, :count] = np.arange(sequence.position, sequence.position + count)
             fields["slots"][0] = 0
             fields["starts"][0] = sequence.length
-            return self._run(entry, [sequence], count, layout.logits_rows(entry.logits, count))
+            return self._run(entry, [sequence], count, blobs.logits_rows(entry.logits, count))
 
     def run_batch(
         self, entry: EntryPlan, sequences: Sequence[SequenceState], tokens: Sequence[int]
@@ -120,7 +121,7 @@ class Executor:
             for row, sequence in enumerate(sequences):
                 fields["tokens"][row] = tokens[row]
                 fields["positions"][:, row] = sequence.position
-                fields["slots"][row] = (sequence.region.address - base) // layout.ALIGNMENT
+                fields["slots"][row] = (sequence.region.address - base) // blobs.ALIGNMENT
                 fields["starts"][row] = sequence.length
             return self._run(entry, sequences, count, count)
 
@@ -188,5 +189,5 @@ class Executor:
 
 
 def _check_aligned(address: int) -> None:
-    if address % layout.ALIGNMENT:
+    if address % blobs.ALIGNMENT:
         raise InternalError("a block is not 64-byte aligned", got=hex(address))

@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from q35c.artifact import Artifact, Manifest, layout
+from q35c.artifact import Artifact, Manifest
 from q35c.errors import MemoryRefused
+from q35c.layouts import blobs
+from q35c.layouts.cache import CELLS
 
 _SYSTEM = Path("/")
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.12 on
@@ -115,10 +117,10 @@ def state_bytes(manifest: Manifest, tokens: int) -> int:
     total = 0
     for tensor in manifest.state.tensors:
         if tensor.growth == "fixed":
-            total += layout.align(tensor.bytes)
+            total += blobs.align(tensor.bytes)
         else:
             cells = used_cells(tensor.shape, manifest.context, tokens)
-            total += layout.align(tensor.bytes // tensor.shape[1] * cells)
+            total += blobs.align(tensor.bytes // tensor.shape[1] * cells)
     return total
 
 
@@ -161,14 +163,14 @@ def check_allocation(what: str, need: int, have: Available) -> None:
 
 def _largest_context(context: int, need: Callable[[int], int], have: Available) -> int:
     """Return the largest multiple of 32 tokens that fits, 0 if none does."""
-    low, high = 0, context // layout.CELL
+    low, high = 0, context // CELLS
     while low < high:
         middle = (low + high + 1) // 2
-        if need(middle * layout.CELL) <= have.bytes:
+        if need(middle * CELLS) <= have.bytes:
             low = middle
         else:
             high = middle - 1
-    return low * layout.CELL
+    return low * CELLS
 
 
 def _refusal(what: str, need: int, have: Available, hint: str) -> MemoryRefused:
@@ -253,7 +255,7 @@ class Region:
 
     def view(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
         """Return a writable array over a part of the block; `dtype` is the manifest's name."""
-        size = layout.tensor_bytes(dtype, shape)
+        size = blobs.tensor_bytes(dtype, shape)
         return self._array[offset : offset + size].view(NUMPY_TYPES[dtype]).reshape(shape)
 
     def memory(self) -> memoryview:

@@ -13,6 +13,7 @@ import pytest
 
 from q35c.artifact import layout, read_artifact
 from q35c.errors import ArtifactError
+from q35c.layouts import blobs
 from tests.fake_artifact import rebuild, with_manifest, write_small
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,7 +35,7 @@ def with_header(data: bytes, header: dict | str) -> bytes:
     raw = (
         header if isinstance(header, str) else json.dumps(header, separators=(",", ":"))
     ).encode()
-    raw += b" " * (layout.align(8 + len(raw)) - 8 - len(raw))
+    raw += b" " * (blobs.align(8 + len(raw)) - 8 - len(raw))
     start = 8 + int.from_bytes(data[:8], "little")
     return len(raw).to_bytes(8, "little") + raw + data[start:]
 

@@ -12,7 +12,6 @@ from functools import partial
 import pytest
 
 from q35c import family
-from q35c.artifact import layout
 from q35c.codegen.cpu.families import FAMILIES
 from q35c.codegen.cpu.lower import lower
 from q35c.codegen.generate import Limits, barrier_bytes, describe_entries, describe_state
@@ -23,6 +22,7 @@ from q35c.frontend.tensors import expected_tensors
 from q35c.ir.graph import Attrs, Module, Op, Value, producers
 from q35c.ir.precision import POLICIES
 from q35c.ir.types import TensorType
+from q35c.layouts import blobs
 from q35c.passes.pipeline import Choices, run_pipeline
 from tests.compiled import graph_of
 
@@ -41,14 +41,14 @@ def test_every_size_lowers(name: str) -> None:
             splits = partial(target.decode_splits, context=CONTEXT)
             module = run_pipeline(traced, Choices(policy, splits))
             entries = describe_entries(module, target, limits)
-            state = layout.state_layout(describe_state(module, policy, CONTEXT, target.isa))
+            state = blobs.state_layout(describe_state(module, policy, CONTEXT, target))
             offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
             tokens = max(entry["max_tokens"] for entry in entries)
             shared = Shared(target, CONTEXT, tokens, offsets)
             for graph, entry in zip(module, entries, strict=True):
                 schedule = lower(graph, shared, entry["max_tokens"])
                 assert 0 < schedule.plan().bytes < 1 << 30
-            assert barrier_bytes(shared) <= layout.MAX_BARRIER_BYTES
+            assert barrier_bytes(shared) <= blobs.MAX_BARRIER_BYTES
             used = {source for weight in shared.weights.values() for source in weight.sources}
             assert used == set(expected_tensors(config))
             assert {family_name for family_name, _ in shared.kernels} <= set(FAMILIES)
@@ -69,7 +69,7 @@ def dense_module() -> tuple[Module, Callable[[], Shared]]:
     config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
     module = run_pipeline(graph_of(config), Choices(POLICIES["f32"]))
     target = find_target("cpu:x86-64-v3")
-    state = layout.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target.isa))
+    state = blobs.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target))
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
     return module, lambda: Shared(target, CONTEXT, 8, offsets)
 

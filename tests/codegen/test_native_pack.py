@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from q35c.codegen.pack import PackedWeight, block_bytes, pack_blocks
-from q35c.compile import load_packer
-from q35c.ir.formats import integer_format
+from q35c.codegen.cpu.native_pack import packer
+from q35c.codegen.pack import PackedWeight, pack_blocks
+from q35c.formats.registry import integer_format
+from q35c.layouts.weights import block_shape
+from q35c.runtime.library import Library
 
 LENGTHS = (1, 31, 32, 64, 100, 129, 320)
 FORMATS = ("i4g32", "i4g128", "i5g32", "i5g64", "i8g64")
@@ -17,7 +19,7 @@ def weight_of(inputs: int, dtype: str) -> PackedWeight:
 
 @pytest.fixture(scope="module")
 def pack():
-    return load_packer([weight_of(inputs, dtype) for inputs in LENGTHS for dtype in FORMATS])
+    return packer([weight_of(inputs, dtype) for inputs in LENGTHS for dtype in FORMATS], Library)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -33,12 +35,12 @@ def test_packer(pack, inputs: int, dtype: str) -> None:
     got, want = pack(rows, dtype), pack_blocks(rows, dtype)
     form = integer_format(dtype)
     assert form is not None
-    assert got.shape == want.shape == (3, block_bytes(form, inputs))
+    assert got.shape == want.shape == (3, *block_shape(dtype, inputs))
     # Two scales with the same error but for rounding may be taken for one another: a group in thousands.
     assert (got != want).any(-1).mean() <= 0.01
 
 
 def test_floating_rows_need_no_compiled_packer() -> None:
     rows = np.ones((32, 7), np.float32)
-    pack = load_packer([weight_of(7, "bf16")])
+    pack = packer([weight_of(7, "bf16")], Library)
     np.testing.assert_array_equal(pack(rows, "bf16"), pack_blocks(rows, "bf16"))

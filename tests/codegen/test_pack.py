@@ -8,8 +8,8 @@ import torch
 
 from q35c.codegen import pack
 from q35c.codegen.pack import PackedWeight, to_bf16
-from q35c.ir import formats
-from q35c.ir.formats import integer_format
+from q35c.formats import registry
+from q35c.formats.registry import integer_format
 
 MATRICES = {  # layout, rows of each source
     "even": ("linear", (64,)),
@@ -168,7 +168,7 @@ def test_integers(name: str, inputs: int, dtype: str) -> None:
             levels, scales = unpack_integers(got[block], dtype, inputs, lane)
             values = (levels * scales[:, None]).reshape(-1)
             row = row_of(layout, arrays, block, lane)
-            want = np.zeros(inputs) if row is None else formats.stored(row, dtype)
+            want = np.zeros(inputs) if row is None else registry.stored(row, dtype)
             np.testing.assert_array_equal(values[:inputs], want.astype(np.float32))
             assert (values[inputs:] == 0).all()
 

@@ -7,7 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from q35c.codegen.plan_memory import ALIGNMENT, Lifetime, MemoryPlan, plan_memory
+from q35c.codegen.plan_memory import Lifetime, MemoryPlan, plan_memory
+from q35c.layouts.blobs import ALIGNMENT
 
 
 def random_lifetimes(seed: int) -> list[Lifetime]:

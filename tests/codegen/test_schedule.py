@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from q35c.codegen.cpu.program import Barrier, Call, Int, Nt, Pointer, Tid, Tokens
+from q35c.codegen.calls import Barrier, Call, Int, Nt, Pointer, Tid, Tokens
 from q35c.codegen.schedule import (
     Buffer,
     Places,

@@ -22,7 +22,7 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.build import build_shared, compile_kernel
 from q35c.codegen.cpu.isa.x86 import V3, Isa, detect
-from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout
+from q35c.codegen.cpu.kernels.rows.round_int8 import row_layout
 from q35c.codegen.cpu.program import Parameters, as_pointer, call_kernel, entry_function
 from q35c.runtime.library import Arguments, Library, Workers
 
@@ -76,7 +76,7 @@ class RoundedRows:
     """
 
     def __init__(self, count: int, width: int, group: int, isa: Isa = ISA) -> None:
-        self.layout = RowLayout(width, group, isa) if group else None
+        self.layout = row_layout(width, group, isa) if group else None
         words = self.layout.words if self.layout else 16
         self.words = guard(np.zeros((count, words), np.int32), poison=True)
 

@@ -20,8 +20,9 @@ from q35c.codegen.cpu.isa.x86 import V4, V4_BF16
 from q35c.codegen.cpu.kernels.experts.products import expert_down, expert_gate_up
 from q35c.codegen.cpu.kernels.experts.routing import group_by_expert
 from q35c.codegen.cpu.kernels.linear.linear import linear
-from q35c.codegen.cpu.kernels.rows.round_bf16 import bf16_row_words, round_rows
-from q35c.ir import formats
+from q35c.codegen.cpu.kernels.rows.round_bf16 import round_rows
+from q35c.formats import bf16
+from q35c.layouts.rows import bf16_row_words
 
 SHAPES = ((1, 1), (31, 3), (47, 65), (98, 77), (256, 320))
 WIDTHS = tuple(sorted({k for _, k in SHAPES} | {2, 15, 16, 127, 128, 129, 300}))
@@ -64,7 +65,7 @@ def kernels(isa):
 
 def rounded(kernels, isa, x, width, threads=1, pairs=1):
     """Run `round_rows`; return the words [rows, words] of int32, what is not written poisoned."""
-    words = guard(np.zeros((len(x), bf16_row_words(width, isa)), np.int32), poison=True)
+    words = guard(np.zeros((len(x), bf16_row_words(width, isa.has_bf16)), np.int32), poison=True)
     strides = (len(x) // pairs, x.shape[1], words.shape[1])
     name = f"round_{width}_pairs" if pairs > 1 else f"round_{width}"
     kernels.call(name, x, words, *strides, threads=threads)
@@ -92,7 +93,7 @@ def test_rows_are_rounded_to_the_nearest(kernels, isa, width):
             x.view(np.uint32)[0, 1:3] = 0x3F818000, 0x7F7FFFFF  # up to even; up to infinity
         first = rounded(kernels, isa, x, width)
         got = values(first, width, isa)
-        want = formats.round_bf16(np.array(x[:, :width]))
+        want = bf16.round_bf16(np.array(x[:, :width]))
         assert got.tobytes() == want.tobytes()
         for threads in (2, 3):
             again = rounded(kernels, isa, x, width, threads)

@@ -6,26 +6,11 @@ import numpy as np
 import pytest
 from tvm.script import tirx as T
 
+from q35c.codegen.calls import Barrier, Call, Division, Int, Part, Parts, Pointer, Tid, Tokens
 from q35c.codegen.cpu.build import build_shared
-from q35c.codegen.cpu.division import (
-    FEWEST_PARTS,
-    PART_BYTES,
-    PARTS_PER_THREAD,
-    Division,
-    division_of,
-)
-from q35c.codegen.cpu.program import (
-    Barrier,
-    Call,
-    Int,
-    Part,
-    Parts,
-    Pointer,
-    Tid,
-    Tokens,
-    program_entry,
-)
-from q35c.codegen.cpu.support import BARRIER_BYTES, DIVIDED_CALLS, PART_COUNTERS
+from q35c.codegen.cpu.division import FEWEST_PARTS, PART_BYTES, PARTS_PER_THREAD, division_of
+from q35c.codegen.cpu.program import program_entry
+from q35c.layouts.blobs import BARRIER_BYTES, DIVIDED_CALLS, PART_COUNTERS
 from q35c.runtime.library import Arguments, Library, Workers
 from tests.kernels.harness import ISA, guard
 

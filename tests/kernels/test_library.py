@@ -13,20 +13,11 @@ import pytest
 from harness import ISA, guard
 from tvm.script import tirx as T
 
+from q35c.codegen.calls import Barrier, Call, Int, Nt, Pointer, Tid, Tokens
 from q35c.codegen.cpu import build
 from q35c.codegen.cpu.build import build_shared
 from q35c.codegen.cpu.kernels.vectors import share
-from q35c.codegen.cpu.program import (
-    Barrier,
-    Call,
-    Int,
-    Nt,
-    Pointer,
-    Tid,
-    Tokens,
-    check_calls,
-    program_entry,
-)
+from q35c.codegen.cpu.program import check_calls, program_entry
 from q35c.errors import ExecutionError, LoweringError, ToolchainError
 from q35c.runtime.library import Arguments, Library, Workers
 from tests.elf import dynamic_symbols

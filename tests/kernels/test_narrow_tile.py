@@ -8,9 +8,9 @@ from harness import ISA, build_kernels, guard
 
 from q35c.codegen.cpu.kernels.linear.linear import linear
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import Tile
-from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout, quantize_rows
+from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows, row_layout
 from q35c.codegen.pack import PackedWeight
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 
 # As if AVX2 had registers for them.
 STATEMENTS = replace(ISA, registers=32)
@@ -34,7 +34,7 @@ def test_both_forms_give_the_same_bits(shape):
     # Every height alone, tall ones in pairs, with panels that are not full, and with more tiles than share one.
     for tokens in (1, 2, 3, 4, 5, 6, 11, 12, 71, 270):
         x = guard(rng.normal(size=(tokens, width)).astype(np.float32))
-        q = guard(np.zeros((tokens, RowLayout(width, group, ISA).words), np.int32))
+        q = guard(np.zeros((tokens, row_layout(width, group, ISA).words), np.int32))
         forms[0].call("round", x, q, tokens, width, q.shape[1])
         results = []
         for kernels in forms:

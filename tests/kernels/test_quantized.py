@@ -9,9 +9,9 @@ from q35c.codegen.cpu.kernels.experts.products import expert_down, expert_gate_u
 from q35c.codegen.cpu.kernels.experts.routing import group_by_expert
 from q35c.codegen.cpu.kernels.linear.embedding import embedding
 from q35c.codegen.cpu.kernels.linear.linear import linear
-from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout, quantize_rows
+from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows, row_layout
 from q35c.codegen.pack import PackedWeight
-from q35c.ir import formats
+from q35c.formats import integer, registry
 
 EVERY_ISA = [  # each has its own byte product
     pytest.param(
@@ -48,7 +48,7 @@ def kernels(request):
     functions = {
         f"linear_{name_of(c)}": linear(rows_of(c[0], c[3]), c[1], c[2], c[3], isa) for c in LINEARS
     }
-    rounds = {(k, formats.integer_format(dtype).group) for _, k, dtype, _ in LINEARS}
+    rounds = {(k, registry.integer_format(dtype).group) for _, k, dtype, _ in LINEARS}
     functions |= {f"round_{k}_{g}": quantize_rows(k, g, isa) for k, g in rounds}
     return build_kernels(functions, isa)
 
@@ -64,7 +64,7 @@ def pack(weight, dtype, layout="linear"):
 
 def round_rows(kernels, x, width, group, threads=1, extra_words=0):
     """Run `quantize_rows`; return the words, rows [T, words] of int32."""
-    layout = RowLayout(width, group, kernels.isa)
+    layout = row_layout(width, group, kernels.isa)
     words = guard(np.zeros((len(x), layout.words + extra_words), np.int32), poison=True)
     strides = (len(x), x.shape[1], words.shape[1])
     kernels.call(f"round_{width}_{group}", x, words, *strides, threads=threads)
@@ -74,7 +74,7 @@ def round_rows(kernels, x, width, group, threads=1, extra_words=0):
 def row_values(words, width, group, isa):
     """Return the float64 values that rounded rows stand for, and check their sums."""
     words = np.array(words)
-    layout = RowLayout(width, group, isa)
+    layout = row_layout(width, group, isa)
     codes = words[:, : layout.scales].view(np.int8).astype(np.float64)
     scales = words[:, layout.scales : layout.sums].copy().view(np.float32).astype(np.float64)
     sums = words[:, layout.sums : layout.sums + layout.groups]
@@ -93,7 +93,7 @@ def row_values(words, width, group, isa):
 @pytest.mark.parametrize("case", LINEARS, ids=name_of)
 def test_rows_are_rounded_to_the_nearest_code(kernels, case):
     _, width, dtype, _ = case
-    group = formats.integer_format(dtype).group
+    group = registry.integer_format(dtype).group
     rng = np.random.default_rng(width)
     for tokens in (1, 4, 9):
         x = rng.normal(size=(tokens, width + 3)).astype(np.float32) * np.float32(10.0) ** rng.integers(-8, 8, (tokens, 1))  # fmt: skip
@@ -101,13 +101,13 @@ def test_rows_are_rounded_to_the_nearest_code(kernels, case):
         x = guard(x.astype(np.float32))
         first = round_rows(kernels, x, width, group)
         got = row_values(first, width, group, kernels.isa)
-        want = formats.round_rows(x[:, :width].astype(np.float64), f"q8g{group}")
-        step = np.abs(formats.split_groups(x[:, :width], group)).max(-1) / 127
+        want = registry.round_rows(x[:, :width].astype(np.float64), f"q8g{group}")
+        step = np.abs(integer.split_groups(x[:, :width], group)).max(-1) / 127
         wide = np.repeat(step, group, -1)[:, :width]
         assert (np.abs(got - x[:, :width]) <= 0.5001 * wide).all()
         assert nmse(got, want) <= 1e-5  # a tie may fall either way
         second = round_rows(kernels, x, width, group, threads=2)
-        used = RowLayout(width, group, kernels.isa).used_words
+        used = row_layout(width, group, kernels.isa).used_words
         assert np.array_equal(first[:, :used], second[:, :used])
 
 
@@ -118,7 +118,7 @@ class Case:
         self.outputs, self.width, self.dtype, self.epilogue = case
         self.name = f"linear_{name_of(case)}"
         rng = np.random.default_rng(self.outputs * 1000 + tokens)
-        group = formats.integer_format(self.dtype).group
+        group = registry.integer_format(self.dtype).group
         x = guard(rng.normal(size=(tokens, self.width)).astype(np.float32))
         self.x = round_rows(kernels, x, self.width, group, extra_words=tokens % 3 * 16)
         values = row_values(self.x, self.width, group, kernels.isa)
@@ -126,7 +126,7 @@ class Case:
         weight = weight.astype(np.float32)
         self.w = pack(weight, self.dtype, "swiglu" if self.epilogue == "swiglu" else "linear")
         self.r = guard(rng.normal(size=(tokens, self.outputs + 5)).astype(np.float32))
-        self.expected = self._reference(values, formats.stored(weight, self.dtype))
+        self.expected = self._reference(values, registry.stored(weight, self.dtype))
 
     def _reference(self, x, weight):
         product = x @ weight.astype(np.float64).T
@@ -163,9 +163,9 @@ def largest_levels(form):
         return np.array([form.levels[0]] + [form.levels[-1]] * 31, np.float32)
     half = [form.levels[0]]
     while len(half) < 16:
-        rest = formats.LARGEST_SUM - sum(map(abs, half))
+        rest = integer.LARGEST_SUM - sum(map(abs, half))
         half.append(max(level for level in form.levels if level <= rest))
-    assert sum(map(abs, half)) >= formats.LARGEST_SUM - 2
+    assert sum(map(abs, half)) >= integer.LARGEST_SUM - 2
     return np.repeat(np.reshape(half, (8, 1, 2)), 2, 1).reshape(-1).astype(np.float32)
 
 
@@ -173,7 +173,7 @@ def largest_levels(form):
 def test_the_largest_products_do_not_overflow(kernels, case):
     """Every activation is 127 or -127, weights are as far from 0 as a format lets them, and no two products cancel."""
     outputs, width, dtype, _ = case
-    form = formats.integer_format(dtype)
+    form = registry.integer_format(dtype)
     tokens = 15  # two tall tiles of AVX2, which share a panel, and one that unpacks for itself
     made = Case(kernels, case, tokens)
     # 31/16 is the largest that a scale's mantissa holds: as an integer, 3,968.
@@ -182,7 +182,7 @@ def test_the_largest_products_do_not_overflow(kernels, case):
     for sign in (1, -1):
         x = guard(np.tile(np.sign(weight[0]) * np.float32(sign), (tokens, 1)))
         made.x = round_rows(kernels, x, width, form.group)
-        stored = formats.stored(weight, dtype).astype(np.float64)
+        stored = registry.stored(weight, dtype).astype(np.float64)
         np.testing.assert_allclose(stored, weight)
         assert_close(made.run(kernels), x.astype(np.float64) @ stored.T)
 
@@ -201,7 +201,7 @@ def test_what_is_not_finite_stays_so_in_its_row(kernels, value):
     made = Case(kernels, case, 9)
     x = np.random.default_rng(0).normal(size=(9, width)).astype(np.float32)
     x[4, 100] = value
-    made.x = round_rows(kernels, guard(x), width, formats.integer_format(dtype).group)
+    made.x = round_rows(kernels, guard(x), width, registry.integer_format(dtype).group)
     y = made.run(kernels)
     assert not np.isfinite(y[4]).any()
     assert np.isfinite(np.delete(y, 4, axis=0)).all()
@@ -211,7 +211,7 @@ def test_what_is_not_finite_stays_so_in_its_row(kernels, value):
 @pytest.mark.parametrize("dtype", ["i4g64", "i5g32", "i8g128"])
 def test_swiglu_that_rounds(dtype):
     """Its bits are those of the product and of rounding one after the other."""
-    inner, width, group = 384, 192, formats.integer_format(dtype).group
+    inner, width, group = 384, 192, registry.integer_format(dtype).group
     kernels = build_kernels(
         {
             "plain": linear(2 * inner, width, dtype, "swiglu", ISA),
@@ -256,7 +256,7 @@ ROUNDING_EXPERTS = ((5, 64, 96, 2, "i8g64"), (9, 192, 64, 3, "i4g64"), (4, 256, 
 @pytest.mark.parametrize("shape", EXPERTS, ids=str)
 def test_experts(shape):
     experts, inner, hidden, top_k, dtype = shape
-    group = formats.integer_format(dtype).group
+    group = registry.integer_format(dtype).group
     kernels = build_kernels(
         {
             "group": group_by_expert(experts, top_k),
@@ -279,18 +279,18 @@ def test_experts(shape):
         values = row_values(x, hidden, group, kernels.isa)
         y1 = guard(np.zeros((tokens * top_k, inner), np.float32), poison=True)
         kernels.call("up", w_up, x, *groups, y1, tokens, x.shape[1], threads=2)
-        product = np.einsum("tk,tsnk->tsn", values, formats.stored(weights, dtype)[ids].astype(np.float64))  # fmt: skip
+        product = np.einsum("tk,tsnk->tsn", values, registry.stored(weights, dtype)[ids].astype(np.float64))  # fmt: skip
         gate, up = product[..., :inner], product[..., inner:]
         assert_close(y1, (gate / (1 + np.exp(-gate)) * up).reshape(-1, inner))
         words = guard(
-            np.zeros((tokens * top_k, RowLayout(inner, group, kernels.isa).words), np.int32)
+            np.zeros((tokens * top_k, row_layout(inner, group, kernels.isa).words), np.int32)
         )
         strides = (tokens, inner, words.shape[1])
         kernels.call(f"round_{inner}_{group}", y1, words, *strides, threads=2)
         y2 = guard(np.zeros((tokens * top_k, hidden), np.float32), poison=True)
         kernels.call("down", w_down, words, *groups, y2, tokens, words.shape[1], threads=2)
         rounded = row_values(words, inner, group, kernels.isa).reshape(tokens, top_k, inner)
-        want = np.einsum("tsk,tsnk->tsn", rounded, formats.stored(down, dtype)[ids].astype(np.float64))  # fmt: skip
+        want = np.einsum("tsk,tsnk->tsn", rounded, registry.stored(down, dtype)[ids].astype(np.float64))  # fmt: skip
         assert_close(y2, want.reshape(-1, hidden))
 
 
@@ -298,7 +298,7 @@ def test_experts(shape):
 def test_experts_that_round(shape):
     """Their bits are those of the products and of rounding one after the other."""
     experts, inner, hidden, top_k, dtype = shape
-    group = formats.integer_format(dtype).group
+    group = registry.integer_format(dtype).group
     kernels = build_kernels(
         {
             "group": group_by_expert(experts, top_k),
@@ -348,4 +348,4 @@ def test_embedding(shape, dtype):
     for threads in (1, 2):
         y = guard(np.zeros((3, width), np.float32), poison=True)
         kernels.call("embedding", pack(table, dtype), ids, y, 3, width, threads=threads)
-        np.testing.assert_array_equal(y, formats.stored(table, dtype)[ids])
+        np.testing.assert_array_equal(y, registry.stored(table, dtype)[ids])

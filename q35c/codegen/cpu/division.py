@@ -7,31 +7,23 @@ on two cores, so that small work keeps equal shares. Which thread does a part ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Division
 from q35c.codegen.cpu.kernels.attention.shape import QUERY_ROWS
 from q35c.codegen.cpu.kernels.experts.products import BLOCK_COST_ROWS
 from q35c.codegen.cpu.kernels.linear.linear import FEW_BLOCKS
-from q35c.codegen.cpu.kernels.vectors import BLOCK, ceil_div
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 from q35c.ir.types import DTYPE_BYTES
+from q35c.layouts.weights import BLOCK, ceil_div
 
 PARTS_PER_THREAD = 32  # a thread waits for at most a thirty-second of its own work
 FEWEST_PARTS = 4  # for each thread: fewer leave one without work longer than equal shares do
 PART_BYTES = 256 << 10  # least work of a part: what takes about 10 us to read
-
-
-@dataclass(frozen=True, slots=True)
-class Division:
-    """Say into how many parts a kernel's work can be divided, and how many bytes each BLOCK_COST_ROWS rows of it are worth."""
-
-    most: int
-    bytes: int
 
 
 def count_parts() -> PrimFunc:
@@ -54,7 +46,7 @@ def count_parts() -> PrimFunc:
     return count
 
 
-def division_of(family: str, parameters: dict[str, Any]) -> Division | None:
+def division_of(family: str, parameters: Mapping[str, Any]) -> Division | None:
     """Return how to divide a kernel's work, or None if it is never worth it."""
     rule = _RULES.get(family)
     return rule(**parameters) if rule else None

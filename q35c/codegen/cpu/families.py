@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from q35c.codegen.backend import KernelKey, Parameters
+from q35c.codegen.cpu.backend import CpuBackend
 from q35c.codegen.cpu.fast_macros import install
+from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.attention.prepare import attention_prepare
 from q35c.codegen.cpu.kernels.attention.tasks import (
     attention,
@@ -25,7 +30,6 @@ from q35c.codegen.cpu.kernels.rows.norm import rms_norm
 from q35c.codegen.cpu.kernels.rows.rotary import rotary_table
 from q35c.codegen.cpu.kernels.rows.round_bf16 import round_rows
 from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows
-from q35c.codegen.targets import Target
 
 install()
 
@@ -49,7 +53,28 @@ FAMILIES: dict[str, Callable[..., Any]] = {
 }
 
 
-def scratch_bytes(family: str, target: Target, max_tokens: int, parameters: dict[str, Any]) -> int:
+def make_kernels(
+    wanted: Mapping[KernelKey, str], isa: Isa, progress: Callable[[float], None]
+) -> dict[str, Any]:
+    """Generate kernels by name; `progress` hears which part of them is done."""
+    made: dict[str, Any] = {}
+    for key, name in wanted.items():
+        made[name] = make_kernel(*key, isa)
+        progress(len(made) / len(wanted))
+    return made
+
+
+@functools.cache
+def make_kernel(family: str, parameters: Parameters, isa: Isa) -> Any:
+    """Generate a kernel; parsing it takes far longer than asking for it again."""
+    generate = FAMILIES[family]
+    extra = {"isa": isa} if "isa" in inspect.signature(generate).parameters else {}
+    return generate(**dict(parameters), **extra)
+
+
+def scratch_bytes(
+    family: str, target: CpuBackend, max_tokens: int, parameters: Mapping[str, Any]
+) -> int:
     """Return the bytes of scratch that a kernel needs for all threads and rows."""
     if family == "gated_delta":
         names = ("Hk", "Hv", "Dk", "Dv")

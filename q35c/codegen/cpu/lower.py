@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from q35c.codegen.cpu.program import Int, Tid
+from q35c.codegen.calls import Int, Tid
 from q35c.codegen.requests import Lowering, Shared, row_count, stride, width
 from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import count
 
@@ -275,7 +275,7 @@ def lower_gate_up(
         # The kernel that rounds sees top_k times as many tokens.
         return activated if dtype == "f32" else low.rounded(activated, inner, dtype, pairs=top_k)
     shape = {**shape, "group": form.group}
-    q = low.temporary("rounded", top_k * low.row_words(dtype, inner), x.rows)
+    q = low.temporary("rounded", top_k * low.shared.backend.row_words(dtype, inner), x.rows)
     scratch = low.scratch("expert_gate_up", **shape)
     arrivals = low.shared.arrivals(shape["E"] * inner // form.group)
     args += [q, scratch, arrivals, x.rows, stride(x), Int(q.stride // top_k), Tid()]

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
+from q35c.codegen.backend import Load
+from q35c.codegen.calls import Call, Nt, Pointer, Tid, Tokens
 from q35c.codegen.cpu.build import build_shared
 from q35c.codegen.cpu.isa.x86 import detect
 from q35c.codegen.cpu.kernels.products.pack_integers import pack_integers
-from q35c.codegen.cpu.program import Call, Nt, Pointer, Tid, Tokens, program_entry
-from q35c.codegen.pack import PackedWeight
-from q35c.ir.formats import integer_format
+from q35c.codegen.cpu.program import program_entry
+from q35c.codegen.pack import Pack, PackedWeight, pack_blocks
+from q35c.errors import InternalError
+from q35c.formats.registry import integer_format
+from q35c.layouts.weights import BLOCK, block_shape
+
+
+def packer(weights: Iterable[PackedWeight], load: Load) -> Pack:
+    """Return what packs rows: compiled code for integer formats."""
+    code = packer_code(weights)
+    library = None if code is None else load(code)
+
+    def pack(rows: np.ndarray, dtype: str) -> np.ndarray:
+        if library is None or integer_format(dtype) is None:
+            return pack_blocks(rows, dtype)
+        rows = np.ascontiguousarray(rows)
+        blocks, inputs = len(rows) // BLOCK, rows.shape[1]
+        out = np.empty((blocks, *block_shape(dtype, inputs)), np.uint8)
+        # The call convention is that of programs: rows for weights, blocks for the arena, their number for tokens.
+        entry = library.entry(packer_symbol(inputs, dtype))
+        if entry(rows.ctypes.data, 0, out.ctypes.data, 0, 0, blocks):
+            raise InternalError("the packer failed", got=(dtype, rows.shape))
+        return out
+
+    return pack
 
 
 def packer_symbol(inputs: int, dtype: str) -> str:

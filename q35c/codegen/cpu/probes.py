@@ -21,15 +21,16 @@ from typing import Any
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Call, Nt, Pointer, Tid, Tokens
 from q35c.codegen.cpu.isa.byte_products import add_products as add_byte_products
 from q35c.codegen.cpu.isa.byte_products import dot_bytes
 from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat_int, vector
-from q35c.codegen.cpu.program import Call, Nt, Pointer, Tid, Tokens, program_entry
+from q35c.codegen.cpu.program import program_entry
+from q35c.layouts.blobs import STAMP_BYTES
 
 _PAGE_WORDS = 1024
 _CACHED_PAGES = 64  # of a thread: a quarter of the L2 of today's cores, several times their L1
-_STAMP_BYTES = 2048  # from the start of a thread's part
 _STREAMS = 8  # vectors that are read before the first of them is added again
 
 
@@ -135,7 +136,7 @@ def multiplying(isa: Isa, add: Callable[[Isa, Expr, Expr], Expr]) -> PrimFunc:
 
 def stamp(data: Expr, first: Expr, index: int) -> Expr:
     """Note the cycle counter in the part of DATA that begins with word `first`."""
-    place = T.reinterpret(data, dtype="int64") + first * 4 + _STAMP_BYTES
+    place = T.reinterpret(data, dtype="int64") + first * 4 + STAMP_BYTES
     return T.call_extern("int32", "q35c_stamp", place, T.int64(index))
 
 

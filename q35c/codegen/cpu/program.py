@@ -9,82 +9,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import tvm
 from tvm import tirx
 from tvm.script import tirx as T
 
-from q35c.codegen.cpu.division import Division, count_parts
+from q35c.codegen.calls import (
+    Argument,
+    Barrier,
+    Call,
+    Division,
+    Int,
+    Nt,
+    Part,
+    Parts,
+    Pointer,
+    Tid,
+    Tokens,
+)
+from q35c.codegen.cpu.division import count_parts
 from q35c.codegen.cpu.kernels.vectors import STACK
-from q35c.codegen.cpu.support import DIVIDED_CALLS, PART_COUNTERS, barrier, stamp, take_part
+from q35c.codegen.cpu.support import barrier, stamp, take_part
 from q35c.errors import LoweringError
+from q35c.layouts.blobs import BLOBS, DIVIDED_CALLS, ELEMENT_BYTES, PART_COUNTERS
 
-Blob = Literal["weights", "state", "arena", "io", "barrier"]
-BLOBS: tuple[Blob, ...] = ("weights", "state", "arena", "io", "barrier")
-ELEMENT_BYTES = 4
 # What programs call beside kernels; build.py adds it. Written out at every call it was most of a program, and of the time
 # to compile a model.
 HELPERS = {"wait": barrier, "take_part": take_part, "count_parts": count_parts, "stamp": stamp}
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """Point `byte_offset` into a blob; with `last_row`, (T - 1) * row_bytes further."""
-
-    blob: Blob
-    byte_offset: int
-    row_bytes: int = 0
-    last_row: bool = False
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """Pass the number of tokens T of this run, int64."""
-
-
-@dataclass(frozen=True)
-class Int:
-    """Pass a constant int64."""
-
-    value: int
-
-
-@dataclass(frozen=True)
-class Tid:
-    """Pass the calling thread's number, int32."""
-
-
-@dataclass(frozen=True)
-class Nt:
-    """Pass the number of threads, int32."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Pass the number of the part that this call of a divided kernel does, int32."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Pass into how many parts a kernel's work is divided, int32."""
-
-
-Argument = Pointer | Tokens | Int | Tid | Nt | Part | Parts
-
-
-@dataclass(frozen=True)
-class Call:
-    """Call the kernel of this name, once on each thread or, `divided`, once for each part."""
-
-    kernel: str
-    args: tuple[Argument, ...]
-    divided: Division | None = None
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """Let no thread go on before all have come here."""
 
 
 def kernel_symbol(name: str) -> str:

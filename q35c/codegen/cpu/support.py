@@ -15,11 +15,6 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-# Cache lines: int32 arrivals at 0, generation at 64, sleepers at 68, then counters of `q35c_claim`. They and what follows in
-# the block, counters of `q35c_arrive`, start as zeros.
-PART_COUNTERS = 128
-DIVIDED_CALLS = 16  # most between two barriers: each has a counter
-BARRIER_BYTES = PART_COUNTERS + 4 * DIVIDED_CALLS
 CYCLES_BEFORE_SLEEP = 200_000  # about 70 us; then another thread may need this core
 _FUTEX, _WAIT, _WAKE = 202, 128, 129  # the Linux system call and its process-private operations
 

@@ -18,11 +18,6 @@ from tvm.script import tirx as T
 
 Expr = Any  # a TIR expression, or a Python number where one is accepted
 
-LINE_WORDS = 16  # words of 4 bytes in a cache line
-BLOCK = (
-    32  # output rows in one block of packed weights, whatever the precision and the instruction set
-)
-
 # Put on every `T.alloc_buffer(..., annotations=STACK)` of 1 KiB or more: without it the buffer becomes a heap call.
 STACK = {"disable_lower_builtin": T.int32(1)}
 
@@ -224,11 +219,6 @@ def share(count: Expr, part: Expr, parts: Expr) -> Expr:
     Thread `tid` of `nt` owns items share(n, tid, nt) up to share(n, tid + 1, nt).
     """
     return T.truncdiv(T.cast(count, "int64") * T.cast(part, "int64"), T.cast(parts, "int64"))
-
-
-def ceil_div(value: int, divisor: int) -> int:
-    """Divide Python integers, rounding up."""
-    return -(-value // divisor)
 
 
 def vector_type(dtype: str, lanes: int) -> Expr:

@@ -20,8 +20,9 @@ import math
 from tvm.script import tirx as T
 
 from q35c.codegen.cpu.kernels.attention.pairs import Form, Work, fetch_ahead
-from q35c.codegen.cpu.kernels.attention.shape import CELLS
-from q35c.codegen.cpu.kernels.vectors import Expr, ceil_div, ramp, splat
+from q35c.codegen.cpu.kernels.vectors import Expr, ramp, splat
+from q35c.layouts.cache import CELLS
+from q35c.layouts.weights import ceil_div
 
 _L = 16  # lanes; a vector of the cache has as many pairs
 _PAIRS = CELLS // 2  # pairs of cells in a block

@@ -13,8 +13,9 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from q35c.codegen.cpu.kernels.attention.shape import CELLS, LOWEST, STEP, AttentionShape
+from q35c.codegen.cpu.kernels.attention.shape import LOWEST, STEP, AttentionShape
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, fetch, hmax, hsum, ramp, splat, vexp
+from q35c.layouts.cache import CELLS
 
 _VECTORS = 2  # vectors of a register tile, in keys or in dims
 _UNROLL = 4  # rows of a panel in one turn; LLVM would take one, where a turn's own instructions are a sixth

@@ -20,7 +20,7 @@ import math
 from tvm.script import tirx as T
 
 from q35c.codegen.cpu.kernels.attention.pairs import Form, Work, fetch_ahead, whole_power
-from q35c.codegen.cpu.kernels.attention.shape import CELLS, cell_scale
+from q35c.codegen.cpu.kernels.attention.shape import cell_scale
 from q35c.codegen.cpu.kernels.vectors import (
     Expr,
     largest_magnitude,
@@ -29,6 +29,7 @@ from q35c.codegen.cpu.kernels.vectors import (
     splat,
     splat_int,
 )
+from q35c.layouts.cache import CELLS
 
 _PAIRS = CELLS // 2  # pairs of cells in a block
 _VECTORS = 2  # vectors of a register tile, in cells or in dims

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from q35c.codegen.cpu.isa.x86 import Isa
-from q35c.codegen.cpu.kernels.attention.shape import CELLS, LOWEST, STEP, AttentionShape
+from q35c.codegen.cpu.kernels.attention.shape import LOWEST, STEP, AttentionShape
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
@@ -35,6 +35,7 @@ from q35c.codegen.cpu.kernels.vectors import (
     splat_int,
     vector,
 )
+from q35c.layouts.cache import CELLS
 
 # 2^f = 1 + f * tail(f) on |f| <= 1/2; minimax, relative error 3e-6: small beside the rounding that follows.
 _POWER_TAIL = (0.009582852944731712, 0.055906426161527634, 0.24024099111557007, 0.6931241750717163)

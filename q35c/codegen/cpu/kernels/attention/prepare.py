@@ -12,7 +12,6 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.attention.shape import (
-    CELLS,
     ByteCache,
     Cache,
     PairedCache,
@@ -33,6 +32,7 @@ from q35c.codegen.cpu.kernels.vectors import (
     vector,
     vrsqrt,
 )
+from q35c.layouts.cache import CELLS
 
 
 @T.inline

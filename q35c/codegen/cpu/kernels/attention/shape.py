@@ -1,16 +1,4 @@
-"""What the attention kernels share: shapes, the layout of the cache, where a sequence's cells lie.
-
-Keys are stored as [Hkv, context / 32, D, 32], so that one vector load serves as many keys; values as
-[Hkv, context, D]. Both are f32 or bf16. Where there are products of bf16 pairs, the bf16 cache is paired:
-
-    keys   [Hkv, context / 32, D / 2, 32 cells, 2 dims]
-    values [Hkv, context / 32, D / W, 16 pairs of cells, W dims, 2 cells]     W = 32, or 16 if D is odd times 16
-
-so a block of 32 cells has [D, 32] elements in both, and kernels read it from front to back. The int8 cache is paired
-on every instruction set, with other pairs, so that they are made without shuffles: dims d and d + D / 2 of a key, cells
-p and p + 16 of a block of values. Behind a block's D rows of 32 bytes lie the 32 f32 scales of its cells, one for each
-cell and key head: [D + 4, 32] bytes.
-"""
+"""What the attention kernels share: shapes, the cache in its layout (layouts/cache.py), where a sequence's cells lie."""
 
 from __future__ import annotations
 
@@ -18,11 +6,12 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
-from q35c.artifact.layout import SCALE_ROWS
 from q35c.codegen.cpu.isa.x86 import Isa
-from q35c.codegen.cpu.kernels.vectors import Expr, ceil_div, ramp, widen
+from q35c.codegen.cpu.kernels.vectors import Expr, ramp, widen
+from q35c.layouts.blobs import SLOT_BYTES
+from q35c.layouts.cache import CELLS, SCALE_ROWS, cache_layout, value_width
+from q35c.layouts.weights import ceil_div
 
-CELLS = 32  # keys of one block
 # Cells of one step of the online softmax; steps begin at cell 0, whatever a call's first token.
 STEP = 2 * CELLS
 # By number of registers. Rows of a prefill task: their sums and queries take 100 to 200 KiB of L2; AVX2 widens keys and values
@@ -30,7 +19,6 @@ STEP = 2 * CELLS
 QUERY_ROWS = {16: 96, 32: 64}
 _TILE_ROWS = {16: (6, 4), 32: (8,)}
 LOWEST = -1e30  # below any score; a real -inf would make NaN of inf - inf
-SLOT_BYTES = 64  # unit of the slots that the runtime passes
 
 
 @dataclass(frozen=True)
@@ -122,14 +110,9 @@ def cell_scale(D: int, lane: Expr) -> Expr:
     return D * CELLS + 4 * lane
 
 
-def value_width(D: int) -> int:
-    """Return the dims of one column of a paired values block."""
-    return 32 if D % 32 == 0 else 16
-
-
 def is_paired(kv_dtype: str, isa: Isa) -> bool:
     """Tell whether a cache of this type is stored in pairs, and so read by pairs.py."""
-    return kv_dtype == "int8" or (kv_dtype == "bf16" and isa.has_bf16)
+    return cache_layout(kv_dtype, isa.has_bf16) != "cells32"
 
 
 def make_cache(
@@ -139,17 +122,6 @@ def make_cache(
     layout = PairedCache if is_paired(kv_dtype, isa) else Cache
     layout = ByteCache if kv_dtype == "int8" else layout
     return layout(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes)
-
-
-def stored_shape(
-    kind: str, heads: int, head_dim: int, context: int, kv_dtype: str, isa: Isa
-) -> list[int]:
-    """Return the shape of a layer's "keys" or "values" in the state; axis 1 counts cells or blocks of 32."""
-    if kv_dtype == "int8":
-        return [heads, context // CELLS, head_dim + SCALE_ROWS, CELLS]
-    if kind == "keys" or is_paired(kv_dtype, isa):
-        return [heads, context // CELLS, head_dim, CELLS]
-    return [heads, context, head_dim]
 
 
 @dataclass(frozen=True)

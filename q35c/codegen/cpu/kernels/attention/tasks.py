@@ -14,6 +14,7 @@ Limit: FMA rate in prefill (4 T S D per head); bandwidth of the cache, 2 S D ele
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tvm.script import tirx as T
@@ -25,7 +26,6 @@ from q35c.codegen.cpu.kernels.attention.f32 import attend
 from q35c.codegen.cpu.kernels.attention.int8 import INT8
 from q35c.codegen.cpu.kernels.attention.pairs import Form, attend_paired, whole_power
 from q35c.codegen.cpu.kernels.attention.shape import (
-    CELLS,
     LOWEST,
     STEP,
     AttentionShape,
@@ -34,6 +34,7 @@ from q35c.codegen.cpu.kernels.attention.shape import (
 )
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, share, splat, vexp, vsigmoid
+from q35c.layouts.cache import CELLS
 
 
 def attention_shape(
@@ -46,7 +47,7 @@ def attention_shape(
     return AttentionShape(Hq, cache, tokens, splits, isa)
 
 
-def attention_scratch_bytes(target: Any, max_tokens: int, parameters: dict[str, Any]) -> int:
+def attention_scratch_bytes(target: Any, max_tokens: int, parameters: Mapping[str, Any]) -> int:
     """Return the scratch of all threads, or in decode of all (row, head, split) tasks."""
     shape = attention_shape(**parameters, isa=target.isa)
     is_batch = parameters["rows"] == "batch"

@@ -31,11 +31,7 @@ from q35c.codegen.cpu.kernels.delta.register_tile import (
     tile_for,
     vectors,
 )
-from q35c.codegen.cpu.kernels.delta.step import (
-    L2_EPS,
-    DeltaShape,
-    decay_log,
-)
+from q35c.codegen.cpu.kernels.delta.step import L2_EPS, DeltaShape, decay_log
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,

@@ -31,6 +31,7 @@ from q35c.codegen.cpu.kernels.vectors import (
     vsigmoid,
     vsilu,
 )
+from q35c.layouts.blobs import SLOT_WORDS
 
 L2_EPS = 1e-6  # inside the square root: x * rsqrt(sum(x^2) + eps), fixed by the model family
 STEP_ROWS = 4  # rows of S per inner loop: 8 broadcasts of q and k stay in registers
@@ -79,7 +80,7 @@ class DeltaShape:
 
     def state(self, slot: Expr, head: Expr) -> Expr:
         """Return where a head's state [Dk, Dv] begins; slots count units of 64 bytes."""
-        return slot * 16 + self.slot_offset + head * (self.Dk * self.Dv)
+        return slot * SLOT_WORDS + self.slot_offset + head * (self.Dk * self.Dv)
 
     def state_rows(self, state: Expr, base: Expr, group: Expr, j: Expr) -> list[Expr]:
         """Return vector j of each of the STEP_ROWS state rows of a group."""

@@ -14,12 +14,7 @@ from tvm.script import tirx as T
 
 from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.delta.conv import ConvShape, convolve_channels
-from q35c.codegen.cpu.kernels.delta.scan import (
-    pack_state,
-    scan_chunk,
-    scan_shape,
-    unpack_state,
-)
+from q35c.codegen.cpu.kernels.delta.scan import pack_state, scan_chunk, scan_shape, unpack_state
 from q35c.codegen.cpu.kernels.delta.step import (
     DeltaShape,
     gated_norm,
@@ -28,6 +23,7 @@ from q35c.codegen.cpu.kernels.delta.step import (
 )
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import share
+from q35c.layouts.blobs import SLOT_WORDS
 
 SHORT_RUN = 8  # below this many tokens one step per token is faster than the scan
 
@@ -99,7 +95,7 @@ def run_sequence(
     rounded, w, tokens, tid, nt,
 ):  # fmt: skip
     """All rows, for the value heads of each key head of this thread's share."""
-    conv_base: T.let[T.int64] = slots[0] * 16 + conv.slot_offset
+    conv_base: T.let[T.int64] = slots[0] * SLOT_WORDS + conv.slot_offset
     lo: T.let[T.int64] = share(shape.Hk, tid, nt)
     for task in T.serial(share(shape.Hk, tid + 1, nt) - lo):
         key_head: T.let[T.int64] = lo + task
@@ -236,7 +232,7 @@ def _decode_kernel(shape: DeltaShape, conv: ConvShape, rounding: Rounding) -> ti
         for task in T.serial(share(tokens * shape.Hk, tid + 1, nt) - first):
             row: T.let[T.int64] = T.truncdiv(first + task, T.int64(shape.Hk))
             key_head: T.let[T.int64] = first + task - row * shape.Hk
-            conv_base: T.let[T.int64] = slots[row] * 16 + conv.slot_offset
+            conv_base: T.let[T.int64] = slots[row] * SLOT_WORDS + conv.slot_offset
             convolve_key_head(
                 shape, conv, qkv, conv_w, conv_state, conv_base, row, T.int64(1), key_head
             )

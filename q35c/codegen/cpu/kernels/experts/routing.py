@@ -22,7 +22,6 @@ from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
-    ceil_div,
     hmax,
     hmin_int,
     ramp,
@@ -32,6 +31,7 @@ from q35c.codegen.cpu.kernels.vectors import (
     vexp,
     vsigmoid,
 )
+from q35c.layouts.weights import ceil_div
 
 _COLUMNS = 64  # columns of one work item of combine
 

@@ -19,8 +19,9 @@ from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.integer_tile import IntegerProduct
 from q35c.codegen.cpu.kernels.products.integer_weights import scale_of
 from q35c.codegen.cpu.kernels.products.product import Product
-from q35c.codegen.cpu.kernels.vectors import BLOCK, Expr, ceil_div, share, widen_high, widen_low
-from q35c.ir.formats import IntegerFormat
+from q35c.codegen.cpu.kernels.vectors import Expr, share, widen_high, widen_low
+from q35c.formats.integer import IntegerFormat
+from q35c.layouts.weights import BLOCK, ceil_div
 
 _CHUNK = 128  # columns of one work item: whole groups of integers, whole pairs of bf16
 

@@ -7,7 +7,7 @@ from q35c.codegen.cpu.kernels.products.float_tile import FloatProduct
 from q35c.codegen.cpu.kernels.products.integer_tile import IntegerProduct
 from q35c.codegen.cpu.kernels.products.pair_tile import PairProduct
 from q35c.codegen.cpu.kernels.products.product import Product
-from q35c.ir.formats import integer_format
+from q35c.formats.registry import integer_format
 
 
 def make_product(N: int, K: int, dtype: str, epilogue: str, isa: Isa, rows: str = "f32") -> Product:

@@ -32,16 +32,8 @@ from q35c.codegen.cpu.kernels.products.product import (
     store_sums,
     sums_buffer,
 )
-from q35c.codegen.cpu.kernels.vectors import (
-    BLOCK,
-    STACK,
-    Expr,
-    ceil_div,
-    ramp,
-    splat,
-    widen_high,
-    widen_low,
-)
+from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat, widen_high, widen_low
+from q35c.layouts.weights import BLOCK, ceil_div
 
 _CHUNK = 128  # k in one chunk: 16 KiB of f32 weights, half of L1
 _GROUP = 8  # tall tiles that one chunk serves; their partial sums take 6 KiB

@@ -11,7 +11,7 @@ are exact integers; the outer sum runs over the groups in order, so a row's resu
 computed with it nor on the number of threads.
 
 A block of 32 output columns begins with the columns' exponents; then come, for each pair of groups, its scales, a byte
-each (ir/formats.py), and lines of 32 words, a word for each column: one stream, which a header with all scales would
+each (formats/integer.py), and lines of 32 words, a word for each column: one stream, which a header with all scales would
 break (measured: a w4 model decoded at 55 % of its speed). 16 inputs take 4 lines of 8 bits, or 2 of 4 bits (low halves first); 5 bits are
 stored as a line with the high bits of 32 inputs and their low 4 bits (codegen/pack.py). One row reads it as one stream:
 the limit is memory bandwidth. Many
@@ -48,9 +48,12 @@ from q35c.codegen.cpu.kernels.products.product import (
     store_sums,
     sums_buffer,
 )
-from q35c.codegen.cpu.kernels.rows.round_int8 import SUM_FACTOR, RowLayout
-from q35c.codegen.cpu.kernels.vectors import Expr, ceil_div, ramp, splat, splat_int
-from q35c.ir.formats import IntegerFormat, integer_format
+from q35c.codegen.cpu.kernels.rows.round_int8 import row_layout
+from q35c.codegen.cpu.kernels.vectors import Expr, ramp, splat, splat_int
+from q35c.formats.integer import IntegerFormat
+from q35c.formats.registry import integer_format
+from q35c.layouts.rows import SUM_FACTOR, IntegerRow
+from q35c.layouts.weights import ceil_div
 
 _SIGN_BITS = -0x7F7F7F80  # 0x80 in every byte: takes 128 from an unsigned one
 _SHARING_ROWS = 256  # most rows whose tiles share them; their sums, 32 KiB, pass once a chunk
@@ -75,14 +78,14 @@ class IntegerProduct(Product):
         return form
 
     @property
-    def rows(self) -> RowLayout:
+    def rows(self) -> IntegerRow:
         """Where a row of X keeps its codes, scales and sums."""
-        return RowLayout(self.K, self.form.group, self.isa)
+        return row_layout(self.K, self.form.group, self.isa)
 
     @property
     def layout(self) -> IntegerLayout:
         """Where a block keeps its groups."""
-        return IntegerLayout(self.form, self.isa, self.K)
+        return IntegerLayout(self.form, self.K, self.isa)
 
     @property
     def block_elements(self) -> int:

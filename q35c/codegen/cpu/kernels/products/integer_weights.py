@@ -22,12 +22,9 @@ from q35c.codegen.cpu.isa.byte_products import (
 from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import AHEAD_BYTES, SCALE_BITS, WHOLE_SCALES
 from q35c.codegen.cpu.kernels.vectors import (
-    BLOCK,
-    LINE_WORDS,
     STACK,
     Expr,
     bits,
-    ceil_div,
     fetch,
     from_bits,
     let,
@@ -35,61 +32,22 @@ from q35c.codegen.cpu.kernels.vectors import (
     splat_int,
     vector,
 )
-from q35c.ir.formats import IntegerFormat
-
-SCALE_WORDS = BLOCK // 4  # a byte for each output
+from q35c.formats.integer import IntegerFormat
+from q35c.layouts.weights import BLOCK, LINE_WORDS, IntegerBlock
 
 Parts = Callable[[int], list[Expr]]  # 4 inputs of a set -> their words, a vector for each `Vectors`
 
 
 @dataclass(frozen=True)
-class IntegerLayout:
-    """Say where the scales and sets of each group of K inputs lie in a block, in words."""
+class IntegerLayout(IntegerBlock):
+    """A block of integers as an instruction set reads it."""
 
-    form: IntegerFormat
     isa: Isa
-    K: int
 
     @property
     def has_narrow_sums(self) -> bool:
         """Whether products are added up in 16 bits and scales are integers (narrow_sums.py)."""
         return self.form.bits != 8 and not self.isa.has_vnni
-
-    @property
-    def set_words(self) -> int:
-        """Number of words of a row that a set of inputs meets."""
-        return self.form.set_inputs // 4
-
-    @property
-    def set_lines(self) -> int:
-        """Number of lines that store a set of inputs."""
-        return self.form.bits * self.set_words // 8
-
-    @property
-    def sets(self) -> int:
-        """Number of sets of one group."""
-        return self.form.group // self.form.set_inputs
-
-    @property
-    def group_words(self) -> int:
-        """Words of the codes of a group."""
-        return self.sets * self.set_lines * BLOCK
-
-    @property
-    def block_words(self) -> int:
-        groups = self.form.groups(self.K)
-        return LINE_WORDS * (1 + ceil_div(groups, 2)) + groups * self.group_words
-
-    def pair_start(self, group: Expr) -> Expr:
-        """Return where the pair that a group belongs to begins: with the scales of both."""
-        return LINE_WORDS + T.shift_right(group, 1) * (LINE_WORDS + 2 * self.group_words)
-
-    def scales_start(self, group: Expr) -> Expr:
-        return self.pair_start(group) + T.bitwise_and(group, 1) * SCALE_WORDS
-
-    def set_start(self, group: Expr, number: Expr) -> Expr:
-        first = LINE_WORDS + T.bitwise_and(group, 1) * self.group_words
-        return self.pair_start(group) + first + number * (self.set_lines * BLOCK)
 
 
 class Weights(Protocol):

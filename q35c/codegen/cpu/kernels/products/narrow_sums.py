@@ -2,7 +2,7 @@
 
 There u8 times s8 gives sums of two products in 16 bits, and adding them to sums of 32 bits takes another two
 instructions. Levels of 4 and 5 bits are small enough to put that off: u = w + 32 is at most 64, so two products fit, and
-of 16 inputs the levels w themselves are held to 258 in magnitude (ir/formats.py), so that
+of 16 inputs the levels w themselves are held to 258 in magnitude (formats/integer.py), so that
 
     sum(q w) = sum(q u) - 32 sum(q)
 
@@ -25,15 +25,16 @@ from q35c.codegen.cpu.isa.byte_products import add_products, scale_sums
 from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.products.integer_weights import Packed, Unpacked, Weights
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import Tile
-from q35c.codegen.cpu.kernels.rows.round_int8 import RowLayout
-from q35c.codegen.cpu.kernels.vectors import BLOCK, STACK, Expr, ramp, splat, splat_int
-from q35c.ir.formats import SUM_INPUTS
+from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat, splat_int
+from q35c.formats.integer import SUM_INPUTS
+from q35c.layouts.rows import IntegerRow
+from q35c.layouts.weights import BLOCK
 
 _WORDS = SUM_INPUTS // 4
 
 
 def add_group_narrowly(
-    layout: RowLayout,
+    layout: IntegerRow,
     x: Expr,
     acc: Expr,
     x_rows: Sequence[Expr],
@@ -42,7 +43,8 @@ def add_group_narrowly(
     group: Expr,
 ) -> None:
     """Emit acc += the sums of one group of inputs, scaled but for the columns' factors."""
-    isa, lanes = layout.isa, ramp(0, layout.isa.lanes)
+    isa = weights.layout.isa
+    lanes = ramp(0, isa.lanes)
     shape = (len(x_rows), len(vectors), isa.lanes)
     narrow, wide = (T.alloc_buffer(shape, "int32", annotations=STACK) for _ in range(2))
     places = [(i, j, lanes) for i in range(len(x_rows)) for j in range(len(vectors))]
@@ -67,7 +69,7 @@ def add_group_narrowly(
 
 
 def add_panel(
-    layout: RowLayout,
+    layout: IntegerRow,
     x: Expr,
     sums: Expr,
     first: Expr,
@@ -83,14 +85,14 @@ def add_panel(
         layout.scales + weights.first,
         layout.starts + weights.first * layout.starts_in_group,
     )
-    for v in range(0, BLOCK // layout.isa.lanes, tile.vectors):
+    for v in range(0, BLOCK // weights.layout.isa.lanes, tile.vectors):
         places = [_address(weights.panel[0, line, v]) for line in (0, weights.words)]
-        out = T.address_of(sums[first, v * layout.isa.lanes])
+        out = T.address_of(sums[first, v * weights.layout.isa.lanes])
         _call_tile(tile, x, x_rows, [T.Bind(4 * word) for word in offsets], places, out, groups)
 
 
 def add_block(
-    layout: RowLayout, x: Expr, sums: Expr, x_rows: Sequence[Expr], packed: Packed
+    layout: IntegerRow, x: Expr, sums: Expr, x_rows: Sequence[Expr], packed: Packed
 ) -> None:
     """Emit sums += those of a packed block, for a tile of its own; AVX2 alone."""
     form = packed.layout.form

@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from q35c.codegen.cpu.kernels.vectors import BLOCK
-from q35c.ir.formats import SUM_INPUTS, IntegerFormat
+from q35c.formats.integer import SUM_INPUTS, IntegerFormat
+from q35c.layouts.weights import BLOCK
 
 TALLEST = 6  # rows: more have no registers for their sums
 _LINE = (

@@ -1,6 +1,6 @@
 """Round and pack the rows of a matrix to integers: what `pack.pack_integers` defines, some hundred times faster.
 
-For each group of a row the scales that `formats.TOP_SHARES` names are tried and the one with the least squared
+For each group of a row the scales that `integer.TOP_SHARES` names are tried and the one with the least squared
 error is taken; then 32 rows' codes are written as lines of words. Bound by the arithmetic of the trials: about six
 vector instructions for 16 values and scale. It runs while compiling, not in an artifact.
 """
@@ -18,7 +18,6 @@ from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.products.integer_tile import IntegerProduct
 from q35c.codegen.cpu.kernels.products.integer_weights import scale_of
 from q35c.codegen.cpu.kernels.vectors import (
-    BLOCK,
     STACK,
     Expr,
     bits,
@@ -29,7 +28,8 @@ from q35c.codegen.cpu.kernels.vectors import (
     splat,
     splat_int,
 )
-from q35c.ir.formats import LARGEST_SUM, LAST_SHARES, SUM_INPUTS, TOP_SHARES, scale_bound
+from q35c.formats.integer import LARGEST_SUM, LAST_SHARES, SUM_INPUTS, TOP_SHARES, scale_bound
+from q35c.layouts.weights import BLOCK
 
 _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
@@ -259,7 +259,7 @@ def _by_thresholds(
 
 
 def _nearest_code(wanted: Expr, exponent: Expr) -> Expr:
-    """Return the code of the stored scale nearest to a scalar f32; `formats.scale_codes` defines it."""
+    """Return the code of the stored scale nearest to a scalar f32; `integer.scale_codes` defines it."""
     word = T.Bind(bits(wanted, 1))
     magnitude = T.Bind(T.bitwise_and(word, 0x7FFFFFFF))
     odd = T.bitwise_and(T.shift_right(magnitude, 19), 1)

@@ -27,7 +27,8 @@ from q35c.codegen.cpu.kernels.products.product import (
     store_sums,
     sums_buffer,
 )
-from q35c.codegen.cpu.kernels.vectors import BLOCK, Expr, ceil_div, ramp, splat_int
+from q35c.codegen.cpu.kernels.vectors import Expr, ramp, splat_int
+from q35c.layouts.weights import BLOCK, ceil_div
 
 
 @dataclass(frozen=True)

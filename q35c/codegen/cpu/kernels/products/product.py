@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from q35c.codegen.cpu.isa.x86 import Isa
-from q35c.codegen.cpu.kernels.vectors import BLOCK, STACK, Expr, ceil_div, ramp, splat, vsilu
+from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat, vsilu
+from q35c.layouts.weights import BLOCK, ceil_div
 
 Vectors = Sequence[int]  # indices of vectors in a line of 32 outputs
 

@@ -68,6 +68,7 @@ def sweep_rounded(
             row = T.Bind(part + i)
             round_group(
                 rounding.layout,
+                rounding.isa,
                 lambda k: operands.y[row, ramp(k, rounding.isa.lanes)],
                 T.Bind(operands.y_row(begin + i)),
                 rows.q,

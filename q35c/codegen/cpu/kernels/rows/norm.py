@@ -116,6 +116,7 @@ def _rounding(D: int, eps: float, offset: float, rounding: Rounding, is_kept: bo
                 number: T.let[T.int64] = begin + at
                 round_group(
                     rounding.layout,
+                    rounding.isa,
                     normed(x, w, y, row, scale, number * rounding.group),
                     row,
                     q,

@@ -3,8 +3,7 @@
     y = the bf16 value nearest to x; of two, the one with an even last bit
 
 Where the instruction set multiplies bf16 pairs, a row becomes its bf16 values, two in a word and zero behind an odd
-last one; elsewhere they are kept in f32, so that every product reads the same values. Rows begin at an odd number of
-cache lines from each other: many rows that a tile reads side by side then spread over all sets of a cache. The limit
+last one; elsewhere they are kept in f32, so that every product reads the same values (layouts/rows.py). The limit
 is the bandwidth of the read. Threads split (row, segment) pairs.
 """
 
@@ -14,25 +13,10 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.x86 import Isa
-from q35c.codegen.cpu.kernels.vectors import (
-    LINE_WORDS,
-    Expr,
-    bits,
-    ceil_div,
-    from_bits,
-    ramp,
-    share,
-    splat_int,
-    vector,
-)
+from q35c.codegen.cpu.kernels.vectors import Expr, bits, from_bits, ramp, share, splat_int, vector
+from q35c.layouts.weights import ceil_div
 
 _SEGMENT = 128  # values of one work item
-
-
-def bf16_row_words(K: int, isa: Isa) -> int:
-    """Return the 4-byte words from one rounded row of K values to the next."""
-    words = ceil_div(K, 2) if isa.has_bf16 else K
-    return (ceil_div(words, LINE_WORDS) | 1) * LINE_WORDS
 
 
 def round_rows(K: int, isa: Isa, pairs: int = 1) -> PrimFunc:

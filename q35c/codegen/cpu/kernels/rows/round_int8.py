@@ -2,10 +2,8 @@
 
     scale = max |x| / 127      q = nearest(x / scale)      sum = -32 * sum of q
 
-A row becomes int32 words: its codes, four in a word and zero behind the last value, then the f32 bits of its scales,
-then its sums, which serve weights that are stored with an offset (products/integer_tile.py). Where there is no VNNI starts come
-behind them, a word for 32 values: two such sums modulo 2^16, of the first and of the second two of every 4 values
-(products/narrow_sums.py). A group that holds NaN or infinity gets such a scale, so what is not finite stays so. The limit is the
+A row becomes int32 words (layouts/rows.py). Its sums serve weights that are stored with an offset (products/integer_tile.py),
+its starts the sums of products/narrow_sums.py, where there is no VNNI. A group that holds NaN or infinity gets such a scale, so what is not finite stays so. The limit is the
 bandwidth of the read. Threads split (row, group) pairs.
 """
 
@@ -20,11 +18,9 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.x86 import Isa
 from q35c.codegen.cpu.kernels.vectors import (
-    LINE_WORDS,
     STACK,
     Expr,
     bits,
-    ceil_div,
     from_bits,
     largest_magnitude,
     magnitude,
@@ -34,59 +30,23 @@ from q35c.codegen.cpu.kernels.vectors import (
     splat_int,
     vector,
 )
-from q35c.ir.formats import SUM_INPUTS
+from q35c.formats.integer import SUM_INPUTS
+from q35c.layouts.rows import SUM_FACTOR, IntegerRow
 
 _ROUND = (
     12582912.0  # 1.5 * 2^23: adding it leaves the nearest integer in the low bits of the mantissa
 )
 _ROUND_BITS = 0x4B400000
-SUM_FACTOR = -32  # the zero point of 4- and 5-bit weights; that of 8-bit ones is four times as much
 
 
-@dataclass(frozen=True)
-class RowLayout:
-    """Lay out a rounded row of K values in int32 words."""
-
-    K: int
-    group: int
-    isa: Isa
-
-    @property
-    def groups(self) -> int:
-        return ceil_div(self.K, self.group)
-
-    @property
-    def starts_in_group(self) -> int:
-        return 0 if self.isa.has_vnni else self.group // SUM_INPUTS
-
-    @property
-    def scales(self) -> int:
-        """Word of the first scale."""
-        return self.groups * self.group // 4
-
-    @property
-    def sums(self) -> int:
-        """Word of the first sum."""
-        return self.scales + self.groups
-
-    @property
-    def starts(self) -> int:
-        """Word of the first start."""
-        return self.sums + self.groups
-
-    @property
-    def used_words(self) -> int:
-        return self.starts + self.groups * self.starts_in_group
-
-    @property
-    def words(self) -> int:
-        """Words of a row, a whole number of cache lines."""
-        return ceil_div(self.used_words, LINE_WORDS) * LINE_WORDS
+def row_layout(K: int, group: int, isa: Isa) -> IntegerRow:
+    """Return how a row of K values is laid out: with starts where bytes have no product of their own."""
+    return IntegerRow(K, group, has_starts=not isa.has_vnni)
 
 
 def quantize_rows(K: int, group: int, isa: Isa, pairs: int = 1) -> PrimFunc:
-    """Make the kernel (X f32 [T * pairs, K], Q i32 [T * pairs, ..] in rows of `RowLayout`, T, ld_x, ld_q, tid, nt)."""
-    layout = RowLayout(K, group, isa)
+    """Make the kernel (X f32 [T * pairs, K], Q i32 [T * pairs, ..] in rows of `IntegerRow`, T, ld_x, ld_q, tid, nt)."""
+    layout = row_layout(K, group, isa)
 
     @T.prim_func(private=True, s_tir=True)
     def quantize_rows_kernel(
@@ -107,30 +67,30 @@ def quantize_rows(K: int, group: int, isa: Isa, pairs: int = 1) -> PrimFunc:
         for item in T.serial(last - first):
             row: T.let[T.int64] = T.truncdiv(first + item, T.int64(layout.groups))
             number: T.let[T.int64] = first + item - row * layout.groups
-            quantize_group(layout, x, row, q, number)
+            quantize_group(layout, isa, x, row, q, number)
         return T.int32(0)
 
     return quantize_rows_kernel
 
 
-def quantize_group(layout: RowLayout, x: Expr, row: Expr, q: Expr, number: Expr) -> None:
+def quantize_group(layout: IntegerRow, isa: Isa, x: Expr, row: Expr, q: Expr, number: Expr) -> None:
     """Emit the rounding of one group of a row; call it as a statement inside TVMScript."""
-    rest, isa = layout.K % layout.group, layout.isa
+    rest = layout.K % layout.group
     if not rest:
         start = number * layout.group
-        round_group(layout, lambda at: x[row, ramp(start + at, isa.lanes)], row, q, number)
+        round_group(layout, isa, lambda at: x[row, ramp(start + at, isa.lanes)], row, q, number)
         return
     with T.If(number < layout.groups - 1):
         with T.Then():
             start = number * layout.group
-            round_group(layout, lambda at: x[row, ramp(start + at, isa.lanes)], row, q, number)
+            round_group(layout, isa, lambda at: x[row, ramp(start + at, isa.lanes)], row, q, number)
         with T.Else():
             padded = T.alloc_buffer((layout.group,), "float32", annotations=STACK)
             for v in range(0, layout.group, isa.lanes):
                 T.buffer_store(padded, splat(0.0, isa.lanes), [ramp(v, isa.lanes)])
             with T.serial(rest) as k:
                 T.buffer_store(padded, x[row, number * layout.group + k], [k])
-            round_group(layout, lambda at: padded[ramp(at, isa.lanes)], row, q, number)
+            round_group(layout, isa, lambda at: padded[ramp(at, isa.lanes)], row, q, number)
 
 
 @dataclass(frozen=True)
@@ -142,22 +102,22 @@ class Rounding:
     isa: Isa
 
     @property
-    def layout(self) -> RowLayout:
-        return RowLayout(self.K, self.group, self.isa)
+    def layout(self) -> IntegerRow:
+        return row_layout(self.K, self.group, self.isa)
 
     def columns(self, y: Expr, row: Expr, q: Expr, begin: Expr, count: int) -> None:
         """Emit the rounding of `count` columns of row y[row] from `begin`, both multiples of the group."""
         if self.group:
             first = T.Bind(T.truncdiv(begin, T.int64(self.group)))
             with T.serial(T.int64(count // self.group)) as number:
-                quantize_group(self.layout, y, row, q, first + number)
+                quantize_group(self.layout, self.isa, y, row, q, first + number)
 
 
 def round_group(
-    layout: RowLayout, load: Callable[[Expr], Expr], row: Expr, q: Expr, number: Expr
+    layout: IntegerRow, isa: Isa, load: Callable[[Expr], Expr], row: Expr, q: Expr, number: Expr
 ) -> None:
     """Emit largest magnitude, scale, codes and their sums of one group; load(k) is its vector from value k on."""
-    L = layout.isa.lanes
+    L = isa.lanes
     # Loops, as LLVM takes seconds for the same without them.
     values = T.alloc_buffer((layout.group,), "float32", annotations=STACK)
     largest = T.alloc_buffer((1, L), "int32")

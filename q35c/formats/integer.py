@@ -1,11 +1,9 @@
-"""Storage formats of weights, and what storing does to their values.
+"""Integers with scales: what storing them does to values.
 
-A format is the dtype of a weight in the quantized stage: "f32", "bf16", or "i4gN", "i5gN", "i8gN": codes of
-so many bits with one scale for each N consecutive inputs of an output row. A code stands for an int8 level, which
-the scale multiplies: levels are evenly spaced in 8 bits, and denser around 0 in 4 and 5, as weights are. Activations
-that meet such weights are "q8gN": int8 with one f32 scale for each N values of a row, so that a row's rounding depends
-on no other row. bf16 weights meet rows in f32, or rows that are rounded to "bf16" themselves where the instruction
-set's products of pairs shall serve.
+Weights are "i4gN", "i5gN", "i8gN": codes of so many bits with one scale for each N consecutive inputs of an output row. A code
+stands for an int8 level, which the scale multiplies: levels are evenly spaced in 8 bits, and denser around 0 in 4 and 5, as
+weights are. Activations that meet such weights are "q8gN": int8 with one f32 scale for each N values of a row, so that a
+row's rounding depends on no other row.
 
 A scale takes 8 bits, a sign, 3 of exponent and 4 of mantissa: +-(1 + mantissa / 16) * 2^exponent times a power of two
 that belongs to the row. Rounding it so costs 4 and 5 bits half a percent of squared error beside a scale in bf16.
@@ -14,14 +12,12 @@ that belongs to the row. Rounding it so costs 4 and 5 bits half a percent of squ
 from __future__ import annotations
 
 import itertools
-import re
 from dataclasses import dataclass
 
 import numpy as np
 
 Array = np.ndarray
 
-_INTEGER = re.compile(r"(?:i([458])|q(8))g(32|64|128)")
 SCALE_BITS = 8
 _MANTISSA = 19  # bits of an f32 mantissa behind the 4 that a scale keeps
 _LARGEST_SCALE = 127  # code of the largest scale of a row: its exponent is 7 above the row's
@@ -97,33 +93,6 @@ class IntegerFormat:
     def groups(self, inputs: int) -> int:
         """Return how many groups a row of `inputs` values has; the last may be short."""
         return -(-inputs // self.group)
-
-
-def integer_format(dtype: str) -> IntegerFormat | None:
-    """Return the format that an integer dtype names, None for a floating one."""
-    match = _INTEGER.fullmatch(dtype)
-    if match is None:
-        return None
-    return IntegerFormat(int(match[1] or match[2]), int(match[3]))
-
-
-def to_bf16(x: Array) -> Array:
-    """Round float32 to bf16 bits, nearest even; NaN stays NaN."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    rounded >>= np.uint32(16)
-    half = rounded.astype(np.uint16)
-    if np.isnan(x).any():  # rounding may carry a NaN's mantissa into its exponent
-        half[np.isnan(x)] = 0x7FC0
-    return half
-
-
-def round_bf16(x: Array) -> Array:
-    """Round float32 to bf16, nearest even, kept as float32; NaN stays NaN."""
-    return (to_bf16(x).astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def split_groups(rows: Array, group: int) -> Array:
@@ -215,28 +184,15 @@ def nearest_levels(groups: Array, scale: Array, form: IntegerFormat) -> Array:
     return np.array(form.levels, np.int8)[np.searchsorted(thresholds, scaled)]
 
 
-def stored(weight: Array, dtype: str) -> Array:
-    """Return the values that a weight [.., N, K] has after it was stored in a format, in its own dtype."""
-    if dtype == "bf16":
-        return round_bf16(weight.astype(np.float32)).astype(weight.dtype)
-    form = integer_format(dtype)
-    if form is None:
-        return weight
+def stored_weight(weight: Array, form: IntegerFormat) -> Array:
+    """Return the values that a weight [.., N, K] has after it was stored, in its own dtype."""
     levels, codes, exponents = quantize_weight(weight, form)
     values = levels.astype(np.float32) * scale_values(codes, exponents)[..., None]
     return values.reshape(*weight.shape[:-1], -1)[..., : weight.shape[-1]].astype(weight.dtype)
 
 
-def is_row_format(dtype: str) -> bool:
-    """Tell whether rows of activations may be rounded to a dtype."""
-    return dtype == "bf16" or (dtype.startswith("q") and integer_format(dtype) is not None)
-
-
-def round_rows(x: Array, dtype: str) -> Array:
-    """Return x [.., K] rounded to bf16, or to int8 with one scale for each group: what `quantize_rows` keeps."""
-    form = integer_format(dtype)
-    if form is None:
-        return round_bf16(x.astype(np.float32)).astype(x.dtype)
+def rounded_rows(x: Array, form: IntegerFormat) -> Array:
+    """Return x [.., K] rounded to int8 with one scale for each group: what `quantize_rows` keeps."""
     groups = split_groups(x, form.group)
     scale = np.abs(groups).max(-1, keepdims=True) / 127
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
