@@ -23,6 +23,7 @@ from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
 from q35c.frontend.companions import Companions, read_companions
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
+from q35c.ir.graph import Graph
 from q35c.ir.precision import find_policy
 from q35c.outputs import check_folder, check_output, check_space
 from q35c.passes.pipeline import Choices, run_pipeline
@@ -61,13 +62,15 @@ def compile_model(
     follow_links: bool = False,
     ignore_config: Collection[str] = (),
     progress: Progress | None = None,
+    import_graph: Callable[[ModelConfig], Graph] | None = None,
 ) -> CompileReport:
     """Compile a checkpoint directory, hub id or family name into the file `output`.
 
     `kv_dtype` is the type of keys and values: f32, bf16, int8, or auto for the precision's own.
     `context` is the most tokens a sequence may hold (default: 4096, or the model's own limit if that is
     smaller); `batch` the most sequences one decode step serves. `load_format` to `ignore_config` are those of
-    `open_checkpoint`. What of the checkpoint is not taken stands in the report's `notes`. Raises InputError subclasses for
+    `open_checkpoint`; `import_graph` is for callers that have the graph of this configuration, which otherwise is traced. What
+    of the checkpoint is not taken stands in the report's `notes`. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
     clock = Clock(arguments.callback("progress", progress))
@@ -82,7 +85,7 @@ def compile_model(
     companions = read_companions(checkpoint)
     limits = check_limits(checkpoint.config, context, batch)
     clock("trace", 0.0)
-    graph = import_program(trace_model(checkpoint.config))
+    graph = (import_graph or import_model)(checkpoint.config)
     clock("passes", 0.0)
     splits = functools.partial(machine.decode_splits, context=limits.context)
     module = run_pipeline(graph, Choices(policy, splits), dump)
@@ -94,6 +97,11 @@ def compile_model(
     pack = machine.packer(generated.weights, Library)
     write_artifact(output, checkpoint, companions, generated, pack, clock)
     return clock.report(output, companions.notes)
+
+
+def import_model(config: ModelConfig) -> Graph:
+    """Trace a model of this configuration, without weights, and import the trace."""
+    return import_program(trace_model(config))
 
 
 def write_artifact(

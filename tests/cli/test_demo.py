@@ -16,7 +16,7 @@ import q35c
 from q35c.demo import CHECKPOINT, demo_artifact
 from q35c.verify import verify_artifact
 from tests.cli.conftest import Run
-from tests.compiled import artifact, checkpoint
+from tests.compiled import artifact, checkpoint, graph_of
 
 VERSE = "And the LORD spake unto Moses, saying, Speak unto the children of Israel, and say"
 
@@ -88,7 +88,7 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from q35c.compile import compile_model
 
     path = tmp_path_factory.mktemp("shipped") / "demo.q35c"
-    compile_model(CHECKPOINT, path, precision="bf16", context=2048, batch=4)
+    compile_model(CHECKPOINT, path, precision="bf16", context=2048, batch=4, import_graph=graph_of)
     return path
 
 

@@ -16,6 +16,7 @@ import pytest
 import q35c
 from q35c.compile import compile_model
 from q35c.verify import PROMISES, row_kl
+from tests.compiled import graph_of
 
 CHECKPOINT = Path(q35c.__file__).parent / "demo" / "model"
 CHAPTERS = (Path(__file__).parent / "held_out.txt").read_text().split("\f")
@@ -31,7 +32,15 @@ LARGEST_DIFFERENCE = 1e-6  # of the logits' range
 @cache
 def compiled(precision: str, directory: Path, kv_dtype: str = "auto") -> q35c.Model:
     path = directory / f"{precision}-{kv_dtype}.q35c"
-    compile_model(CHECKPOINT, path, precision=precision, kv_dtype=kv_dtype, context=1024, batch=1)
+    compile_model(
+        CHECKPOINT,
+        path,
+        precision=precision,
+        kv_dtype=kv_dtype,
+        context=1024,
+        batch=1,
+        import_graph=graph_of,
+    )
     return q35c.load(path)
 
 
