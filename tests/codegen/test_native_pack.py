@@ -54,7 +54,7 @@ def test_packer_agrees_on_every_magnitude(pack, dtype: str) -> None:
     kept = stored(rows, dtype)
     error = np.abs(kept - rows).max(-1) / np.abs(rows).max(-1)
     is_normal = exponents > -118  # a scale is 2^-126 at least
-    assert error[is_normal].max() < {4: 0.15, 5: 0.08, 8: 0.07}[form.bits]
+    assert error[is_normal].max() < {4: 0.25, 5: 0.15, 8: 0.07}[form.bits]
 
 
 def test_floating_rows_need_no_compiled_packer() -> None:
