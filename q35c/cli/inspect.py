@@ -25,7 +25,7 @@ ARTIFACT = click.Path(path_type=Path)
 @click.option("--weights", is_flag=True, help="List every packed weight and what it was made of.")
 @click.option("--roofline", is_flag=True, help="List what every kernel must do at the least.")
 @click.option(
-    "-p", "prompt_tokens", type=int, multiple=True, default=(512,), help="Prompt tokens [512]."
+    "-p", "prompt_tokens", type=int, multiple=True, help="Prompt tokens [512, or what fits]."
 )
 @click.option(
     "-d", "depths", type=int, multiple=True, default=(0,), help="Tokens already there [0]."

@@ -38,12 +38,16 @@ def bench_roofline(
 
 
 def describe_roofline(manifest: Any, prompts: Sequence[int], depths: Sequence[int]) -> str:
-    """Return what every kernel must do at the least; no code runs, so the limits must be known."""
+    """Return what every kernel must do at the least; no code runs, so the limits must be known.
+
+    Without `prompts`, one of 512 tokens, or of as many as the context has room for.
+    """
     from q35c.roofline import cached_limits, predict_tests, report_text
     from q35c.runtime.cpu import choose_threads
 
     threads = choose_threads(None, manifest.max_threads)
     limits = cached_limits(manifest.target.name, threads)
+    prompts = prompts or (max(0, min(512, manifest.context - max(depths))),)
     tests = predict_tests(manifest, prompt_tokens=prompts, new_tokens=(1,), depths=depths)
     text = report_text(tests, limits, threads, table_text)
     if limits is None:

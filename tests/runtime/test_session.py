@@ -289,10 +289,12 @@ def test_threads_change_nothing(path: Path) -> None:
         assert np.array_equal(one.score(ids), two.score(ids))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_eight_threads_with_many_sessions(path: Path, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("threads", "rounds"),
+    [(1, 12), (2, 12), *(pytest.param(n, 100, marks=pytest.mark.slow) for n in (1, 2))],
+)
+def test_eight_threads_with_many_sessions(path: Path, threads: int, rounds: int) -> None:
     """R15: each of 8 threads' sessions gives what it gives alone."""
-    rounds = 12
     with q35c.load(path, threads=threads) as model:
         prompts = [[random_ids(5 + r, 100 * t + r) for r in range(rounds)] for t in range(8)]
         wants = [[one_shot(model, [*prompt, 1, 2]) for prompt in mine] for mine in prompts]
