@@ -64,7 +64,11 @@ ROOMS: dict[str, set[str]] = {
     f"{CPU}.delta": {f"{CPU}.rows", *KERNELS},
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
     "artifact": {"layouts", "numpy", "safetensors"},
-    "runtime": {"artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe"},
+    "runtime": {
+        "artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe", "runtime.chat", "runtime.tokenizer",
+    },
+    "runtime.chat": {"runtime", "jinja2", "markupsafe", "numpy"},
+    "runtime.tokenizer": {"runtime", "tokenizers"},
 }  # fmt: skip
 # The roof: it calls every room, but imports only these before a command needs more.
 ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "roofline", "verify"}

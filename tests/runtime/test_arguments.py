@@ -294,7 +294,7 @@ def test_wrong_arguments_raise_our_errors(
         {"stop": (), "stop_ids": (), "max_new_tokens": 3},
         {"stop": np.array(["zz"]), "stop_ids": [np.int16(5)], "max_new_tokens": 3},
     ],
-    ids=str,
+    ids="-".join,
 )
 def test_numbers_of_every_library(model: q35c.Model, options: dict[str, Any]) -> None:
     assert model.generate("H", **options)[:3] == "i t"
