@@ -93,9 +93,10 @@ def path(name: str, value: Any) -> Path:
         _refuse(name, value, "a path")
     try:
         place = os.fspath(cast(Any, value))
-        parts = os.fsencode(place).split(b"/")
-        is_possible = "\0" not in place and place != "" and len(place) < _PATH_MAX
-        is_possible = is_possible and max(map(len, parts)) <= _NAME_MAX
+        longest = max(map(len, os.fsencode(place).split(b"/")))
+        is_possible = "\0" not in place and place != ""
+        if is_possible and (len(place) >= _PATH_MAX or longest > _NAME_MAX):
+            _refuse(name, place, f"no name too long: {_NAME_MAX} bytes each, {_PATH_MAX} in all")
     except (TypeError, ValueError):  # a path of bytes, and text that no file name can be
         is_possible = False
     if not is_possible:

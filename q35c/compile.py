@@ -76,7 +76,7 @@ def compile_model(
     clock = Clock(arguments.callback("progress", progress))
     output = arguments.path("output", output)
     dump = None if dump_ir is None else arguments.path("dump_ir", dump_ir)
-    check_places(output, dump, source)
+    check_places(output, dump, arguments.path("source", source))
     machine, policy = find_target(target), find_policy(precision, kv_dtype)
     machine.check_tools()
     checkpoint = open_checkpoint(
@@ -157,9 +157,9 @@ def run_ahead(
                 future.cancel()
 
 
-def check_places(output: Path, dump_ir: Path | None, source: str | Path) -> None:
+def check_places(output: Path, dump_ir: Path | None, source: Path) -> None:
     """Refuse what cannot be written to before minutes of work. Raises OptionError."""
-    check_output(output, [Path(source)])
+    check_output(output, [source])
     if dump_ir is not None:
         if dump_ir.absolute() == output.absolute():
             raise OptionError("the output has this name too", where=str(dump_ir))

@@ -62,7 +62,7 @@ def tool_failed(
         if code >= 0
         else f"{signal.Signals(-code).name}: {signal.strsignal(-code)}"
     )
-    facts = [end, line[:_MOST_SAID], _room(folder)]
+    facts = [end, line[:_MOST_SAID], room_in(folder)]
     return ToolchainError(
         f"{what} failed",
         where=str(folder.parent),
@@ -72,7 +72,8 @@ def tool_failed(
     )
 
 
-def _room(folder: Path) -> str:
+def room_in(folder: Path) -> str:
+    """Say how much may be written to a folder."""
     status = os.statvfs(folder)
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     text = f"{status.f_bavail * status.f_frsize} bytes free"

@@ -53,7 +53,7 @@ def export_checkpoint(
 
     report = arguments.callback("progress", progress) or (lambda stage, fraction: None)
     output = arguments.path("output", output)
-    check_outputs(output, source)
+    check_outputs(output, arguments.path("source", source))
     checkpoint = open_checkpoint(
         source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
     )

@@ -17,6 +17,7 @@ from q35c.artifact import Manifest, layout, read_artifact
 from q35c.cli.text import table_text
 from q35c.errors import ArtifactError, OptionError
 from q35c.frontend.checkpoint import FILE_LIMITS
+from q35c.layouts import blobs
 from q35c.roofline import predict_tests
 from q35c.roofline.cost import KINDS, RULES, Work, step_cost
 from tests.fake_artifact import write_small
@@ -131,7 +132,7 @@ def many_steps(document: dict[str, Any]) -> None:
         entry["steps"], entry["step_weights"] = [0] * 5000, [0] * 5000
         if entry["rows"] == "sequence":
             entry["max_tokens"] = 1
-    io = layout.io_layout(batch, batch, batch, vocabulary, 5000)
+    io = blobs.io_layout(batch, batch, batch, vocabulary, 5000)
     document["memory"]["peak"] += io["bytes"] - document["memory"]["io"]
     document["memory"]["io"], document["io"] = io["bytes"], io
 

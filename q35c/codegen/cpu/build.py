@@ -22,7 +22,7 @@ from tvm import s_tir, tirx
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, compilation_pipeline
 
-from q35c.codegen.child import run_in_child, tool_failed
+from q35c.codegen.child import room_in, run_in_child, tool_failed
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.object_key import object_key
 from q35c.codegen.cpu.program import HELPERS, helper_symbol, kernel_symbol
@@ -182,7 +182,10 @@ def _write(path: Path, write: Callable[[str], object]) -> None:
         write(str(path))
     except Exception as error:
         raise ToolchainError(
-            "cannot write machine code", where=str(path.parent.parent), got=error
+            "cannot write machine code",
+            where=str(path.parent.parent),
+            got=f"{error}; {room_in(path.parent)}",
+            hint="let TMPDIR name a directory with more space, or raise the limits (ulimit -a)",
         ) from None
 
 
