@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.compiled import checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -105,7 +108,77 @@ def test_killed_before_every_system_call(tmp_path: Path) -> None:
     assert {result[2] for result in results[: survivors[0]]} == {"old", "absent", "new"}
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_killed_at_random_instants(tmp_path: Path, seed: int) -> None:
-    random.seed(seed)
-    check(run_child(tmp_path / "m", "time", [random.random() * 0.05 for _ in range(20)]))
+@pytest.mark.parametrize("count", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_at_random_instants(tmp_path: Path, count: int) -> None:
+    draw = random.Random(count)
+    check(run_child(tmp_path / "m", "time", [draw.random() * 0.05 for _ in range(count)]))
+
+
+# The same with whole compilations, from one process that has imported what they need.
+COMPILE = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from q35c.artifact import read_artifact
+from q35c.compile import compile_model
+
+source, folder, count, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+path, draw = folder / "out" / "m.q35c", random.Random(seed)
+for name in ("out", "temporary"):
+    (folder / name).mkdir()
+
+def compile_it():
+    begin = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        compile_model(source, path, context=64, batch=1)
+        os._exit(0)
+    return child, begin
+
+def finish():
+    child, begin = compile_it()
+    assert os.waitpid(child, 0)[1] == 0, "a compilation failed"
+    with read_artifact(path) as artifact:
+        artifact.verify_segments()
+        artifact.verify_weights()
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "litter beside the output"
+    assert not list((folder / "temporary").glob("q35c-*")), "litter among temporary files"
+    return time.monotonic() - begin
+
+whole = finish()
+for number in range(count):
+    path.unlink(missing_ok=True)
+    if number % 2:
+        path.write_bytes(b"old")
+    child, _ = compile_it()
+    time.sleep(draw.random() * whole)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if path.exists() and not (number % 2 and path.read_bytes() == b"old"):
+        with read_artifact(path) as artifact:
+            artifact.verify_segments()
+            artifact.verify_weights()
+    if number % 10 == 9 or number == count - 1:
+        finish()
+"""
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        pytest.param(5, marks=pytest.mark.slow),
+        pytest.param(100, marks=pytest.mark.nightly),
+        pytest.param(1000, marks=pytest.mark.nightly),
+    ],
+)
+def test_killed_compilations(tmp_path: Path, count: int) -> None:
+    environment = {
+        **os.environ,
+        "TMPDIR": str(tmp_path / "temporary"),
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    source = checkpoint("dense")
+    command = [sys.executable, "-c", COMPILE, str(source), str(tmp_path), str(count), "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
