@@ -32,6 +32,7 @@ from q35c.temporary import system_directory, temporary_folder
 from q35c.user_cache import PrivateFolder, private_folder
 
 _PIPELINE = "q35c"
+_BAD_ALLOC = "std::bad_alloc"  # what C++ calls a MemoryError; TVM raises it as an error of its own
 # TVM makes a packed function of what has the default convention; this says that it is one already, and nothing is done.
 _C_CALL = tvm.ir.function.CallingConv.C_PACKED_FUNC
 _FOLDER, _EXPORTS, _RESULT = "q35c-objects-", "exports", "code.so"
@@ -107,8 +108,10 @@ def build_shared(
 
         try:
             run_in_child("the compiler of machine code", folder, work, progress)
-        except MemoryError as error:
-            raise _out_of_memory(error) from None
+        except Exception as error:
+            if isinstance(error, MemoryError) or _BAD_ALLOC in str(error):
+                raise _out_of_memory(error) from None
+            raise
         return _link(folder, names, command)
 
 
