@@ -27,7 +27,7 @@ BASE = {
     "version",
     "__version__",
 }
-KERNELS = {"layouts", "formats", "codegen.cpu.isa", "codegen.cpu.kernels", "tvm"}
+KERNELS = {"layouts", "formats", "codegen.calls", "codegen.cpu.isa", "codegen.cpu.kernels", "tvm"}
 CPU = "codegen.cpu.kernels"
 # Room -> other rooms of q35c and other packages that its modules may import, wherever they do. A folder is a room of its own
 # where it is listed, and so is a file; a room does not include those that are listed below it.
@@ -38,14 +38,15 @@ ROOMS: dict[str, set[str]] = {
     "ir": {"formats", "numpy"},
     "passes": {"ir", "formats"},
     "frontend": {"ir", "numpy", "torch", "transformers", "safetensors", "huggingface_hub"},
-    "codegen": {"ir", "formats", "layouts", "artifact", "numpy"},
+    "codegen": {"ir", "formats", "layouts", "artifact", "codegen.calls", "numpy"},
+    "codegen.calls": {"layouts"},
     "codegen.targets": {"codegen", "codegen.cpu.backend"},
     "codegen.cpu": {
-        "codegen", "codegen.cpu.backend", "codegen.cpu.isa", "codegen.cpu.kernels", f"{CPU}.rows", f"{CPU}.products", f"{CPU}.linear",
+        "codegen", "codegen.calls", "codegen.cpu.backend", "codegen.cpu.isa", "codegen.cpu.kernels", f"{CPU}.rows", f"{CPU}.products", f"{CPU}.linear",
         f"{CPU}.experts", f"{CPU}.attention", f"{CPU}.delta", "ir", "formats", "layouts", "numpy", "tvm", "tvm_ffi",
     },
     "codegen.cpu.backend": {
-        "codegen", "codegen.cpu", "codegen.cpu.isa", f"{CPU}.rows", "ir", "formats", "layouts",
+        "codegen", "codegen.calls", "codegen.cpu", "codegen.cpu.isa", CPU, f"{CPU}.rows", "ir", "formats", "layouts",
     },
     "codegen.cpu.isa": {"tvm", CPU},
     CPU: KERNELS,
