@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from q35c import arguments
 from q35c.errors import OptionError
 
 if TYPE_CHECKING:
     from q35c.runtime import Model, Session
 
 Progress = Callable[[str, float], None]
+_MOST_REPETITIONS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,12 @@ def run_benchmark(
 ) -> list[Measurement]:
     """Run every test at every depth, once to warm up and then `repetitions` times.
 
-    A size of 0 leaves a test out. Raises OptionError if a test does not fit the model's context.
+    A size of 0 leaves a test out. Raises OptionError as `choose_tests`, and for other wrong arguments.
     """
-    tests = [("pp", size) for size in prompt_tokens if size]
-    tests += [("tg", size) for size in new_tokens if size]
-    check_sizes(model.context, [size for _, size in tests], depths, repetitions)
+    tests, depths = choose_tests(
+        model.context, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths
+    )
+    repetitions, seed = check_runs(repetitions, seed, progress)
     ids = np.random.default_rng(seed).integers(0, model.vocab_size, model.context).tolist()
     done, total = 0, len(tests) * len(depths) * (repetitions + 1)
     found: list[Measurement] = []
@@ -88,6 +91,13 @@ def run_benchmark(
     return found
 
 
+def check_runs(repetitions: int, seed: int, progress: Progress | None) -> tuple[int, int]:
+    """Return how often to measure and the seed of the tokens. Raises OptionError."""
+    arguments.callback("progress", progress)
+    repetitions = arguments.integer("repetitions", repetitions, 1, _MOST_REPETITIONS)
+    return repetitions, arguments.integer("seed", seed, 0, 2**64 - 1)
+
+
 def _prefill(session: Session, ids: Sequence[int]) -> None:
     session.prefill(ids)
 
@@ -97,27 +107,35 @@ def _decode(session: Session, ids: Sequence[int]) -> None:
         session.decode(token)
 
 
-def check_sizes(
-    context: int, sizes: Sequence[int], depths: Sequence[int], repetitions: int
-) -> None:
-    """Raise OptionError if tests of these sizes make no sense or do not fit the context."""
-    for name, values, low in (
-        ("-p, -n", sizes, 1),
-        ("-d", depths, 0),
-        ("--repetitions", [repetitions], 1),
-    ):
-        if not values or min(values) < low:
+def choose_tests(
+    context: int,
+    *,
+    prompt_tokens: Sequence[int],
+    new_tokens: Sequence[int],
+    depths: Sequence[int],
+) -> tuple[list[tuple[str, int]], list[int]]:
+    """Return the tests as (kind, tokens), kind "pp" or "tg", and the depths; a size of 0 leaves a test out.
+
+    Raises OptionError if a number makes no sense, a test does not fit the context, or none is left.
+    """
+    prompts = _sizes("prompt_tokens", prompt_tokens)
+    news = _sizes("new_tokens", new_tokens)
+    places = _sizes("depths", depths)
+    if not places or not any(prompts + news):
+        raise OptionError("nothing to measure", where="prompt_tokens" if places else "depths")
+    for name, sizes in (("prompt_tokens", prompts), ("new_tokens", news)):
+        if any(sizes) and max(sizes) + max(places) > context:
             raise OptionError(
-                "nothing to measure" if not values else "value is not allowed",
+                "a test does not fit the context",
                 where=name,
-                expected=f"{low} or more",
-                got=list(values),
+                expected=f"at most {context} tokens with the depth",
+                got=f"{max(sizes)} behind {max(places)}",
+                hint="measure less, or compile with a larger context",
             )
-    if max(sizes) + max(depths) > context:
-        raise OptionError(
-            "a test does not fit the context",
-            where="-p, -n, -d",
-            expected=f"at most {context} tokens with the depth",
-            got=max(sizes) + max(depths),
-            hint="measure less, or compile with a larger --context",
-        )
+    tests = [("pp", size) for size in prompts if size]
+    return tests + [("tg", size) for size in news if size], places
+
+
+def _sizes(name: str, values: Sequence[int]) -> list[int]:
+    listed = arguments.sequence(name, values, "a list of numbers", most=1000)
+    return [arguments.integer(name, value, 0) for value in listed]

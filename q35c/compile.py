@@ -5,23 +5,27 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from q35c.artifact.writer import ArtifactWriter, check_output
+from q35c import arguments
+from q35c.artifact.writer import ArtifactWriter
 from q35c.codegen.generate import Generated, Limits, generate
 from q35c.codegen.pack import Pack
 from q35c.codegen.targets import find_target
-from q35c.config import ModelConfig
+from q35c.config import MAX_CONTEXT, ModelConfig
 from q35c.errors import OptionError
+from q35c.formats.registry import largest_value
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
-from q35c.frontend.generation import chat_template, generation_defaults
+from q35c.frontend.companions import Companions, read_companions
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace import trace_model
+from q35c.ir.graph import Graph
 from q35c.ir.precision import find_policy
+from q35c.outputs import check_folder, check_output, check_space
 from q35c.passes.pipeline import Choices, run_pipeline
 from q35c.runtime.cpu import default_threads
 from q35c.runtime.library import Library
@@ -40,6 +44,7 @@ class CompileReport:
     seconds: float
     peak_bytes: int  # this process's largest resident size so far
     stages: dict[str, float] = field(default_factory=dict)  # seconds
+    notes: tuple[str, ...] = ()  # what of the checkpoint is not taken, or looks odd
 
 
 def compile_model(
@@ -51,48 +56,68 @@ def compile_model(
     kv_dtype: str = "auto",
     context: int | None = None,
     batch: int = 4,
-    dump_ir: Path | None = None,
+    dump_ir: str | Path | None = None,
     load_format: LoadFormat = "auto",
     seed: int = 0,
+    follow_links: bool = False,
+    ignore_config: Collection[str] = (),
     progress: Progress | None = None,
+    import_graph: Callable[[ModelConfig], Graph] | None = None,
 ) -> CompileReport:
     """Compile a checkpoint directory, hub id or family name into the file `output`.
 
     `kv_dtype` is the type of keys and values: f32, bf16, int8, or auto for the precision's own.
     `context` is the most tokens a sequence may hold (default: 4096, or the model's own limit if that is
-    smaller); `batch` the most sequences one decode step serves. Raises InputError subclasses for
+    smaller); `batch` the most sequences one decode step serves. `load_format` to `ignore_config` are those of
+    `open_checkpoint`; `import_graph` is for callers that have the graph of this configuration, which otherwise is traced. What
+    of the checkpoint is not taken stands in the report's `notes`. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
-    clock = Clock(progress)
-    check_places(Path(output), dump_ir)
+    clock = Clock(arguments.callback("progress", progress))
+    output = arguments.path("output", output)
+    dump = None if dump_ir is None else arguments.path("dump_ir", dump_ir)
+    check_places(output, dump, source)
     machine, policy = find_target(target), find_policy(precision, kv_dtype)
-    checkpoint = open_checkpoint(source, load_format=load_format, seed=seed)
+    machine.check_tools()
+    checkpoint = open_checkpoint(
+        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
+    )
+    companions = read_companions(checkpoint)
     limits = check_limits(checkpoint.config, context, batch)
     clock("trace", 0.0)
-    graph = import_program(trace_model(checkpoint.config))
+    graph = (import_graph or import_model)(checkpoint.config)
     clock("passes", 0.0)
     splits = functools.partial(machine.decode_splits, context=limits.context)
-    module = run_pipeline(graph, Choices(policy, splits), dump_ir)
-    generated = generate(module, machine, policy, limits, clock)
+    module = run_pipeline(graph, Choices(policy, splits), dump)
+
+    def check_weights(size: int) -> None:
+        check_space(output.parent, size)
+
+    generated = generate(module, machine, policy, limits, clock, check_weights)
     pack = machine.packer(generated.weights, Library)
-    write_artifact(Path(output), checkpoint, generated, pack, clock)
-    return clock.report(Path(output))
+    write_artifact(output, checkpoint, companions, generated, pack, clock)
+    return clock.report(output, companions.notes)
+
+
+def import_model(config: ModelConfig) -> Graph:
+    """Trace a model of this configuration, without weights, and import the trace."""
+    return import_program(trace_model(config))
 
 
 def write_artifact(
-    path: Path, checkpoint: Checkpoint, generated: Generated, pack: Pack, progress: Progress
+    path: Path,
+    checkpoint: Checkpoint,
+    companions: Companions,
+    generated: Generated,
+    pack: Pack,
+    progress: Progress,
 ) -> None:
     """Pack the weights slice by slice into the artifact and publish it."""
-    texts = {
-        "tokenizer": checkpoint.files.get("tokenizer.json"),
-        "tokenizer_config": checkpoint.files.get("tokenizer_config.json"),
-        "chat_template": chat_template(checkpoint),
-    }
-    segments = {"code": generated.code} | {name: data for name, data in texts.items() if data}
+    segments = {"code": generated.code, **companions.segments}
     fields = {
         **generated.fields,
         "model": checkpoint.config.to_dict(),
-        "generation": generation_defaults(checkpoint),
+        "generation": companions.generation,
     }
 
     def report(done: int, total: int) -> None:
@@ -102,7 +127,9 @@ def write_artifact(
         jobs = (
             (weight.name, job)
             for weight in generated.weights
-            for job in weight.jobs(checkpoint.read, pack)
+            for job in weight.jobs(
+                functools.partial(checkpoint.read, largest=largest_value(weight.dtype)), pack
+            )
         )
         for name, chunk in run_ahead(jobs, default_threads()):
             writer.write(name, chunk)
@@ -130,28 +157,20 @@ def run_ahead(
                 future.cancel()
 
 
-def check_places(output: Path, dump_ir: Path | None) -> None:
+def check_places(output: Path, dump_ir: Path | None, source: str | Path) -> None:
     """Refuse what cannot be written to before minutes of work. Raises OptionError."""
-    check_output(output)
+    check_output(output, [Path(source)])
     if dump_ir is not None:
-        try:
-            dump_ir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OptionError(
-                f"cannot make the directory: {error.strerror}", where=str(dump_ir)
-            ) from None
+        if dump_ir.absolute() == output.absolute():
+            raise OptionError("the output has this name too", where=str(dump_ir))
+        check_folder(dump_ir, "*.txt")
 
 
 def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits:
     """Return the compiled limits, or raise OptionError."""
-    most = config.max_position_embeddings
-    context = min(4096, most) if context is None else context
-    if not 1 <= context <= most:
-        raise OptionError(
-            "context is out of range", where="--context", expected=f"1 to {most}", got=context
-        )
-    if not 1 <= batch <= 256:
-        raise OptionError("batch is out of range", where="--batch", expected="1 to 256", got=batch)
+    most = min(config.max_context, MAX_CONTEXT)
+    context = arguments.integer("context", min(4096, most) if context is None else context, 1, most)
+    batch = arguments.integer("batch", batch, 1, 256)
     rounded = -(-context // CONTEXT_STEP) * CONTEXT_STEP
     return Limits(rounded, batch, config.vocab_size)
 
@@ -173,6 +192,6 @@ class Clock:
         if self._progress is not None:
             self._progress(stage, fraction)
 
-    def report(self, path: Path) -> CompileReport:
+    def report(self, path: Path, notes: tuple[str, ...] = ()) -> CompileReport:
         seconds = time.perf_counter() - self._begin
-        return CompileReport(path, path.stat().st_size, seconds, peak_memory(), self.stages)
+        return CompileReport(path, path.stat().st_size, seconds, peak_memory(), self.stages, notes)

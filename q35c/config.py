@@ -1,13 +1,13 @@
 """The configuration of the text tower: everything that decides shapes or math, and nothing else.
 
 `ModelConfig.from_hf` reads a Hugging Face `config.json`. Every key of that document is either used,
-or has one supported value, or is listed as irrelevant; any other key is refused by name, because an
+or has one supported value, or is known to be irrelevant; any other key that says something is refused by name, because an
 ignored key is a model that computes something else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ from q35c.errors import ConfigError, UnsupportedConfig
 from q35c.fields import Fields
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_CONTEXT = 1 << 22  # tokens that an artifact can hold
+MAX_STOP_IDS = 64
 LINEAR, FULL = "linear_attention", "full_attention"
 _MAX_DIM = 1 << 20
 _MAX_LAYERS = 1024
@@ -85,6 +87,13 @@ class ModelConfig:
         """Return how many of the head's dims are rotated."""
         return int(self.head_dim * self.rope_parameters.partial_rotary_factor)
 
+    @property
+    def max_context(self) -> int:
+        """Return the most tokens of a sequence: YaRN stretches the positions that the model was trained on."""
+        rope = self.rope_parameters
+        stretched = (rope.factor or 0) * (rope.original_max_position_embeddings or 0)
+        return max(self.max_position_embeddings, int(stretched))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the canonical JSON form, which `from_dict` reads back."""
         items = {name: getattr(self, name) for name in self.__slots__}
@@ -117,15 +126,17 @@ class ModelConfig:
         return config
 
     @classmethod
-    def from_hf(cls, document: Any, where: str = "config.json") -> ModelConfig:
+    def from_hf(
+        cls, document: Any, where: str = "config.json", ignore: Collection[str] = ()
+    ) -> ModelConfig:
         """Read a Hugging Face `config.json`: a text config, or a multimodal one's text tower.
 
-        Raises ConfigError where the document is malformed or contradicts itself, UnsupportedConfig
-        for every key or value that q35c does not implement.
+        `ignore` names keys that are read as if they were not there. Raises ConfigError where the document is malformed or
+        contradicts itself, UnsupportedConfig for every key or value that q35c does not implement.
         """
         from q35c.hf_config import canonical_form
 
-        return cls.from_dict(canonical_form(document, where), where)
+        return cls.from_dict(canonical_form(document, where, ignore), where)
 
 
 DENSE_ONLY = ("intermediate_size",)

@@ -1,8 +1,20 @@
-"""Every error that q35c raises on purpose.
+"""Every error that q35c raises on purpose, and how a message is written.
 
 One tree. A message says what is wrong, where, what was expected, what was found, and what to do.
 `InputError` is the user's to mend (CLI exit code 1); `InternalError` is ours (exit code 2).
+
+Parts of a message may stem from hostile files: what a terminal would obey is escaped, long parts are cut in
+the middle, and every line but the first is indented, so that none can pass for a message of its own.
 """
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Iterator
+from numbers import Number
+
+_MOST_CHARACTERS = 1500  # of one part: a list of known names fits, a file does not
 
 
 class Q35CError(Exception):
@@ -17,15 +29,72 @@ class Q35CError(Exception):
         got: object = None,
         hint: str | None = None,
     ) -> None:
+        super().__init__(what)
         self.what, self.where, self.expected, self.got, self.hint = what, where, expected, got, hint
-        lines = [what if where is None else f"{where}: {what}"]
-        if expected is not None:
-            lines.append(f"  expected: {expected}")
-        if got is not None:
-            lines.append(f"  got:      {got}")
-        if hint is not None:
-            lines.append(f"  what to do: {hint}")
-        super().__init__("\n".join(lines))
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        what = printable(self.what)
+        yield what if self.where is None else f"{printable(self.where)}: {what}"
+        if self.expected is not None:
+            yield f"  expected: {shown(self.expected)}"
+        if self.got is not None:
+            yield f"  got:      {shown(self.got)}"
+        if self.hint is not None:
+            yield f"  what to do: {printable(self.hint)}"
+
+
+def printable(text: str) -> str:
+    """Return text without control characters, of bounded length, further lines indented."""
+    if len(text) > _MOST_CHARACTERS:
+        half = _MOST_CHARACTERS // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    if text.isprintable():
+        return text
+    escaped = (_escaped(character) for character in text)
+    return "".join(escaped).replace("\n", "\n    ")
+
+
+def shown(value: object) -> str:
+    """Return any object as it stands in a message: texts and numbers plainly, others as a short repr."""
+    if isinstance(value, (str, os.PathLike)):
+        return printable(str(value)) or "''"
+    if isinstance(value, Number) and not isinstance(value, int):
+        return printable(str(value))
+    return printable(_BRIEF.repr(value))
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable() or character == "\n":
+        return character
+    return character.encode("unicode_escape").decode()
+
+
+class _Brief(reprlib.Repr):
+    """Write a short repr whatever the object is, without making a long one first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 20
+        self.maxstring = self.maxother = 120
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write integers of more than 4300 digits.
+        return str(x) if x.bit_length() < 200 else f"an integer of {x.bit_length()} bits"
+
+    def repr_bytes(self, x: bytes | bytearray, level: int) -> str:
+        return repr(x) if len(x) <= 40 else f"{x[:40]!r}…"
+
+    repr_bytearray = repr_bytes
+
+
+_BRIEF = _Brief()
+
+
+class Q35CWarning(UserWarning):
+    """q35c does something in another way than it was asked to."""
 
 
 class InputError(Q35CError):
@@ -60,7 +129,11 @@ class ArtifactVersionError(ArtifactError):
     """A .q35c file was written by another format version."""
 
 
-class IncompatibleCPU(ArtifactError):
+class UnsupportedMachine(InputError):
+    """This machine lacks what q35c needs, or does not tell what it has."""
+
+
+class IncompatibleCPU(ArtifactError, UnsupportedMachine):
     """The artifact was compiled for instructions that this machine lacks."""
 
 

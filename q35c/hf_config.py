@@ -1,81 +1,33 @@
 """Translate a Hugging Face `config.json` into the canonical form of `ModelConfig`.
 
-Four tables sort every key: used, only one value supported, irrelevant, and (anything else) refused.
+Every key is used here, or has one supported value, or is irrelevant (`hf_keys`), or is refused. null is "not given".
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from q35c.config import DENSE_ONLY, FULL, LINEAR, MOE_ONLY, SIZES
-from q35c.errors import ConfigError, UnsupportedConfig
+from q35c.errors import ConfigError, OptionError, UnsupportedConfig
+from q35c.hf_keys import FIXED, REFUSED, SAMPLING, is_absent, is_irrelevant
 
 TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 
-# Keys that name a variant of the math of which one value is implemented.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False,),
-    "attn_output_gate": (True,),
-    "output_gate_type": ("swish", "silu"),
-    "hidden_act": ("silu",),
-    "mamba_ssm_dtype": ("float32",),
-    "mlp_only_layers": ([], None),
-    "decoder_sparse_step": (1,),
-    "norm_topk_prob": (True,),
-    "use_sliding_window": (False,),
-    "sliding_window": (None,),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "chunk_size_feed_forward": (0,),
-}
-# Keys about training, storage, other towers or the host program: they cannot change the logits of
-# the text tower. `auto_map` asks for code from the model directory: it is ignored, never run.
-IRRELEVANT = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "bos_token_id",
-        "dtype",
-        "id2label",
-        "initializer_range",
-        "label2id",
-        "language_model_only",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "router_aux_loss_coef",
-        "torch_dtype",
-        "transformers_version",
-        "unsloth_fixed_mtp",
-        "unsloth_version",
-        "use_cache",
-        "mtp_num_hidden_layers",
-        "mtp_use_dedicated_embeddings",
-        "image_token_id",
-        "video_token_id",
-        "vision_config",
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "audio_token_id",
-    ]
-)
+# Rotary parameters that may also stand beside the others of the text config.
+FLAT_ROPE = (
+    "rope_theta", "partial_rotary_factor", "rope_type", "mrope_section", "mrope_interleaved",
+)  # fmt: skip
 _USED = frozenset(
     (
         *SIZES,
         *("layer_types", "full_attention_interval", "rms_norm_eps", "tie_word_embeddings"),
-        *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
+        *("rope_parameters", "rope_scaling", *FLAT_ROPE),
         *("model_type", "eos_token_id"),
     )
 )
-_HINTS = {
-    "quantization_config": "use the unquantized (bf16, f16 or f32) checkpoint",
-    "text_config": "a text config cannot hold another one",
-}
+# Objects whose own keys are read.
+_NESTED = ("text_config", "rope_parameters", "rope_scaling")
 _ROPE_DEFAULTS: dict[str, Any] = {
     "rope_type": "default",
     "partial_rotary_factor": 0.25,
@@ -83,17 +35,21 @@ _ROPE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def canonical_form(document: Any, where: str) -> dict[str, Any]:
+def canonical_form(document: Any, where: str, ignore: Collection[str] = ()) -> dict[str, Any]:
     """Return the dict that `ModelConfig.from_dict` checks; refuse keys it would not know.
 
-    Raises ConfigError for contradictions, UnsupportedConfig for unknown keys and values.
+    Keys named in `ignore` are left out wherever they stand. Raises ConfigError for contradictions, UnsupportedConfig for
+    unknown keys and values, OptionError for a key to ignore that is not there.
     """
-    text, where = _text_tower(document, where)
+    if not isinstance(document, dict):
+        raise ConfigError("must be a JSON object", where=where)
+    for key in sorted(set(ignore) - set(_keys(document))):
+        raise OptionError(f"{where} has no key {key!r:.80}", where="ignore_config")
+    text, where = _text_tower(_given(document, ignore), where)
     kind = text["model_type"]
     feed_forward = MOE_ONLY if TEXT_TYPES[kind] == "qwen3_5_moe" else DENSE_ONLY
     _check_keys(text, _USED | set(feed_forward), where)
     copied = {key: text[key] for key in (*SIZES, *feed_forward) if key in text}
-    eos = text.get("eos_token_id")
     return {
         **copied,
         "model_type": TEXT_TYPES[kind],
@@ -101,14 +57,43 @@ def canonical_form(document: Any, where: str) -> dict[str, Any]:
         "rms_norm_eps": text.get("rms_norm_eps", 1e-6),
         "rope_parameters": _rope_parameters(text, where),
         "tie_word_embeddings": text.get("tie_word_embeddings", False),
-        "eos_token_ids": [] if eos is None else eos if isinstance(eos, list) else [eos],
+        "eos_token_ids": token_ids(text.get("eos_token_id")),
     }
 
 
-def _text_tower(document: Any, where: str) -> tuple[dict[str, Any], str]:
+def token_ids(value: Any) -> list[Any]:
+    """Return the ids of a key that may hold one, several or none; -1 stands for none."""
+    listed = value if isinstance(value, list) else [value]
+    return [item for item in listed if item is not None and not (type(item) is int and item == -1)]
+
+
+def sampling_keys(document: Any) -> list[str]:
+    """Return the keys of a config.json that say how to sample, which generation_config.json does."""
+    text = document.get("text_config")
+    levels = [document, text] if isinstance(text, dict) else [document]
+    return sorted(
+        {key for level in levels for key in SAMPLING & set(level) if level[key] is not None}
+    )
+
+
+def _given(document: dict[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    """Return what says something: what is neither null nor to be ignored, also inside the objects that are read."""
+    return {
+        key: _given(value, ignore) if key in _NESTED and isinstance(value, dict) else value
+        for key, value in document.items()
+        if value is not None and key not in ignore
+    }
+
+
+def _keys(document: dict[str, Any]) -> Iterator[str]:
+    for key, value in document.items():
+        yield key
+        if key in _NESTED and isinstance(value, dict):
+            yield from _keys(value)
+
+
+def _text_tower(document: dict[str, Any], where: str) -> tuple[dict[str, Any], str]:
     """Return the text config of either kind of document and the place it was found at."""
-    if not isinstance(document, dict):
-        raise ConfigError("must be a JSON object", where=where)
     kind = document.get("model_type")
     if not isinstance(kind, str):
         raise ConfigError("missing key 'model_type'", where=where)
@@ -126,14 +111,15 @@ def _text_tower(document: Any, where: str) -> tuple[dict[str, Any], str]:
     _check_keys(
         document, {"model_type", "text_config", "tie_word_embeddings", "eos_token_id"}, where
     )
-    if text.get("model_type") != f"{kind}_text":
+    if text.get("model_type") not in (kind, f"{kind}_text"):
         raise ConfigError(
             "text_config.model_type does not belong to model_type",
             where=where,
             expected=f"{kind}_text",
             got=f"{text.get('model_type')!r:.80}",
         )
-    return _inherit(document, text, where), f"{where} at text_config"
+    merged = {**_inherit(document, text, where), "model_type": f"{kind}_text"}
+    return merged, f"{where} at text_config"
 
 
 def _inherit(document: dict[str, Any], text: dict[str, Any], where: str) -> dict[str, Any]:
@@ -147,9 +133,10 @@ def _inherit(document: dict[str, Any], text: dict[str, Any], where: str) -> dict
             expected=outer_tie,
             got=tie,
         )
-    for key in ("tie_word_embeddings", "eos_token_id"):
-        if key in document:
-            merged.setdefault(key, document[key])
+    if outer_tie is not None:
+        merged["tie_word_embeddings"] = outer_tie
+    ends = [token_ids(level.get("eos_token_id")) for level in (text, document)]
+    merged["eos_token_id"] = ends[0] + [token for token in ends[1] if token not in ends[0]]
     return merged
 
 
@@ -164,8 +151,12 @@ def _check_keys(document: dict[str, Any], used: frozenset[str] | set[str], where
                     expected=" or ".join(repr(good) for good in FIXED[key]),
                     got=f"{value!r:.80}",
                 )
-        elif key not in used and key not in IRRELEVANT:
-            raise UnsupportedConfig(f"unknown key {key!r:.80}", where=where, hint=_HINTS.get(key))
+        elif key in used or is_irrelevant(key):
+            continue
+        elif key in REFUSED or not is_absent(value):
+            consent = f"if it cannot change what the model computes: --ignore-config {key:.80}"
+            hint = REFUSED.get(key) or f"{consent}, in Python ignore_config=[...]"
+            raise UnsupportedConfig(f"unknown key {key!r:.80}", where=where, hint=hint)
 
 
 def _layer_types(text: dict[str, Any], where: str) -> Any:
@@ -189,13 +180,11 @@ def _layer_types(text: dict[str, Any], where: str) -> Any:
 
 def _rope_parameters(text: dict[str, Any], where: str) -> dict[str, Any]:
     """Merge the places where rotary parameters may stand; two that differ are refused."""
-    places = [text[key] for key in ("rope_parameters", "rope_scaling") if text.get(key) is not None]
+    places = [text[key] for key in ("rope_parameters", "rope_scaling") if key in text]
     for place in places:
         if not isinstance(place, dict):
             raise ConfigError("rope_parameters must be a JSON object", where=where)
-    places.append(
-        {key: text[key] for key in ("rope_theta", "partial_rotary_factor") if key in text}
-    )
+    places.append({key: text[key] for key in FLAT_ROPE if key in text})
     merged: dict[str, Any] = {}
     for place in places:
         for key, value in place.items():
@@ -206,7 +195,4 @@ def _rope_parameters(text: dict[str, Any], where: str) -> dict[str, Any]:
                 )
     if merged.pop("mrope_interleaved", True) is not True:
         raise UnsupportedConfig("mrope_interleaved is not supported", where=where, expected=True)
-    unset = [key for key, value in merged.items() if value is None]
-    for key in unset:
-        del merged[key]
     return {**_ROPE_DEFAULTS, **merged}

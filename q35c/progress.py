@@ -26,9 +26,9 @@ class Progress:
     def __init__(
         self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._stream = sys.stderr if stream is None else stream
+        self._stream: TextIO | None = sys.stderr if stream is None else stream
         self._clock = clock
-        self._is_terminal = self._stream.isatty()
+        self._is_terminal = self._stream is not None and self._stream.isatty()
         self._started = self._stage_started = clock()
         self._stage, self._fraction = "", 0.0
         self._lock = threading.Lock()
@@ -68,8 +68,7 @@ class Progress:
         """Wipe the line from the terminal; the next call draws it again."""
         with self._lock:
             if self._has_line:
-                self._stream.write("\r\x1b[K")
-                self._stream.flush()
+                self._write("\r\x1b[K")
                 self._has_line = False
 
     def _run(self) -> None:
@@ -89,11 +88,20 @@ class Progress:
     def _show(self, text: str) -> None:
         if self._is_terminal:
             # A line that wraps could not be redrawn.
-            self._stream.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
+            self._write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
             self._has_line = True
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            self._write(text + "\n")
+
+    def _write(self, text: str) -> None:
+        """Write to the stream while it can be written to: a job does not end because nobody watches."""
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):  # closed, full, or nobody reads
+            self._stream = None
 
 
 def describe(stage: str, fraction: float, elapsed: float) -> str:

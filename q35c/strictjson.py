@@ -38,11 +38,12 @@ def loads(
     limit: int,
     error: type[Q35CError],
     max_values: int = MAX_VALUES,
+    has_long_integers: bool = False,
 ) -> Any:
     """Parse one JSON document strictly.
 
     `limit` is the size cap in bytes and `max_values` the cap on values in the document; `where`
-    names the document in messages. Raises `error` for anything malformed, ambiguous or too large.
+    names the document in messages. With `has_long_integers` those beyond 64 bits become floats. Raises `error` for anything malformed, ambiguous or too large.
     """
     if len(data) > limit:
         raise error(
@@ -54,7 +55,7 @@ def loads(
     _check_structure(data, where, error, max_values)
     refused: list[_Refused] = []
     try:
-        tree = json.loads(data.decode("utf-8"), **_hooks(refused))
+        tree = json.loads(data.decode("utf-8"), **_hooks(refused, has_long_integers))
     except UnicodeDecodeError as bad:
         raise error("JSON is not UTF-8", where=where, got=f"byte {bad.start}") from None
     except (ValueError, RecursionError) as bad:
@@ -88,17 +89,17 @@ def _check_structure(data: bytes, where: str, error: type[Q35CError], max_values
             raise error("JSON holds too many values", where=where, expected=f"at most {max_values}")
 
 
-def _hooks(refused: list[_Refused]) -> dict[str, Any]:
+def _hooks(refused: list[_Refused], has_long_integers: bool) -> dict[str, Any]:
     """Return the `json.loads` hooks; every refusal is also appended to `refused`."""
 
     def refuse(reason: str) -> _Refused:
         refused.append(_Refused(reason))
         return refused[-1]
 
-    def integer(text: str) -> int | _Refused:
-        if len(text) > _MAX_DIGITS or int(text) not in _INT64:
-            return refuse("integer does not fit 64 bits")
-        return int(text)
+    def integer(text: str) -> float | _Refused:
+        if len(text) <= _MAX_DIGITS and int(text) in _INT64:
+            return int(text)
+        return real(text) if has_long_integers else refuse("integer does not fit 64 bits")
 
     def real(text: str) -> float | _Refused:
         value = float(text)

@@ -29,22 +29,23 @@ def temporary_file(directory: Path, prefix: str, suffix: str) -> tuple[int, Path
     return _create(directory, prefix, suffix, lambda place: os.open(place, _FILE, 0o666))
 
 
-@contextlib.contextmanager
-def temporary_folder(prefix: str) -> Iterator[Path]:
-    """Make a locked folder where the system keeps temporary files; remove it at the end.
-
-    Raises OptionError where none can be made.
-    """
+def system_directory() -> Path:
+    """Return where the system keeps temporary files. Raises OptionError."""
     try:
-        base = Path(tempfile.gettempdir())
+        return Path(tempfile.gettempdir())
     except FileNotFoundError as error:
         raise OptionError(
             f"no directory for temporary files: {error.strerror}",
             where="TMPDIR",
             hint="let TMPDIR name a directory that can be written",
         ) from None
-    sweep_stale(base, prefix, "")
-    lock, folder = _create(base, prefix, "", _make_folder)
+
+
+@contextlib.contextmanager
+def temporary_folder(directory: Path, prefix: str, suffix: str = "") -> Iterator[Path]:
+    """Make a locked folder, remove it at the end; sweep stale ones. Raises OptionError."""
+    sweep_stale(directory, prefix, suffix)
+    lock, folder = _create(directory, prefix, suffix, _make_folder)
     try:
         yield folder
     finally:

@@ -27,10 +27,18 @@ _WRITE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEX
 
 
 def cache_directory() -> Path:
-    """Return where things that can be made again are kept."""
+    """Return where things that can be made again are kept. Raises OptionError."""
     # The specification says that a relative path must be ignored.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".cache") / "q35c"
+    if base.is_absolute():
+        return base / "q35c"
+    try:
+        return Path.home() / ".cache" / "q35c"
+    except RuntimeError:
+        raise OptionError(
+            "this user has no home directory to keep files in",
+            hint="set HOME or XDG_CACHE_HOME to a directory",
+        ) from None
 
 
 class PrivateFolder:
@@ -97,7 +105,7 @@ def private_folder(name: str) -> Iterator[PrivateFolder | None]:
     None where the environment turns caching off, where it cannot be made and where others may write to it.
     OptionError for a switch that is neither on nor off.
     """
-    descriptor = _open(cache_directory() / name) if _is_on() else None
+    descriptor = _open(name) if _is_on() else None
     if descriptor is None:
         yield None
         return
@@ -116,13 +124,14 @@ def _is_on() -> bool:
     return switch == "on"
 
 
-def _open(path: Path) -> int | None:
+def _open(name: str) -> int | None:
     try:
+        path = cache_directory() / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o700)
         descriptor = os.open(path, _FOLDER_FLAGS)
-    except OSError:
+    except (OSError, OptionError):
         return None
     if _is_ours(os.fstat(descriptor)):
         return descriptor

@@ -6,17 +6,18 @@ Needs the `compile` extra and memory for the whole model in float32.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from q35c import arguments
 from q35c.errors import OptionError
 
 if TYPE_CHECKING:
+    from q35c.frontend.checkpoint import Checkpoint
     from q35c.runtime import Model
 
 Logits = NDArray[np.float32]
@@ -88,6 +89,8 @@ def verify_artifact(
     ids: Sequence[int] | None = None,
     load_format: Any = "auto",
     seed: int = 0,
+    follow_links: bool = False,
+    ignore_config: Collection[str] = (),
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
@@ -96,11 +99,12 @@ def verify_artifact(
     Random ids are nothing that a model was trained on: there even eager PyTorch in bf16 is far from fp32. An
     artifact without a tokenizer is compared on 128 of them.
     `source` is what the artifact was compiled from; `load_format` and `seed` matter for dummy
-    weights. Raises what loading and checkpoints raise.
+    weights, `follow_links` and `ignore_config` are those of `open_checkpoint`. Raises what loading and checkpoints raise.
     """
     import q35c
 
-    report = progress or (lambda stage, fraction: None)
+    arguments.path("source", source)
+    report = arguments.callback("progress", progress) or (lambda stage, fraction: None)
     with q35c.load(artifact, threads) as model:
         listed = _choose_ids(model, tokens, text, ids, seed)
         report("run artifact", 0.0)
@@ -109,7 +113,9 @@ def verify_artifact(
         precision = model.manifest.precision
         caches = {t.dtype for t in model.manifest.state.tensors if t.growth == "context"}
     report("load PyTorch model", 0.0)
-    oracle = load_oracle(source, load_format, seed)
+    oracle = load_oracle(
+        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
+    )
     report("run PyTorch model", 0.0)
     want = oracle_logits(oracle, listed)
     compared = compare_logits(got, want)
@@ -179,14 +185,15 @@ def step_logits(model: Model, ids: Sequence[int]) -> Logits:
     return np.stack(rows)
 
 
-def load_oracle(source: str | os.PathLike[str], load_format: Any = "auto", seed: int = 0) -> Any:
+def load_oracle(
+    source: str | os.PathLike[str], load_format: Any = "auto", seed: int = 0, **consents: Any
+) -> Any:
     """Return transformers' eager causal language model in float32, weights as stored.
 
-    A directory is read by transformers itself, which checks our reader too; only dummy weights come
-    from the checkpoint that is compiled.
+    transformers reads a directory itself, which checks our reader, too. Where it does not find every tensor under the names
+    and in the files that it knows, and for dummy weights, the tensors come from the checkpoint as it is compiled: none
+    is ever left as it was initialised. `consents` are those of `open_checkpoint`.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from q35c.frontend.checkpoint import open_checkpoint
@@ -194,18 +201,9 @@ def load_oracle(source: str | os.PathLike[str], load_format: Any = "auto", seed:
     # Its bar and its advice to install faster kernels would drown ours.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    checkpoint = open_checkpoint(str(source), load_format=load_format, seed=seed)
-    if load_format == "dummy":
-        return _fill_model(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(
-        source if Path(source).exists() else str(source),
-        dtype=torch.float32,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    return model.eval()
+    checkpoint = open_checkpoint(str(source), load_format, seed, **consents)
+    read = None if load_format == "dummy" else _read_by_transformers(checkpoint)
+    return _fill_model(checkpoint) if read is None else read
 
 
 def oracle_logits(oracle: Any, ids: Sequence[int]) -> Logits:
@@ -216,7 +214,32 @@ def oracle_logits(oracle: Any, ids: Sequence[int]) -> Logits:
         return oracle(torch.tensor([list(ids)]), use_cache=False).logits[0].numpy()
 
 
-def _fill_model(checkpoint: Any) -> Any:
+def _read_by_transformers(checkpoint: Checkpoint) -> Any:
+    """Return the model with the weights that transformers finds, None where it cannot read the directory or misses some."""
+    import torch
+
+    from q35c.frontend.trace import causal_lm_class, hf_config
+
+    try:
+        model, found = causal_lm_class(checkpoint.config).from_pretrained(
+            checkpoint.where,
+            config=hf_config(checkpoint.config),  # what a config.json means is decided in one place
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (
+        Exception
+    ):  # of any type: another name of a file, of a tensor, or an index that it does not take
+        return None
+    lost = [*found["missing_keys"], *found["mismatched_keys"], *(found.get("error_msgs") or ())]
+    return None if lost else model.eval()
+
+
+def _fill_model(checkpoint: Checkpoint) -> Any:
     """Build transformers' model from the checkpoint's own tensors."""
     import torch
 
@@ -234,17 +257,17 @@ def _fill_model(checkpoint: Any) -> Any:
 def _choose_ids(
     model: Model, tokens: int | None, text: str | None, ids: Sequence[int] | None, seed: int
 ) -> list[int]:
+    from q35c.runtime.prompts import check_ids
+
+    seed = arguments.integer("seed", seed, 0, 2**64 - 1)
     if ids is not None:
-        return list(ids)
+        return check_ids(ids, model.vocab_size, model.context)
     if text is None and tokens is None and "tokenizer" in model.manifest.segments:
         return model.tokenizer.encode(PARAGRAPH)[: model.context]
     if text is not None:
-        return model.tokenizer.encode(text)
+        return model.tokenizer.encode(arguments.text("text", text))
     tokens = min(_RANDOM_TOKENS, model.context) if tokens is None else tokens
-    if not 1 <= tokens <= model.context:
-        raise OptionError(
-            "value is not allowed", where="--tokens", expected=f"1 to {model.context}", got=tokens
-        )
+    tokens = arguments.integer("tokens", tokens, 1, model.context)
     return np.random.default_rng(seed).integers(0, model.vocab_size, tokens).tolist()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 
 import q35c
-import q35c.compile
-from q35c.compile import compile_model
+from q35c.compile import compile_model, import_model
+from q35c.config import ModelConfig
+from q35c.ir.graph import Graph
+from q35c.ir.text import parse_graph, print_graph
 from tests.conftest import COMPILED
 from tests.models import eager_model, eager_model_logits, write_checkpoint
 
 CONTEXT, BATCH = 4096, 3
-# A trace depends on the shape alone, and takes a seventh of what compiling such a checkpoint does.
-trace_model = q35c.compile.trace_model = functools.cache(q35c.compile.trace_model)
 
 
 def once(path: Path, make: Callable[[], object]) -> Path:
@@ -31,6 +32,15 @@ def once(path: Path, make: Callable[[], object]) -> Path:
         if not path.exists():
             make()
     return path
+
+
+@functools.cache
+def graph_of(config: ModelConfig) -> Graph:
+    """Return the imported trace of a configuration: one worker traces, all read the text."""
+    digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()
+    path = Path(os.environ[COMPILED]) / f"graph-{digest[:12]}.txt"
+    once(path, lambda: path.write_text(print_graph(import_model(config))))
+    return parse_graph(path.read_text())
 
 
 @functools.cache
@@ -55,7 +65,7 @@ def artifact(
     source = checkpoint(kind, precision, seed, **overrides)
     output = source.with_name(f"{source.name}.{kv_dtype}.q35c")
     options = {"precision": precision, "kv_dtype": kv_dtype, "context": CONTEXT, "batch": BATCH}
-    return once(output, lambda: compile_model(source, output, **options))
+    return once(output, lambda: compile_model(source, output, import_graph=graph_of, **options))
 
 
 @functools.cache

@@ -165,6 +165,12 @@ def write_checkpoint(
     return path
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file, which need not be there."""
+    document = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(document | changes))
+
+
 def write_tokenizer(path: Path) -> None:
     """Write a byte-level BPE tokenizer of 266 tokens with its companions."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

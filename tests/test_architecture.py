@@ -16,13 +16,17 @@ MAX_LINES = 400
 LEAN_MIB = 60
 
 BASE = {
+    "arguments",
+    "cpuinfo",
     "errors",
+    "outputs",
     "temporary",
     "user_cache",
     "fields",
     "strictjson",
     "config",
     "hf_config",
+    "hf_keys",
     "family",
     "version",
     "__version__",
@@ -37,7 +41,10 @@ ROOMS: dict[str, set[str]] = {
     "layouts": {"formats"},
     "ir": {"formats", "numpy"},
     "passes": {"ir", "formats"},
-    "frontend": {"ir", "numpy", "torch", "transformers", "safetensors", "huggingface_hub"},
+    # What a checkpoint brings is checked by what will read it.
+    "frontend": {
+        "ir", "numpy", "torch", "transformers", "safetensors", "huggingface_hub", "runtime.tokenizer", "runtime.chat",
+    },
     "codegen": {"ir", "formats", "layouts", "artifact", "codegen.calls", "numpy"},
     "codegen.calls": {"layouts"},
     "codegen.targets": {"codegen", "codegen.cpu.backend"},
@@ -58,7 +65,7 @@ ROOMS: dict[str, set[str]] = {
     f"{CPU}.delta": {f"{CPU}.rows", *KERNELS},
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
     "artifact": {"layouts", "numpy", "safetensors"},
-    "runtime": {"artifact", "layouts", "numpy", "tokenizers", "jinja2"},
+    "runtime": {"artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe"},
 }  # fmt: skip
 # The roof: it calls every room, but imports only these before a command needs more.
 ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "roofline", "verify"}

@@ -9,6 +9,8 @@ from q35c.layouts.blobs import ALIGNMENT, DTYPES, align, tensor_bytes
 MAX_HEADER_BYTES = 16 << 20
 
 _FIRST_SEGMENTS = ("code", "tokenizer")
+_MOST_BYTES = {"tokenizer": 64 << 20, "tokenizer_config": 4 << 20, "chat_template": 1 << 20}
+_MOST_CODE_BYTES = 128 << 20  # ten times that of the largest model
 
 
 class HasBytes(Protocol):
@@ -48,6 +50,11 @@ def segment_order(names: Iterable[str]) -> list[str]:
     """Return segment names in file order: code, tokenizer, the others by name, weights last."""
     rest = sorted(set(names) - {*_FIRST_SEGMENTS, "weights"})
     return [name for name in _FIRST_SEGMENTS if name in names] + rest
+
+
+def most_segment_bytes(name: str) -> int:
+    """Return how large a segment other than the weights can be: what the compiler takes in at the most."""
+    return _MOST_BYTES.get(name, _MOST_CODE_BYTES)
 
 
 def segment_offsets(segments: Mapping[str, HasBytes]) -> tuple[dict[str, int], int]:

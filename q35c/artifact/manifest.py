@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, cast
 from q35c import strictjson
 from q35c.artifact import layout
 from q35c.artifact.schema import Items, Pattern, Range, Reader, decode, encode, refuse
-from q35c.config import FULL, LINEAR, ModelConfig
+from q35c.config import FULL, LINEAR, MAX_CONTEXT, MAX_STOP_IDS, ModelConfig
 from q35c.errors import ArtifactVersionError
 from q35c.layouts import blobs
 from q35c.layouts.cache import CELLS, CacheLayout, cache_layout, stored_shape
@@ -121,7 +121,7 @@ class Weight:
     dtype: DType
     shape: Shape
     layout: Text
-    sources: Annotated[tuple[Name, ...], Items(0, 64)]
+    sources: Annotated[tuple[Name, ...], Items(0, MAX_STOP_IDS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Kernel:
 
     name: Symbol
     family: Symbol
-    parameters: Annotated[Mapping[str, Parameter], Items(0, 64)]
+    parameters: Annotated[Mapping[str, Parameter], Items(0, MAX_STOP_IDS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class Generation:
     min_p: Annotated[float, Range(0, 1)]
     repetition_penalty: Annotated[float, Range(1e-3, 1000)]
     presence_penalty: Annotated[float, Range(-1000, 1000)]
-    stop_ids: Annotated[tuple[TokenId, ...], Items(0, 64)]
+    stop_ids: Annotated[tuple[TokenId, ...], Items(0, MAX_STOP_IDS)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class Manifest:
     model: Annotated[ModelConfig, Reader(ModelConfig.from_dict)]
     target: Target
     precision: Annotated[str, Pattern(r"[a-z0-9_\-]{1,32}")]
-    context: Annotated[int, Range(1, 2**22)]
+    context: Annotated[int, Range(1, MAX_CONTEXT)]
     batch: Annotated[int, Range(1, 1024)]
     entries: Annotated[tuple[Entry, ...], Items(3, 16)]
     io: Io
@@ -311,7 +311,8 @@ def _check_entries(manifest: Manifest) -> None:
     for index, entry in enumerate(manifest.entries):
         kind = ("sequence", "all") if entry.name == "score" else required.get(entry.name)
         if kind is not None and (entry.rows, entry.logits) != kind:
-            raise refuse(f"$.entries[{index}]", "wrong rows or logits", expected=kind, got=entry)
+            got = (entry.rows, entry.logits)
+            raise refuse(f"$.entries[{index}]", "wrong rows or logits", expected=kind, got=got)
         if entry.rows == "batch" and entry.max_tokens != manifest.batch:
             raise refuse(
                 f"$.entries[{index}].max_tokens",

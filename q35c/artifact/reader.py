@@ -77,34 +77,46 @@ class Artifact:
             raise ArtifactError(
                 f"no segment {name!r}", where=str(self.path), expected=known, got=name
             )
-        segment = self.manifest.segments[name]
-        data = b"".join(self._chunks(name, blobs.align(segment.bytes)))
-        if any(data[segment.bytes :]):
-            raise self._damaged(name, "padding is not zero")
-        data = data[: segment.bytes]
-        if hashlib.sha256(data).hexdigest() != segment.sha256:
-            raise self._damaged(name, "hash does not match")
-        return data
+        return b"".join(self._checked_chunks(name))
 
     def code(self) -> bytes:
         """Return the shared object, its hash and its plan matched. Raises ArtifactError."""
-        data, trailer = self.segment("code"), self.manifest.code_trailer
-        if not data.endswith(trailer):
-            raise self._damaged("code", "it was made for another manifest")
-        return data[: -len(trailer)]
+        data = self.segment("code")
+        self._check_plan(data)
+        return data[: -len(self.manifest.code_trailer)]
 
     def verify_segments(self) -> None:
         """Check every segment but the weights: hashes, and the code's plan. Raises ArtifactError."""
-        self.code()
+        most = len(self.manifest.code_trailer)
         for name in layout.segment_order(self.manifest.segments):
-            if name != "code":
-                self.segment(name)
+            end = b""
+            for chunk in self._checked_chunks(name):
+                end = (end + chunk)[-most:]
+            if name == "code":
+                self._check_plan(end)
+
+    def _check_plan(self, data: bytes) -> None:
+        if not data.endswith(self.manifest.code_trailer):
+            raise self._damaged("code", "it was made for another manifest")
+
+    def _checked_chunks(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a segment; they are right only if no ArtifactError follows the last."""
+        segment = self.manifest.segments[name]
+        digest = hashlib.sha256()
+        for chunk in self._chunks(name, 0, segment.bytes):
+            digest.update(chunk)
+            yield chunk
+        padding = blobs.align(segment.bytes) - segment.bytes
+        if any(b"".join(self._chunks(name, segment.bytes, padding))):
+            raise self._damaged(name, "padding is not zero")
+        if digest.hexdigest() != segment.sha256:
+            raise self._damaged(name, "hash does not match")
 
     def verify_weights(self, progress: Progress | None = None) -> None:
         """Read all weights and check their hash. Raises ArtifactError."""
         total, done = self.manifest.weights_bytes, 0
         digest = hashlib.sha256()
-        for chunk in self._chunks("weights", total):
+        for chunk in self._chunks("weights", 0, total):
             digest.update(chunk)
             done += len(chunk)
             if progress is not None:
@@ -142,20 +154,31 @@ class Artifact:
         total = self.manifest.weights_bytes
         while done < total:
             part = block[done : min(done + _CHUNK_BYTES, total)]
-            count = os.preadv(self._file, [part], self._offsets["weights"] + done)
+            try:
+                count = os.preadv(self._file, [part], self._offsets["weights"] + done)
+            except OSError as error:
+                raise self._unreadable("weights", error) from None
             if count == 0:
                 raise self._damaged("weights", "file became shorter while it was read")
             done += count
 
-    def _chunks(self, name: str, size: int) -> Iterator[bytes]:
-        start = self._offsets[name]
-        done = 0
-        while done < size:
-            chunk = os.pread(self._file, min(_CHUNK_BYTES, size - done), start + done)
+    def _chunks(self, name: str, start: int, size: int) -> Iterator[bytes]:
+        """Yield `size` bytes of a segment, from its byte `start`."""
+        at = self._offsets[name] + start
+        end = at + size
+        while at < end:
+            try:
+                chunk = os.pread(self._file, min(_CHUNK_BYTES, end - at), at)
+            except OSError as error:
+                raise self._unreadable(name, error) from None
             if not chunk:
                 raise self._damaged(name, "file became shorter while it was read")
-            done += len(chunk)
+            at += len(chunk)
             yield chunk
+
+    def _unreadable(self, name: str, error: OSError) -> ArtifactError:
+        what = f"cannot read segment {name!r}: {error.strerror}"
+        return ArtifactError(what, where=str(self.path), hint="copy the artifact elsewhere")
 
     def _damaged(self, name: str, what: str) -> ArtifactError:
         return ArtifactError(
@@ -177,7 +200,12 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
         file = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "path is not valid"
-        raise ArtifactError(f"cannot open: {reason}", where=str(place)) from None
+        hint = (
+            "give the file that compiling has written"
+            if isinstance(error, FileNotFoundError)
+            else None
+        )
+        raise ArtifactError(f"cannot open: {reason}", where=str(place), hint=hint) from None
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, file)
         try:
@@ -193,7 +221,13 @@ def read_artifact(path: str | os.PathLike[str]) -> Artifact:
 def _read(path: Path, file: int) -> Artifact:
     status = os.fstat(file)
     if not stat.S_ISREG(status.st_mode):
-        raise ArtifactError(_NOT_OURS, where=str(path), expected="a regular file")
+        is_directory = stat.S_ISDIR(status.st_mode)
+        raise ArtifactError(
+            _NOT_OURS,
+            where=str(path),
+            expected="a regular file",
+            hint="compile the model in this directory first" if is_directory else None,
+        )
     header = _read_header(path, file, status.st_size)
     found = _METADATA.match(header, 8)
     if found is None:
@@ -253,7 +287,16 @@ def _read_header(path: Path, file: int, size: int) -> bytes:
 def _check_file(
     path: Path, header: bytes, digest: str, text: bytes, manifest: Manifest, size: int
 ) -> None:
-    """Compare the header and the file's length with what the manifest implies."""
+    """Compare the header and the file's length with what the manifest implies, sizes with what can be."""
+    for name, segment in manifest.segments.items():
+        most = layout.most_segment_bytes(name)
+        if name != "weights" and segment.bytes > most:
+            raise ArtifactError(
+                f"segment {name!r} is too large",
+                where=str(path),
+                expected=f"at most {most} bytes",
+                got=segment.bytes,
+            )
     implied = layout.build_header(text, digest, manifest.segments, manifest.weights)
     if header != implied:
         pairs = zip(header, implied, strict=False)

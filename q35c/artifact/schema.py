@@ -27,6 +27,7 @@ from typing import (
 from q35c.errors import ArtifactError, InputError
 
 T = TypeVar("T")
+_MOST_SHOWN = 400  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,14 @@ def fields_of(kind: type) -> dict[str, Any]:
 
 def refuse(path: str, what: str, *, expected: object = None, got: object = None) -> ArtifactError:
     """Return the error for a manifest value; `path` is its place in the manifest."""
-    return ArtifactError(what, where=f"manifest at {path}", expected=expected, got=got)
+    where = f"manifest at {path}"
+    return ArtifactError(what, where=where, expected=_limited(expected), got=_limited(got))
+
+
+def _limited(value: object) -> object:
+    """Return what a message shows of a value that may be large."""
+    text = str(value)
+    return value if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
 
 
 def _decode(kind: Any, value: object, path: str) -> object:

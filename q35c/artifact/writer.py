@@ -3,16 +3,13 @@
 The header is written first, with zeros where the hash of the weights will be; hashes have a fixed width,
 so it is patched in place at the end. The data goes to a temporary file in the target's directory, which is
 synced, read back, verified and only then renamed: at any moment the name holds the old file, the new
-file or none. A temporary is locked while its writer lives; unlocked ones are stale and are removed.
+file or none.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import secrets
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,12 +21,13 @@ from q35c.artifact import layout
 from q35c.artifact.manifest import FORMAT, Manifest, Segment, Weight
 from q35c.artifact.reader import Progress, read_artifact
 from q35c.artifact.schema import encode
-from q35c.errors import ArtifactError, DiskRefused, InternalError, OptionError
+from q35c.errors import ArtifactError, DiskRefused, InternalError
 from q35c.layouts import blobs
+from q35c.outputs import PREFIX, SUFFIX, check_output, check_space, publish
+from q35c.temporary import sweep_stale, temporary_file
 from q35c.version import __version__
 
 ZERO_HASH = "0" * 64
-_PREFIX, _SUFFIX = ".q35c-", ".partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +143,9 @@ class ArtifactWriter:
         _, end = layout.segment_offsets(self.manifest.segments)
         self.file_bytes = len(self._header) + end
         check_output(self.path)
-        sweep_stale(self.path.parent)
-        _check_disk(self.path.parent, self.file_bytes)
-        self._file, self._temporary = _create_temporary(self.path.parent)
+        sweep_stale(self.path.parent, PREFIX, SUFFIX)
+        check_space(self.path.parent, self.file_bytes)
+        self._file, self._temporary = temporary_file(self.path.parent, PREFIX, SUFFIX)
         try:
             self._put(self._header)
             for name in layout.segment_order(segments):
@@ -215,10 +213,9 @@ class ArtifactWriter:
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_DONTNEED)
             self._verify()
             # Renamed while still locked, so that no sweeper can take it for stale in between.
-            os.replace(self._temporary, self.path)
+            publish(self._temporary, self.path)
             os.close(self._file)
             self._file = -1
-            _sync_directory(self.path.parent)
         except OSError as error:
             raise DiskRefused(f"cannot publish: {error.strerror}", where=str(self.path)) from None
         return self.manifest
@@ -263,74 +260,3 @@ class ArtifactWriter:
                     where=str(self.path.parent),
                     hint="free some disk space or write elsewhere",
                 ) from None
-
-
-def sweep_stale(directory: Path) -> list[Path]:
-    """Remove temporaries in a directory whose writers are dead; return what was removed."""
-    removed: list[Path] = []
-    for place in sorted(directory.glob(f"{_PREFIX}*{_SUFFIX}")):
-        with contextlib.suppress(OSError):
-            file = os.open(place, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if stat.S_ISREG(os.fstat(file).st_mode) and _is_at(file, place):
-                    os.unlink(place)
-                    removed.append(place)
-            finally:
-                os.close(file)
-    return removed
-
-
-def _create_temporary(directory: Path) -> tuple[int, Path]:
-    """Create and lock a temporary file. A sweeper may win the race for the lock: then try again."""
-    while True:
-        place = directory / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
-        try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            file = os.open(place, flags, 0o666)
-        except OSError as error:
-            raise OptionError(
-                f"cannot write here: {error.strerror}", where=str(directory)
-            ) from None
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_at(file, place):
-            return file, place
-        os.close(file)
-
-
-def _is_at(file: int, place: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), os.lstat(place))
-    except FileNotFoundError:
-        return False
-
-
-def check_output(path: Path) -> None:
-    """Refuse a path that no artifact can be published at. Raises OptionError."""
-    if not path.parent.is_dir():
-        raise OptionError("no such directory", where=str(path.parent), hint="create it first")
-    if path.is_dir():
-        raise OptionError("a directory has this name", where=str(path), hint="name a file")
-    if not os.access(path.parent, os.W_OK):
-        raise OptionError("cannot write here", where=str(path.parent), hint="write elsewhere")
-
-
-def _check_disk(directory: Path, need: int) -> None:
-    status = os.statvfs(directory)
-    have = status.f_bavail * status.f_frsize
-    if need > have:
-        raise DiskRefused(
-            "not enough free disk space for the artifact",
-            where=str(directory),
-            expected=f"{need} bytes free",
-            got=f"{have} bytes free",
-            hint="free some disk space or write elsewhere",
-        )
-
-
-def _sync_directory(directory: Path) -> None:
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from q35c.cli.roofline import bench_roofline
+from q35c.cli.streams import say
 from q35c.cli.text import size_text, table_text
 from q35c.errors import OptionError
+from q35c.outputs import check_output
 from q35c.progress import Progress
 
 if TYPE_CHECKING:
@@ -24,10 +26,20 @@ if TYPE_CHECKING:
 @click.command("bench")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option(
-    "-p", "prompts", type=int, multiple=True, default=(512,), help="Tokens of a prefill test [512]."
+    "-p",
+    "prompt_tokens",
+    type=int,
+    multiple=True,
+    default=(512,),
+    help="Tokens of a prefill test [512].",
 )
 @click.option(
-    "-n", "news", type=int, multiple=True, default=(128,), help="Tokens of a decode test [128]."
+    "-n",
+    "new_tokens",
+    type=int,
+    multiple=True,
+    default=(128,),
+    help="Tokens of a decode test [128].",
 )
 @click.option(
     "-d", "depths", type=int, multiple=True, default=(0,), help="Tokens already there [0]."
@@ -42,8 +54,8 @@ if TYPE_CHECKING:
 @click.option("--remeasure", is_flag=True, help="Measure this machine's limits again.")
 def bench_command(
     artifact: Path,
-    prompts: tuple[int, ...],
-    news: tuple[int, ...],
+    prompt_tokens: tuple[int, ...],
+    new_tokens: tuple[int, ...],
     depths: tuple[int, ...],
     repetitions: int,
     threads: int | None,
@@ -71,9 +83,11 @@ def bench_command(
 
     if not is_roofline and (html is not None or remeasure):
         raise OptionError("belongs to --roofline", where="--html" if html else "--remeasure")
+    if html is not None:
+        check_output(html, [artifact])
     sizes: dict[str, Any] = {
-        "prompt_tokens": prompts,
-        "new_tokens": news,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
         "depths": depths,
         "repetitions": repetitions,
     }
@@ -89,15 +103,15 @@ def bench_command(
         facts = facts_of(artifact, model, load_seconds)
     if is_json:
         tests = [asdict(item) | {"tokens_per_second": item.median} for item in found]
-        click.echo(json.dumps(facts | {"tests": tests}, indent=2))
+        say(json.dumps(facts | {"tests": tests}, indent=2))
         return
     print_rates(found, facts)
 
 
 def print_rates(found: Sequence[Measurement], facts: dict[str, Any]) -> None:
     rows = [[item.test, f"{item.median:.1f} ± {item.spread:.1f}"] for item in found]
-    click.echo(table_text(["test", "tok/s"], rows))
-    click.echo(
+    say(table_text(["test", "tok/s"], rows))
+    say(
         f"\n{facts['target']}, {facts['precision']}, {size_text(facts['weights_bytes'])} "
         f"of weights, {facts['threads']} threads; loaded in {facts['load_seconds']:.2f} s, "
         f"peak {size_text(facts['peak_rss_bytes'])}"

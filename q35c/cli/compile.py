@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from q35c.cli.signals import ending_cleanly
+from q35c.cli.streams import note, say
 from q35c.cli.text import size_text
-from q35c.errors import OptionError
+from q35c.errors import ArtifactError, OptionError
 from q35c.progress import Progress
 
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that consent to what a checkpoint asks for."""
+    links = click.option(
+        "--follow-links", is_flag=True, help="Follow links that lead out of the model directory."
+    )
+    keys = click.option(
+        "--ignore-config",
+        metavar="KEY",
+        multiple=True,
+        help="Read config.json as if this key were not there; may be repeated.",
+    )
+    return links(keys(command))
 
 
 @click.command("compile")
@@ -57,6 +77,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
     help="dummy: random weights, for trying shapes and speed.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the dummy weights.")
+@source_options
 def compile_command(source: str, output: Path | None, **options: Any) -> None:
     """Compile a checkpoint into one file that needs neither PyTorch nor TVM to run.
 
@@ -69,13 +90,17 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
       q35c compile ./Qwen3.5-0.8B --target cpu:x86-64-v4 --context 32768 --kv-dtype int8
       q35c compile qwen3.5-0.8b --load-format dummy -o speed.q35c
     """
+    check_source(source)
     from q35c.compile import compile_model
 
     output = default_output(source, ".q35c") if output is None else output
-    with Progress() as progress:
+    with ending_cleanly(), Progress() as progress:
         report = compile_model(source, output, progress=progress, **options)
+    for text in report.notes:
+        note(f"note: {text}")
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
-    click.echo(f"{report.path}: {size_text(report.bytes)} in {report.seconds:.1f} s ({stages})")
+    say(f"{report.path}: {size_text(report.bytes)} in {report.seconds:.1f} s ({stages})")
+    say(f'next: q35c generate {shlex.quote(str(report.path))} "The house was"')
 
 
 @click.command("export")
@@ -84,24 +109,44 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The file to write [<name>.onnx]."
 )
-def export_command(source: str, kind: str, output: Path | None) -> None:
+@source_options
+def export_command(source: str, kind: str, output: Path | None, **options: Any) -> None:
     """Write a checkpoint as another format: the whole model as a plain ONNX graph.
 
     \b
     Example:
       q35c export ./Qwen3.5-0.8B --format onnx -o model.onnx
     """
+    check_source(source)
     from q35c.export.onnx import export_checkpoint
 
     output = default_output(source, f".{kind}") if output is None else output
-    with Progress() as progress:
-        export_checkpoint(source, output, progress=progress)
-    click.echo(f"{output}: {size_text(output.stat().st_size)}")
+    with ending_cleanly(), Progress() as progress:
+        export_checkpoint(source, output, progress=progress, **options)
+    say(f"{output}: {size_text(output.stat().st_size)}")
+
+
+def check_source(source: str) -> None:
+    """Refuse an artifact where a checkpoint is meant. Raises OptionError."""
+    os.getcwd()  # fails where it is gone: PyTorch would end the process
+    if not Path(source).is_file():
+        return
+    from q35c.artifact import read_artifact
+
+    with contextlib.suppress(ArtifactError), read_artifact(source):
+        raise OptionError(
+            "is an artifact: it was compiled already",
+            where=source,
+            expected="a model directory, the id of a model on the hub, or a family name",
+            hint=f'q35c generate {shlex.quote(source)} "The house was"',
+        )
 
 
 def default_output(source: str, suffix: str) -> Path:
     """Return the file name, in the current directory, for a model given by path, id or name."""
     name = Path(source).resolve().name if Path(source).exists() else source.rpartition("/")[2]
     if not name:
-        raise OptionError("cannot derive a file name", where=source, hint="give one with -o")
+        raise OptionError(
+            "cannot derive a file name", where="source", got=source, hint="give one with -o"
+        )
     return Path(name + suffix)

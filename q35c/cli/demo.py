@@ -7,6 +7,8 @@ import time
 import click
 
 from q35c.cli.generate import describe_result, stream_text
+from q35c.cli.signals import ending_cleanly
+from q35c.cli.streams import note, say
 from q35c.cli.text import size_text
 from q35c.progress import Progress
 
@@ -30,16 +32,16 @@ def demo_command(prompt: str | None, max_new_tokens: int, seed: int, threads: in
     from q35c.demo import PROMPT, demo_artifact
 
     begin = time.perf_counter()
-    with Progress() as progress:
+    with ending_cleanly(), Progress() as progress:
         path, is_new = demo_artifact(progress)
     seconds = time.perf_counter() - begin
     done = f"compiled in {seconds:.1f} s" if is_new else "compiled before"
-    click.echo(f"[{done}: {path}, {size_text(path.stat().st_size)}]", err=True)
+    note(f"[{done}: {path}, {size_text(path.stat().st_size)}]")
 
     prompt = PROMPT if prompt is None else prompt
     begin = time.perf_counter()
     with q35c.load(path, threads) as model:
         load_seconds = time.perf_counter() - begin
-        click.echo(prompt, nl=False)
+        say(prompt, end="")
         result = stream_text(model, prompt, max_new_tokens=max_new_tokens, seed=seed)
-        click.echo(describe_result(result, load_seconds, model.threads), err=True)
+        note(describe_result(result, load_seconds, model.threads))

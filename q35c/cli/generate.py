@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -11,15 +12,39 @@ from typing import Any
 
 import click
 
-from q35c.errors import PromptError
+from q35c.cli.streams import note, say
+from q35c.errors import InputError, PromptError
 
 MAX_PROMPT_BYTES = 64 << 20
+_DASH_HINT = "A prompt that begins with a dash goes behind -- at the end: -- '-5 degrees'"
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
-@click.command("generate")
+class PromptCommand(click.Command):
+    """A command that says what to do about a prompt which begins with a dash."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = args[: args.index("--")] if "--" in args else list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            is_unknown = isinstance(error, click.NoSuchOption) and not error.possibilities
+            if is_unknown or any(word.startswith("-") and " " in word for word in given):
+                raise click.UsageError(f"{error.format_message()}\n{_DASH_HINT}", ctx) from None
+            raise
+
+
+@click.command("generate", cls=PromptCommand)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.argument("prompt", default="-")
-@click.option("-n", "--max-new-tokens", type=int, default=128, show_default=True)
+@click.option(
+    "-n",
+    "--max-new-tokens",
+    type=int,
+    default=128,
+    show_default=True,
+    help="Tokens at most; -1: until the context is full.",
+)
 @click.option("--temperature", type=float, help="0 takes the likeliest token every time.")
 @click.option("--top-k", type=int, help="Sample among the k likeliest tokens; 0: off.")
 @click.option("--top-p", type=float, help="Sample among the likeliest that reach this share.")
@@ -27,7 +52,11 @@ MAX_PROMPT_BYTES = 64 << 20
 @click.option("--repetition-penalty", type=float, help="Above 1: avoid tokens already there.")
 @click.option("--presence-penalty", type=float, help="Above 0: avoid tokens already generated.")
 @click.option("--seed", type=int, help="Equal seeds give equal texts [random].")
-@click.option("--stop", multiple=True, help="End before this text; may be given several times.")
+@click.option(
+    "--stop",
+    multiple=True,
+    help=r"End before this text; \n, \t, \r and \\ stand for newline, tab, return and backslash. May be given several times.",
+)
 @click.option(
     "--chat/--raw",
     default=False,
@@ -44,7 +73,8 @@ def generate_command(
     stop: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Continue PROMPT; without one, or with -, it is read from standard input.
+    """Continue PROMPT; without one, or with -, it is read from standard input. One that begins with a dash goes
+    behind --.
 
     The text goes to standard output as it is made, figures go to standard error. What is not given
     is as the checkpoint's generation_config.json says.
@@ -52,27 +82,29 @@ def generate_command(
     \b
     Examples:
       q35c generate model.q35c "The house was" -n 64
+      q35c generate model.q35c -n 200 --stop '\\n\\n' -- "- a list:"
       q35c generate model.q35c --chat "Why is the sky blue?" --temperature 0
       cat letter.txt | q35c generate model.q35c - --seed 7
     """
     import q35c
 
-    text = read_prompt() if prompt == "-" else prompt
+    text: Any = read_prompt() if prompt == "-" else prompt
     begin = time.perf_counter()
     with q35c.load(artifact, threads, context=context) as model:
         load_seconds = time.perf_counter() - begin
         if chat:
-            text = model.apply_chat_template([{"role": "user", "content": text}])
-        result = stream_text(model, text, stop=stop, **options)
-        click.echo(describe_result(result, load_seconds, model.threads), err=True)
+            text = model.encode_chat([{"role": "user", "content": text}])
+        stops = [unescaped(text) for text in stop]
+        result = stream_text(model, text, stop=stops, **options)
+        note(describe_result(result, load_seconds, model.threads))
 
 
-def stream_text(model: Any, prompt: str, **options: Any) -> Any:
+def stream_text(model: Any, prompt: str | list[int], **options: Any) -> Any:
     """Generate to standard output piece by piece; return the `Generation`."""
     stream = model.generate(prompt, stream=True, **options)
     with ending_line():
         for piece in stream:
-            click.echo(piece, nl=False)
+            say(piece, end="")
     return stream.result
 
 
@@ -82,8 +114,8 @@ def ending_line() -> Iterator[None]:
     try:
         yield
     finally:
-        if not isinstance(sys.exception(), BrokenPipeError):
-            click.echo()
+        if not isinstance(sys.exception(), (BrokenPipeError, InputError)):
+            say()
 
 
 def describe_result(result: Any, load_seconds: float, threads: int) -> str:
@@ -98,9 +130,21 @@ def describe_result(result: Any, load_seconds: float, threads: int) -> str:
     )
 
 
+def unescaped(text: str) -> str:
+    """Return what someone means who types `\\n` in a shell; other backslashes stay."""
+    return re.sub(r"\\([ntr\\])", lambda found: _ESCAPES[found[1]], text)
+
+
 def read_prompt() -> str:
     """Return standard input as text, without its last newline. Raises PromptError."""
-    data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise PromptError("standard input is closed", hint="give the prompt as an argument")
+    if sys.stdin.isatty():
+        note("reading the prompt from the terminal: end it with Ctrl-D on a line of its own")
+    try:
+        data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise PromptError(f"cannot read standard input: {error.strerror}") from None
     if len(data) > MAX_PROMPT_BYTES:
         raise PromptError("the prompt is too large", expected=f"at most {MAX_PROMPT_BYTES} bytes")
     try:

@@ -5,16 +5,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
 
-from q35c.errors import InputError, Q35CError, ToolchainError
+from q35c.cli.streams import flush_output, note, output_error, prepare_streams
+from q35c.errors import InputError, Q35CError, Q35CWarning, ToolchainError, printable
 
 EXIT_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 DEBUG_VARIABLE = "Q35C_DEBUG"
@@ -27,7 +28,14 @@ class ReportingGroup(click.Group):
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         if not standalone_mode:
             return super().main(*args, standalone_mode=False, **extra)
-        sys.exit(_run(lambda: super(ReportingGroup, self).main(*args, **extra)))
+        prepare_streams()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", Q35CWarning)
+            warnings.showwarning = _show_warning
+            code = _run(lambda: super(ReportingGroup, self).main(*args, **extra))
+            if (error := flush_output()) and code == 0:
+                code = report(output_error(error))
+        sys.exit(code)
 
     def invoke(self, ctx: click.Context) -> Any:
         # Click's own handlers would turn these into its exit codes, so they are met inside of it.
@@ -36,7 +44,20 @@ class ReportingGroup(click.Group):
         except (KeyboardInterrupt, click.Abort):
             _interrupted()
         except BrokenPipeError:
-            _broken_pipe()
+            flush_output()
+            sys.exit(EXIT_BROKEN_PIPE)
+        except Q35CError as error:
+            error.where = self._as_typed(ctx, error.where)
+            raise
+
+    def _as_typed(self, ctx: click.Context, where: str | None) -> str | None:
+        """Return the option that gives an argument of the library, whose errors speak Python."""
+        command = self.commands.get(ctx.invoked_subcommand or "")
+        for parameter in command.params if command else []:
+            if parameter.name == where:
+                is_option = isinstance(parameter, click.Option)
+                return max(parameter.opts, key=len) if is_option else parameter.human_readable_name
+        return where
 
 
 def _run(call: Callable[[], Any]) -> int:
@@ -54,14 +75,16 @@ def _run(call: Callable[[], Any]) -> int:
 def report(error: Exception) -> int:
     """Print what went wrong on stderr, with the traceback where debugging; return the exit code."""
     if os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
-        traceback.print_exception(error)
+        note("".join(traceback.format_exception(error)).rstrip())
     error = _explain(error)
+    if isinstance(error, BrokenPipeError):
+        return EXIT_BROKEN_PIPE
     if isinstance(error, InputError):
-        click.echo(f"error: {error}", err=True)
+        note(f"error: {error}")
         return EXIT_INPUT
-    text = str(error) if isinstance(error, Q35CError) else f"{type(error).__name__}: {error}"
-    click.echo(f"error: {text}", err=True)
-    click.echo("this is a bug in q35c; `q35c --debug ...` shows where it happened", err=True)
+    is_ours = isinstance(error, Q35CError)
+    note(f"error: {error if is_ours else printable(f'{type(error).__name__}: {error}')}")
+    note("this is a bug in q35c; `q35c --debug ...` shows where it happened")
     return EXIT_BUG
 
 
@@ -75,20 +98,38 @@ def _explain(error: Exception) -> Exception:
                     f"this command needs the package {package!r}, which is not installed",
                     hint=f"pip install 'q35c[{extra}]'",
                 )
-    if isinstance(error, OSError) and error.filename is not None:
-        return InputError(error.strerror or str(error), where=os.fsdecode(error.filename))
+    if isinstance(error, OSError):
+        return _explain_system(error)
     if isinstance(error, MemoryError):
         return InputError("this machine ran out of memory", hint="ask for less --context")
     return error
 
 
+def _explain_system(error: OSError) -> Exception:
+    """Say what of the user's surroundings failed: a named file, or the directory we are in."""
+    if isinstance(error, BrokenPipeError):
+        return error
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is not None:
+        name = error.filename
+        is_name = isinstance(name, (str, bytes))
+        return InputError(reason, where=os.fsdecode(name) if is_name else str(name))
+    try:
+        os.getcwd()
+    except OSError:
+        return InputError("the current directory is gone", hint="change to one that exists")
+    return InputError(f"the system refuses: {reason}")
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, *args: Any, **options: Any
+) -> None:
+    if issubclass(category, Q35CWarning):
+        note(f"warning: {printable(str(message))}")
+    else:
+        note(warnings.formatwarning(message, category, filename, args[0] if args else 0).rstrip())
+
+
 def _interrupted() -> NoReturn:
-    click.echo("interrupted", err=True)
+    note("interrupted")
     sys.exit(EXIT_INTERRUPTED)
-
-
-def _broken_pipe() -> NoReturn:
-    # Python flushes stdout once more at exit; let that go nowhere.
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(EXIT_BROKEN_PIPE)

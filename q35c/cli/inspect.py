@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from q35c.cli.roofline import describe_roofline
+from q35c.cli.streams import say
 from q35c.cli.text import size_text, table_text
 from q35c.progress import Progress
 
@@ -23,7 +24,9 @@ ARTIFACT = click.Path(path_type=Path)
 @click.option("--kernels", is_flag=True, help="List every kernel with its parameters.")
 @click.option("--weights", is_flag=True, help="List every packed weight and what it was made of.")
 @click.option("--roofline", is_flag=True, help="List what every kernel must do at the least.")
-@click.option("-p", "prompts", type=int, multiple=True, default=(512,), help="Prompt tokens [512].")
+@click.option(
+    "-p", "prompt_tokens", type=int, multiple=True, default=(512,), help="Prompt tokens [512]."
+)
 @click.option(
     "-d", "depths", type=int, multiple=True, default=(0,), help="Tokens already there [0]."
 )
@@ -33,7 +36,7 @@ def inspect_command(
     kernels: bool,
     weights: bool,
     roofline: bool,
-    prompts: tuple[int, ...],
+    prompt_tokens: tuple[int, ...],
     depths: tuple[int, ...],
 ) -> None:
     """Show what an artifact holds: model, target, entries, kernels, memory, hashes.
@@ -56,16 +59,16 @@ def inspect_command(
         manifest = opened.manifest
         if is_json:
             document = {"file_bytes": opened.file_bytes, "manifest_sha256": opened.digest}
-            click.echo(json.dumps(document | encode(manifest), indent=2, sort_keys=True))
+            say(json.dumps(document | encode(manifest), indent=2, sort_keys=True))
             return
-        click.echo(f"{artifact}: {size_text(opened.file_bytes)}, written by {manifest.producer}")
-    click.echo(describe_manifest(manifest))
+        say(f"{artifact}: {size_text(opened.file_bytes)}, written by {manifest.producer}")
+    say(describe_manifest(manifest))
     if kernels:
-        click.echo("\n" + describe_kernels(manifest))
+        say("\n" + describe_kernels(manifest))
     if weights:
-        click.echo("\n" + describe_weights(manifest))
+        say("\n" + describe_weights(manifest))
     if roofline:
-        click.echo("\n" + describe_roofline(manifest, prompts, depths))
+        say("\n" + describe_roofline(manifest, prompt_tokens, depths))
 
 
 @click.command("verify-file")
@@ -84,7 +87,7 @@ def verify_file_command(artifact: Path) -> None:
     with read_artifact(artifact) as opened, Progress() as progress:
         opened.verify_segments()
         opened.verify_weights(lambda done, total: progress("hash", done / total))
-        click.echo(f"{artifact}: intact, {size_text(opened.file_bytes)}, manifest {opened.digest}")
+        say(f"{artifact}: intact, {size_text(opened.file_bytes)}, manifest {opened.digest}")
 
 
 def describe_manifest(manifest: Any) -> str:

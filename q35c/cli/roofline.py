@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-
+from q35c.cli.streams import say
 from q35c.cli.text import table_text
-from q35c.errors import OptionError
+from q35c.outputs import write_output
 from q35c.progress import Progress
 
 
@@ -31,11 +30,11 @@ def bench_roofline(
         tests = run_roofline(model, **sizes, progress=progress)
     if html is not None:
         title = f"{Path(facts['artifact']).name}, {facts['precision']}, {facts['target']}"
-        write_page(html, html_report(title, tests, limits, model.threads))
+        write_output(html, html_report(title, tests, limits, model.threads).encode())
     if is_json:
-        click.echo(json.dumps(facts | report_json(tests, limits), indent=2))
+        say(json.dumps(facts | report_json(tests, limits), indent=2))
     else:
-        click.echo(report_text(tests, limits, model.threads, table_text))
+        say(report_text(tests, limits, model.threads, table_text))
 
 
 def describe_roofline(manifest: Any, prompts: Sequence[int], depths: Sequence[int]) -> str:
@@ -53,10 +52,3 @@ def describe_roofline(manifest: Any, prompts: Sequence[int], depths: Sequence[in
             "`q35c bench MODEL --roofline` measures and keeps them."
         )
     return text
-
-
-def write_page(path: Path, page: str) -> None:
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"cannot write: {error.strerror}", where=str(path)) from None

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from q35c.cli.compile import LOAD_FORMATS
+from q35c.cli.compile import LOAD_FORMATS, check_source, source_options
 from q35c.cli.group import EXIT_INPUT
+from q35c.cli.streams import note, say
 from q35c.errors import OptionError
 from q35c.progress import Progress
 
@@ -25,6 +26,7 @@ from q35c.progress import Progress
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of random ids and dummy weights."
 )
+@source_options
 @click.option("--threads", type=int, help="Worker threads [physical cores].")
 @click.option("--json", "is_json", is_flag=True, help="Print the figures as JSON.")
 @click.pass_context
@@ -48,15 +50,16 @@ def verify_command(
       q35c verify model.q35c ./Qwen3.5-0.8B
       q35c verify model.q35c ./Qwen3.5-0.8B --text "The house was" --json
     """
+    check_source(source)
     from q35c.verify import verify_artifact
 
     with Progress() as progress:
         report = verify_artifact(artifact, source, ids=parse_ids(ids), progress=progress, **options)
     if is_json:
-        click.echo(json.dumps(asdict(report), indent=2))
+        say(json.dumps(asdict(report), indent=2))
     else:
         found = report.against_oracle
-        click.echo(
+        say(
             f"{report.precision}, {report.tokens} tokens\n"
             f"  max difference / range   {found.difference:.2e}\n"
             f"  mean KL (largest), nats  {found.mean_kl:.2e} ({found.max_kl:.2e})\n"
@@ -65,7 +68,7 @@ def verify_command(
             f"  prefill + decode - score {report.path_difference:.2e} of the range"
         )
     for failure in report.failures:
-        click.echo(f"promise broken: {failure}", err=True)
+        note(f"promise broken: {failure}")
     if report.failures:
         context.exit(EXIT_INPUT)
 
@@ -78,5 +81,5 @@ def parse_ids(text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise OptionError(
-            "not token ids", where="--ids", expected="such as 1,2,3", got=text
+            "not token ids", where="ids", expected="such as 1,2,3", got=text
         ) from None

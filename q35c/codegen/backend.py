@@ -77,6 +77,10 @@ class Backend(Protocol):
         """Return how to divide a kernel's work, or None if it is never worth it."""
         ...
 
+    def check_tools(self) -> None:
+        """Raise ToolchainError, before minutes of work, where a program that building needs is missing."""
+        ...
+
     def lower(self, graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
         """Return the kernel calls of an entry of up to `max_tokens` rows."""
         ...

@@ -16,6 +16,7 @@ from q35c.codegen.schedule import Places, Schedule, WeightRef
 from q35c.ir.graph import Module, Value
 from q35c.ir.precision import Policy
 from q35c.layouts import blobs
+from q35c.layouts.blobs import GRID
 from q35c.layouts.cache import stored_shape
 from q35c.layouts.weights import BLOCK
 
@@ -54,8 +55,12 @@ def generate(
     policy: Policy,
     limits: Limits,
     progress: Callable[[str, float], None],
+    check_weights: Callable[[int], None],
 ) -> Generated:
-    """Lower every entry, plan its memory, build one shared object."""
+    """Lower every entry, plan its memory, build one shared object.
+
+    `check_weights` gets the bytes of the packed weights before any code is made, and may raise.
+    """
     progress("lower", 0.0)
     entries = describe_entries(module, backend, limits)
     state = blobs.state_layout(describe_state(module, policy, limits.context, backend))
@@ -69,6 +74,7 @@ def generate(
     for entry, schedule in zip(entries, schedules, strict=True):
         entry |= describe_steps(schedule, shared)
     stored = tuple(stored_weight(weight) for weight in shared.weights.values())
+    check_weights(sum(weight.bytes for weight in stored))
     places = Places(
         {weight.name: weight.offset for weight in place_weights(stored)},
         io_places(limits, tokens, entries),
@@ -107,12 +113,14 @@ def stored_weight(weight: PackedWeight) -> WeightEntry:
 
 
 def describe_entries(module: Module, backend: Backend, limits: Limits) -> list[dict[str, Any]]:
-    """Return name, symbol, rows, most tokens and logits of each entry."""
-    score_tokens = backend.logits_bytes // (4 * limits.vocabulary)
+    """Return name, symbol, rows, most tokens and logits of each entry. One sequence takes whole chunks of the grid, so that
+    a long one is cut where it changes no bit.
+    """
+    score_tokens = backend.logits_bytes // (4 * limits.vocabulary) // GRID * GRID
     kinds = {
         "prefill": ("sequence", backend.prefill_tokens, "last"),
         "decode": ("batch", limits.batch, "all"),
-        "score": ("sequence", min(max(1, score_tokens), backend.prefill_tokens), "all"),
+        "score": ("sequence", min(max(GRID, score_tokens), backend.prefill_tokens), "all"),
         "extend": ("sequence", backend.prefill_tokens, "none"),
     }
     names = ("rows", "max_tokens", "logits")

@@ -5,13 +5,15 @@ See `model/` for the checkpoint and its card, `scripts/train_demo.py` for how it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import q35c
+from q35c import arguments
 from q35c.artifact import read_artifact
-from q35c.errors import ArtifactError
+from q35c.errors import ArtifactError, OptionError
 from q35c.user_cache import cache_directory
 
 Progress = Callable[[str, float], None]
@@ -28,6 +30,7 @@ def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
     """
     from q35c.codegen.targets import find_target
 
+    arguments.callback("progress", progress)
     target = find_target("cpu").name
     path = cache_directory() / f"demo-{_digest(target)}.q35c"
     try:
@@ -39,11 +42,19 @@ def demo_artifact(progress: Progress | None = None) -> tuple[Path, bool]:
         pass
     from q35c.compile import compile_model
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(
+            f"cannot keep the compiled demo: {error.strerror}",
+            where=str(path.parent),
+            hint="let XDG_CACHE_HOME name a directory that can be written",
+        ) from None
     compile_model(CHECKPOINT, path, target=target, context=2048, progress=progress)
     for old in path.parent.glob("demo-*.q35c"):
         if old != path:
-            old.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                old.unlink()
     return path, True
 
 

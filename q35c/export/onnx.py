@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
+from q35c import arguments
 from q35c.errors import DiskRefused, InternalError, LoweringError, OptionError
 from q35c.export.lowerings import LOWERINGS
 from q35c.export.nodes import Nodes, element_type
-from q35c.export.staging import staging_folder
 from q35c.frontend.checkpoint import LoadFormat, open_checkpoint
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import size_bytes
+from q35c.outputs import PREFIX, check_output, check_space, publish
+from q35c.temporary import temporary_folder
 
 Progress = Callable[[str, float], None]  # stage, fraction done
 ReadWeight = Callable[[str], np.ndarray]
@@ -36,20 +38,25 @@ def export_checkpoint(
     *,
     load_format: LoadFormat = "auto",
     seed: int = 0,
+    follow_links: bool = False,
+    ignore_config: Collection[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Write a checkpoint as an ONNX model and return its path.
 
-    `source`, `load_format` and `seed` are those of `open_checkpoint`. Raises its errors, OptionError
+    `source` and `load_format` to `ignore_config` are those of `open_checkpoint`. Raises its errors, OptionError
     for an output that cannot be written, DiskRefused.
     """
     from q35c.frontend.importer import import_program
     from q35c.frontend.trace import trace_model
     from q35c.passes.pipeline import fuse
 
-    report = progress or (lambda stage, fraction: None)
-    check_output(Path(output))
-    checkpoint = open_checkpoint(source, load_format, seed)
+    report = arguments.callback("progress", progress) or (lambda stage, fraction: None)
+    output = arguments.path("output", output)
+    check_outputs(output, source)
+    checkpoint = open_checkpoint(
+        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
+    )
     report("trace", 0.0)
     program = trace_model(checkpoint.config)
     report("fuse", 0.2)
@@ -78,7 +85,7 @@ def export_onnx(
     refuses such models with OptionError. Raises LoweringError for an op without an ONNX form.
     """
     path = Path(path)
-    check_output(path)
+    check_outputs(path)
     total = sum(size_bytes(weight.type) for weight in graph.leaves("weight"))
     is_external = total > inline_bytes
     if is_external and not external_data:
@@ -88,11 +95,12 @@ def export_onnx(
             got=f"{total} bytes",
             hint="allow an external data file",
         )
+    check_space(path.parent, total)
     model = lower_graph(graph)
     try:
-        with staging_folder(path.parent) as folder:
+        with temporary_folder(path.parent, PREFIX, ".staging") as folder:
             place = folder / path.name
-            data = place.with_name(path.name + ".data")
+            data = folder / data_path(path).name
             tensors = read_tensors(graph, read_weight, total, progress)
             if is_external:
                 with data.open("wb") as file:
@@ -104,27 +112,31 @@ def export_onnx(
                 model.graph.initializer.extend(
                     numpy_helper.from_array(array, name) for name, array in tensors
                 )
-            publish(model, place, path, [data] if is_external else [])
+            publish_model(model, place, path, [data] if is_external else [])
     except OSError as error:
         raise DiskRefused(f"cannot write: {error.strerror}", where=str(path)) from error
     return path
 
 
-def check_output(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise OptionError("no such directory", where=str(path.parent), hint="create it first")
-    if path.is_dir():
-        raise OptionError("a directory has this name", where=str(path), hint="name a file")
+def check_outputs(path: Path, source: str | Path = "") -> None:
+    """Refuse a path where the model or its data file cannot be published. Raises OptionError."""
+    inputs = [Path(source)] if source else []
+    check_output(path, inputs)
+    check_output(data_path(path), inputs)
 
 
-def publish(model: ModelProto, place: Path, path: Path, beside: list[Path]) -> None:
+def data_path(path: Path) -> Path:
+    return path.parent / f"{path.name}.data"
+
+
+def publish_model(model: ModelProto, place: Path, path: Path, beside: list[Path]) -> None:
     """Write the model, check it, and move it to its name after the files it refers to."""
     with place.open("wb") as file:
         file.write(model.SerializeToString(deterministic=True))
         sync(file)
     checker.check_model(str(place), full_check=True)
     for made in (*beside, place):
-        os.replace(made, path.parent / made.name)
+        publish(made, path.parent / made.name)
 
 
 def sync(file: BinaryIO) -> None:

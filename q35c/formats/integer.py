@@ -20,6 +20,8 @@ Array = np.ndarray
 
 SCALE_BITS = 8
 _MANTISSA = 19  # bits of an f32 mantissa behind the 4 that a scale keeps
+# Exponent of a row, biased, below which squared errors would be denormal: the first scale that keeps its sums is taken.
+LEAST_MEASURED = 70
 _LARGEST_SCALE = 127  # code of the largest scale of a row: its exponent is 7 above the row's
 
 # Near the means of a normal distribution's parts: integers found by steps of 1 that lower the squared error of groups of 64
@@ -141,9 +143,11 @@ def quantize_weight(rows: Array, form: IntegerFormat) -> tuple[Array, Array, Arr
     """Return the levels int8 [.., groups, group], the scales' codes uint8 [.., groups] and the rows' exponents
     int32 [..] of float32 [.., K].
 
-    Of a few scales each group takes the one with the least squared error among those that keep to LARGEST_SUM.
+    Of a few scales each group takes the one with the least squared error among those that keep to LARGEST_SUM. Denormal
+    values count as 0, as they do for compiled code.
     """
     rows = np.asarray(rows, np.float32)
+    rows = np.where(np.abs(rows) < np.finfo(np.float32).tiny, np.float32(0), rows)
     exponents, groups = row_exponents(rows, form), split_groups(rows, form.group)
     high, low = groups.max(-1), groups.min(-1)
     top = np.where(high >= -low, high, low)
@@ -158,6 +162,7 @@ def quantize_weight(rows: Array, form: IntegerFormat) -> tuple[Array, Array, Arr
         scale = scale_values(code, exponents)
         tried = nearest_levels(groups, scale, form)
         error = np.square(groups - tried * scale[..., None]).sum(-1)
+        error = np.where(exponents[..., None] < LEAST_MEASURED, np.float32(0), error)
         better = (error < best) & keeps_sums(tried, form)
         if is_last:
             better &= np.isinf(best)

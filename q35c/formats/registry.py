@@ -26,6 +26,14 @@ def integer_format(dtype: str) -> IntegerFormat | None:
     return IntegerFormat(int(match[1] or match[2]), int(match[3]))
 
 
+def largest_value(dtype: str) -> float:
+    """Return the largest magnitude that a weight may have to be stored in a format."""
+    if dtype == "bf16":
+        return float.fromhex("0x1.fep127")
+    # Of integers' candidates the errors are squared and added in f32.
+    return float(np.finfo(np.float32).max) if dtype == "f32" else 2.0**60
+
+
 def stored(weight: Array, dtype: str) -> Array:
     """Return the values that a weight [.., N, K] has after it was stored in a format, in its own dtype."""
     if dtype == "bf16":

@@ -1,33 +1,42 @@
 """Open a checkpoint: configuration, lazily read weights, tokenizer files.
 
-Nothing from a model directory is imported or run, no pickle is opened, no link is followed;
+Nothing from a model directory is imported or run, no pickle is opened, no link out of it is followed without consent;
 `auto_map` in config.json is ignored.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from q35c import family, strictjson
+from q35c import arguments, family, strictjson
 from q35c.config import MAX_CONFIG_BYTES, ModelConfig
-from q35c.errors import CheckpointError, ConfigError, InternalError, OptionError
+from q35c.errors import CheckpointError, ConfigError, InternalError
 from q35c.frontend.directory import ModelDirectory
 from q35c.frontend.dummy import DummyWeights
 from q35c.frontend.shards import Shards
+from q35c.hf_config import sampling_keys
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
-# Files that travel into the artifact, with the most bytes each may have.
+# Files beside the weights, with the most bytes each may have.
 FILE_LIMITS = {
     "tokenizer.json": 64 << 20,
     "tokenizer_config.json": 4 << 20,
+    "special_tokens_map.json": 1 << 20,
+    "added_tokens.json": 4 << 20,
     "chat_template.jinja": 1 << 20,
+    "chat_template.json": 1 << 20,
     "generation_config.json": 1 << 20,
 }
+# What a tokenizer is made of where there is no tokenizer.json.
+SLOW_LIMITS = {"vocab.json": 64 << 20, "merges.txt": 64 << 20}
+OTHER_TEMPLATES = "additional_chat_templates"
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -43,11 +52,16 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model to compile. Tensor names are Hugging Face's without the leading `model.`."""
+    """A model to compile. Tensor names are Hugging Face's without the leading `model.`.
+
+    `where` is the directory it was read from, empty for a family name; `notes` say what of the directory is not taken.
+    """
 
     config: ModelConfig
     weights: Weights
     files: dict[str, bytes]
+    where: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,25 +73,56 @@ class Checkpoint:
             raise InternalError(f"the model has no tensor {name!r}")
         return self.weights.shapes[name]
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return rows [start, stop) of axis 0 as float32, reading only their bytes."""
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, largest: float = LARGEST_FLOAT
+    ) -> np.ndarray:
+        """Return rows [start, stop) of axis 0 as float32, reading only their bytes.
+
+        Raises CheckpointError for a value that is not finite or of a magnitude above `largest`.
+        """
         count = self.shape(name)[0]
         stop = count if stop is None else stop
         if not 0 <= start <= stop <= count:
             raise InternalError(f"rows {start}:{stop} of {name!r} are not within 0:{count}")
-        return self.weights.rows(name, start, stop)
+        rows = self.weights.rows(name, start, stop)
+        # NaN passes through both and compares as false.
+        if rows.size and not (rows.max() <= largest and rows.min() >= -largest):
+            raise self._bad_value(name, rows, start, largest)
+        return rows
+
+    def _bad_value(
+        self, name: str, rows: np.ndarray, start: int, largest: float
+    ) -> CheckpointError:
+        first, *others = np.argwhere(~(np.abs(rows) <= largest))[0].tolist()
+        value = rows[(first, *others)]
+        is_finite = bool(np.isfinite(value))
+        return CheckpointError(
+            f"tensor {name!r} holds a value that cannot be stored at {[start + first, *others]}",
+            where=self.where,
+            expected=f"a magnitude of at most {largest:.4g}" if is_finite else "finite values",
+            got=f"{value:.4g}",
+            hint="the checkpoint is damaged, or overflowed where it was merged or converted; "
+            + ("--precision f32 holds more" if is_finite else "make it anew"),
+        )
 
 
 def open_checkpoint(
-    source: str | Path, load_format: LoadFormat = "auto", seed: int = 0
+    source: str | Path,
+    load_format: LoadFormat = "auto",
+    seed: int = 0,
+    *,
+    follow_links: bool = False,
+    ignore_config: Collection[str] = (),
 ) -> Checkpoint:
     """Open a model directory, a hub id, or (with `load_format="dummy"`) a family name.
 
     With "dummy" only the configuration and the tokenizer files are read and the weights are drawn
-    from `seed`. Raises CheckpointError, ConfigError or UnsupportedConfig.
+    from `seed`. `follow_links` consents to links that lead out of the directory, `ignore_config` names keys of config.json
+    that are read as if they were not there. Raises CheckpointError, ConfigError, UnsupportedConfig or OptionError.
     """
-    if load_format not in ("auto", "safetensors", "dummy"):
-        raise OptionError(f"no load format {load_format!r}", expected="auto, safetensors or dummy")
+    arguments.choice("load_format", load_format, get_args(LoadFormat), "load format")
+    seed = arguments.integer("seed", seed, 0, 2**64 - 1)
+    source = arguments.path("source", source)
     if str(source) in family.names() and not Path(source).exists():
         if load_format != "dummy":
             raise CheckpointError(
@@ -86,20 +131,40 @@ def open_checkpoint(
             )
         config = family.load(str(source))
         return Checkpoint(config, DummyWeights(config, seed), {})
-    directory = _directory(source)
-    config = _read_config(directory)
+    directory = _directory(source, follow_links)
+    config, notes = _read_config(directory, ignore_config)
     files = _read_files(directory)
-    is_dummy = load_format == "dummy"
-    weights = DummyWeights(config, seed) if is_dummy else Shards(directory, config)
-    return Checkpoint(config, weights, files)
+    if OTHER_TEMPLATES in directory.names():
+        notes.append(f"{OTHER_TEMPLATES}: only the default chat template is taken")
+    if load_format == "dummy":
+        weights = DummyWeights(config, seed)
+    else:
+        weights = Shards(directory, config)
+        notes.extend(weights.notes)
+    return Checkpoint(config, weights, files, str(directory.root), tuple(notes))
 
 
-def _directory(source: str | Path) -> ModelDirectory:
+def _directory(source: str | Path, follow_links: bool) -> ModelDirectory:
     path = Path(source)
-    if path.exists() or not _HUB_ID.fullmatch(str(source)):
-        return ModelDirectory(path)
-    snapshot = _download(str(source))
-    return ModelDirectory(snapshot, links_into=snapshot.parent.parent / "blobs")
+    if not path.exists() and _HUB_ID.fullmatch(str(source)):
+        path = _download(str(source))
+    elif not path.is_dir():
+        raise CheckpointError("is not a directory", where=str(path), hint=_no_directory_hint(path))
+    return ModelDirectory(path, follow_links)
+
+
+def _no_directory_hint(path: Path) -> str:
+    """Return what to give instead of a path that is no directory."""
+    if path.suffix == ".gguf":
+        return (
+            "GGUF files are not read; give the Hugging Face directory that the file was made from"
+        )
+    if path.suffix == ".safetensors":
+        return "give the directory that holds it, with its config.json"
+    if path.suffix == ".q35c":
+        return "this is an artifact, compiled already: q35c generate runs it"
+    known = f"give a directory, the id of a model on the hub, or one of {', '.join(family.names())}"
+    return arguments.close_match(str(path), family.names()) or known
 
 
 def _download(hub_id: str) -> Path:
@@ -116,15 +181,23 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_config(directory: ModelDirectory) -> ModelConfig:
+def _read_config(
+    directory: ModelDirectory, ignore: Collection[str]
+) -> tuple[ModelConfig, list[str]]:
+    """Return the configuration, and notes of what it says in vain."""
     where = f"{directory.root}/config.json"
     data = directory.read("config.json", MAX_CONFIG_BYTES)
     document = strictjson.loads(data, where=where, limit=MAX_CONFIG_BYTES, error=ConfigError)
-    return ModelConfig.from_hf(document, where)
+    config = ModelConfig.from_hf(document, where, ignore)
+    sampling = ", ".join(sampling_keys(document))
+    is_note = sampling and "generation_config.json" not in directory.names()
+    note = (
+        f"config.json: {sampling} not taken; defaults of sampling stand in generation_config.json"
+    )
+    return config, [note] if is_note else []
 
 
 def _read_files(directory: ModelDirectory) -> dict[str, bytes]:
     present = set(directory.names())
-    return {
-        name: directory.read(name, limit) for name, limit in FILE_LIMITS.items() if name in present
-    }
+    limits = FILE_LIMITS if "tokenizer.json" in present else FILE_LIMITS | SLOW_LIMITS
+    return {name: directory.read(name, limit) for name, limit in limits.items() if name in present}

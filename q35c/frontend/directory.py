@@ -1,4 +1,4 @@
-"""Read files of a model directory that may be hostile: regular files, by name, never by link."""
+"""Read files of a model directory that may be hostile: regular files, by name, links only where they lead nowhere else."""
 
 import os
 import re
@@ -12,17 +12,19 @@ _NAME = re.compile(r"[\w.-]+", re.ASCII)
 
 
 class ModelDirectory:
-    """One flat directory. Files are opened by name only; links and special files are refused.
+    """One flat directory. Files are opened by name only; special files are refused.
 
-    A cache that the hub client filled keeps its files as links into `links_into`; only there may
-    links point.
+    A link is followed where the directory itself says nothing else than "there": inside the directory; from a snapshot of
+    a hub cache to the cache's own files; and where the directory holds nothing but links to the files of the same names
+    in one other directory, for which it then stands. Any other link needs consent, `follow_links`.
     """
 
-    def __init__(self, root: Path, links_into: Path | None = None) -> None:
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
         if not root.is_dir():
             raise CheckpointError("is not a directory", where=str(root))
         self.root = root
-        self._links_into = links_into.resolve() if links_into else None
+        self._follow_links = follow_links
+        self._link_places = {root.resolve(), *_hub_blobs(root), *_mirrored(root)}
 
     def names(self) -> list[str]:
         """Return the names of all entries, sorted."""
@@ -45,14 +47,23 @@ class ModelDirectory:
         return path
 
     def _followed(self, path: Path) -> Path:
-        if self._links_into is not None:
+        """Return where a link leads. Raises CheckpointError where it must not be followed."""
+        try:
             target = path.resolve(strict=True)
-            if target.is_relative_to(self._links_into):
-                return target
+        except (
+            RuntimeError,
+            PermissionError,
+            NotADirectoryError,
+        ) as error:  # a loop is a RuntimeError
+            raise CheckpointError(
+                f"is a symbolic link that leads nowhere: {error!s:.200}", where=str(path)
+            ) from None
+        if self._follow_links or target.parent in self._link_places:
+            return target
         raise CheckpointError(
-            "is a symbolic link; links are not followed",
+            "is a symbolic link out of the directory, which is not followed unasked",
             where=str(path),
-            hint="copy the file itself here, or give the hub id instead of a cache path",
+            hint="copy the file itself here, or consent: --follow-links, in Python follow_links=True",
         )
 
     def open(self, name: str) -> BinaryIO:
@@ -76,3 +87,26 @@ class ModelDirectory:
                 "file is too large", where=f"{self.root}/{name}", expected=f"at most {limit} bytes"
             )
         return data
+
+
+def _hub_blobs(root: Path) -> list[Path]:
+    """Return the folder of a hub cache that the links of a snapshot lead to: REPOSITORY/snapshots/COMMIT and REPOSITORY/blobs."""
+    snapshots = root.resolve().parent
+    blobs = snapshots.parent / "blobs"
+    # A link there could lead anywhere.
+    is_cache = snapshots.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink()
+    return [blobs] if is_cache else []
+
+
+def _mirrored(root: Path) -> list[Path]:
+    """Return the one directory that holds all files of `root` if every entry is a link to its namesake there."""
+    with os.scandir(root) as entries:
+        found = [(entry.is_symlink(), entry.name, entry.path) for entry in entries]
+    if not all(is_link for is_link, _, _ in found):
+        return []
+    targets = [Path(os.path.realpath(path)) for _, _, path in found]
+    places = {target.parent for target in targets}
+    is_mirror = len(places) == 1 and [target.name for target in targets] == [
+        name for _, name, _ in found
+    ]
+    return list(places) if is_mirror else []

@@ -15,6 +15,7 @@ from q35c import strictjson
 from q35c.config import ModelConfig
 from q35c.errors import CheckpointError, InternalError, UnsupportedConfig
 from q35c.frontend.directory import ModelDirectory
+from q35c.frontend.hints import missing_hint, shape_hint, unexpected_hint
 from q35c.frontend.tensors import Shape, canonical_name, expected_tensors, parts_of
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -55,12 +56,12 @@ class Shards:
             self._locate(name, shape, unused)
         if config.tie_word_embeddings and "lm_head.weight" in unused:
             self._check_tied(unused.pop("lm_head.weight"))
-        for tensor in unused.values():
+        for name, tensor in unused.items():
             raise CheckpointError(
                 f"unexpected tensor {tensor.name!r:.120}",
                 where=f"{self._where}/{tensor.shard}",
                 got=f"{tensor.dtype} {list(tensor.shape)}",
-                hint="the file belongs to another model, or config.json describes another one",
+                hint=unexpected_hint(name),
             )
 
     def _locate(self, name: str, shape: Shape, unused: dict[str, StoredTensor]) -> None:
@@ -77,7 +78,10 @@ class Shards:
         tensor = unused.pop(name, None)
         if tensor is None:
             raise CheckpointError(
-                f"missing tensor {name!r}", where=self._where, expected=list(shape)
+                f"missing tensor {name!r}",
+                where=self._where,
+                expected=list(shape),
+                hint=missing_hint(name, unused),
             )
         where = f"{self._where}/{tensor.shard}"
         if tensor.dtype not in DTYPES:
@@ -93,6 +97,7 @@ class Shards:
                 where=where,
                 expected=list(shape),
                 got=list(tensor.shape),
+                hint=shape_hint(name, shape, tensor.shape),
             )
         return tensor
 
@@ -107,6 +112,18 @@ class Shards:
                     where=f"{self._where}/{head.shard}",
                     hint="set tie_word_embeddings to false or remove lm_head.weight",
                 )
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what the shards say about themselves that may make the model another one."""
+        handles = {tensor.shard: tensor.handle for tensor in self._stored.values()}
+        converted = [
+            shard
+            for shard, handle in handles.items()
+            if (handle.metadata() or {}).get("format") == "mlx"
+        ]
+        said = "an MLX conversion; some of these hold norms that are off by 1: compare with the original"
+        return [f"{shard}: {said}" for shard in converted[:1]]
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -129,6 +146,8 @@ def _stored_tensors(directory: ModelDirectory) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"ambiguous weights: both {SINGLE} and {INDEX}", where=str(directory.root)
         )
+    if placed is not None:  # a shard that only holds other towers need not be there
+        placed = {name: shard for name, shard in placed.items() if canonical_name(name) is not None}
     shards = sorted(set(placed.values())) if placed is not None else [_only_shard(directory, names)]
     for shard in shards:
         _check_header(directory, shard)
@@ -136,17 +155,17 @@ def _stored_tensors(directory: ModelDirectory) -> dict[str, StoredTensor]:
     seen: set[str] = set()
     for shard in shards:
         for tensor in _open_shard(directory, shard):
+            if (name := canonical_name(tensor.name)) is None:
+                continue
             seen.add(tensor.name)
             _check_placed(placed, tensor, directory)
-            name = canonical_name(tensor.name)
             if name in stored:
                 raise CheckpointError(
                     f"two tensors for {name!r:.120}",
                     where=str(directory.root),
                     got=f"{stored[name].name!r:.120} and {tensor.name!r:.120}",
                 )
-            if name is not None:
-                stored[name] = tensor
+            stored[name] = tensor
     for name in sorted(set(placed or ()) - seen):
         raise CheckpointError(
             f"the index lists {name!r:.120}, which its shard does not hold",

@@ -1,13 +1,15 @@
 """The tensors of a text tower: canonical names, shapes, and the names they are stored under."""
 
+import re
+
 from q35c.config import LINEAR, ModelConfig
 
 Shape = tuple[int, ...]
 
-# Longest first: the first prefix that fits is stripped. Canonical names have none.
-PREFIXES = ("model.language_model.", "language_model.model.", "language_model.", "model.")
+# What wrappers put before a name, once or several times; canonical names have none of it.
+_WRAPPERS = re.compile(r"(?:model\.|language_model\.)*")
 # Other towers, and the draft layer for speculation: never read.
-IGNORED_PREFIXES = ("model.visual.", "mtp.")
+IGNORED_PREFIXES = ("visual.", "vision_tower.", "mtp.")
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
@@ -80,12 +82,10 @@ def _experts(config: ModelConfig) -> dict[str, Shape]:
 def canonical_name(stored: str) -> str | None:
     """Return the canonical name of a stored tensor, or None for one that is never read.
 
-    A name without a known prefix is returned as it is; the caller compares with what it expects.
+    A name of another model keeps what is left of it; the caller compares with what it expects.
     """
-    if stored.startswith(IGNORED_PREFIXES):
-        return None
-    prefix = next((prefix for prefix in PREFIXES if stored.startswith(prefix)), "")
-    return stored.removeprefix(prefix)
+    name = _WRAPPERS.sub("", stored, count=1)
+    return None if name.startswith(IGNORED_PREFIXES) else name
 
 
 def parts_of(name: str, shape: Shape) -> list[dict[str, Shape]]:

@@ -213,11 +213,11 @@ define("sparse_moe_residual", "x router_logits shared shared_gate gate_up down r
        "residual + sparse_moe(..).", macs=lambda s, a: OPS["sparse_moe"].macs(s, a),
        row_wise="x router_logits shared shared_gate residual", factors="gate_up down")  # fmt: skip
 
-define("stateful_gated_delta_net", "qkv z b a conv_w a_log dt_bias norm_w slots conv delta",
+define("stateful_gated_delta_net", "qkv z b a conv_w a_log dt_bias norm_w slots starts conv delta",
        "key_heads value_heads eps rows", rule.stateful_delta_net_type, ref.stateful_gated_delta_net,
-       stages=LATE, writes_state=True, per_sequence="slots",
+       stages=LATE, writes_state=True, per_sequence="slots starts",
        summary="gated_delta_net that continues the sequences named by slots.",
-       macs=lambda s, a: 3 * s[0][0] * math.prod(s[10][1:]))  # fmt: skip
+       macs=lambda s, a: 3 * s[0][0] * math.prod(s[11][1:]))  # fmt: skip
 define("stateful_gated_attention", "q_gate k v q_norm k_norm table slots starts keys values",
        "heads kv_heads eps scale rows", rule.stateful_attention_type, ref.stateful_gated_attention,
        stages=("stateful", "quantized"), writes_state=True, per_sequence="slots starts",

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from q35c.errors import OptionError
+from q35c import arguments
 from q35c.formats.registry import integer_format
 
 # What a weight is for; `quantize` finds it from the structure of the graph.
@@ -71,14 +71,7 @@ def find_policy(name: str, cache: str = "auto") -> Policy:
 
     Raises OptionError listing the known names.
     """
-    if name not in POLICIES:
-        raise OptionError(
-            "unknown precision", where="--precision", expected=", ".join(POLICIES), got=name
-        )
-    if cache == "auto":
-        return POLICIES[name]
-    if cache not in CACHES:
-        raise OptionError(
-            "unknown type of keys and values", where="--kv-dtype", expected=", ".join(("auto", *CACHES)), got=cache,
-        )  # fmt: skip
-    return replace(POLICIES[name], cache=cache)
+    policy = POLICIES[arguments.choice("precision", name, [*POLICIES], "precision")]
+    known = ("auto", *CACHES)
+    cache = arguments.choice("kv_dtype", cache, known, "type of keys and values")
+    return policy if cache == "auto" else replace(policy, cache=cache)

@@ -204,9 +204,12 @@ def gated_attention(q_gate, k, v, q_norm, k_norm, table, *, heads, kv_heads, eps
 
 
 def stateful_gated_delta_net(
-    qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, conv, delta, *, rows, **attrs
+    qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, starts, conv, delta, *, rows, **attrs
 ) -> Array:
-    """Continue each sequence from conv [B, K-1, C] and delta [B, Hv, Dk, Dv], both updated in place."""
+    """Continue each sequence from conv [B, K-1, C] and delta [B, Hv, Dk, Dv], both updated in place.
+
+    What the sequences hold already, `starts`, matters to the order of a kernel's sums alone.
+    """
     runs = [(slots[0], slice(None))] if rows == "sequence" else _one_row_each(slots)
     outputs = []
     for slot, row in runs:

@@ -328,11 +328,12 @@ def delta_net_type(types: Types, attrs: Attributes) -> Types:
 
 def stateful_delta_net_type(types: Types, attrs: Attributes) -> Types:
     (result,) = delta_net_type(types, attrs)
-    qkv, conv_w, norm_w, slots, conv, delta = (types[i] for i in (0, 4, 7, 8, 9, 10))
+    qkv, conv_w, norm_w, slots, starts, conv, delta = (types[i] for i in (0, 4, 7, 8, 9, 10, 11))
     channels, taps = static(qkv.shape[1], "C"), static(conv_w.shape[2], "K")
     heads, value_dim = attrs["value_heads"], static(norm_w.shape[0], "Dv")
     key_dim = (channels - heads * value_dim) // (2 * attrs["key_heads"])
     check_slots(attrs, slots)
+    fits("starts", starts, *slots.shape)
     fits("the conv state [B,K-1,C]", conv, conv.shape[0], taps - 1, channels)
     fits("the delta state [B,Hv,Dk,Dv]", delta, conv.shape[0], heads, key_dim, value_dim)
     return (result,)

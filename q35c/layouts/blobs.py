@@ -16,6 +16,7 @@ SLOT_BYTES = ALIGNMENT  # unit of the slots that tell programs where sequences' 
 ELEMENT_BYTES = 4  # programs point to whole words
 SLOT_WORDS = SLOT_BYTES // ELEMENT_BYTES
 MAX_BARRIER_BYTES = 1 << 20  # with a counter for each group of each expert's inner rows
+GRID = 32  # tokens: cutting a sequence at a multiple of this into calls changes no bit of a result
 STAMP_BYTES = 2048  # from the start of a probing thread's part: cycles before and after its work
 
 # The barrier's cache lines: int32 arrivals at 0, generation at 64, sleepers at 68, then counters of `q35c_claim`. They and what follows in

@@ -7,6 +7,7 @@ import itertools
 from q35c.ir.build import Rewriter
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import SymDim, TensorType, static
+from q35c.ir.verify import verify
 
 SEQUENCES, CONTEXT = SymDim("B"), SymDim("CTX")
 
@@ -45,27 +46,25 @@ def introduce_state(graph: Graph) -> Graph:
         }
 
     gated_delta_net likewise gets its conv state [B, K-1, C] and its recurrent state
-    [B, Hv, Dk, Dv]. Mixers are numbered by kind. Inputs that no mixer reads are not there. A traced mixer that
-    was not fused has no stateful form: VerifyError.
+    [B, Hv, Dk, Dv]. Mixers are numbered by kind; without any the graph stays as it is. A
+    traced mixer that was not fused has no stateful form: VerifyError.
     """
-    out = Rewriter(graph, stage="stateful")
-    kinds = [op.kind for op in graph.ops]
     numbers = {"gated_delta_net": itertools.count(), "gated_attention": itertools.count()}
-    slots = starts = None
-    if not numbers.keys().isdisjoint(kinds):
-        slots = out.input("slots", TensorType("i64", (1,)))
-    if "gated_attention" in kinds:
-        starts = out.input("starts", TensorType("i32", (1,)))
+    if numbers.keys().isdisjoint(op.kind for op in graph.ops):
+        return verify(graph.with_stage("stateful"))
+    out = Rewriter(graph, stage="stateful")
+    slots = out.input("slots", TensorType("i64", (1,)))
+    starts = out.input("starts", TensorType("i32", (1,)))
     for op in graph.ops:
         if op.kind not in numbers:
             out.copy(op)
             continue
         number = next(numbers[op.kind])
-        operands = [*map(out.new, op.operands), slots]
+        operands = [*map(out.new, op.operands), slots, starts]
         if op.kind == "gated_delta_net":
             operands += delta_states(out, op, number)
         else:
-            operands += [starts, *cache_states(out, op, number)]
+            operands += cache_states(out, op, number)
         attrs = {**op.attrs.to_dict(), "rows": "sequence"}
         out.replace(op.result, out.emit(f"stateful_{op.kind}", *operands, **attrs))
     return out.done()

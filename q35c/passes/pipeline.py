@@ -10,6 +10,7 @@ from q35c.ir.graph import Graph, Module
 from q35c.ir.precision import POLICIES, Policy
 from q35c.ir.text import print_module
 from q35c.ir.verify import verify
+from q35c.outputs import write_output
 from q35c.passes.canonicalize import canonicalize
 from q35c.passes.fold_moe import fold_moe
 from q35c.passes.fold_shared_expert import fold_shared_expert
@@ -99,4 +100,5 @@ def run_passes(
 def write_dump(directory: Path | None, number: int, name: str, module: Module) -> None:
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{number:02}_{name}.txt").write_text(print_module(module))
+        text = print_module(module)
+        write_output(directory / f"{number:02}_{name}.txt", text.encode())

@@ -27,6 +27,16 @@ from typing import Any, Literal
 Peak = Literal["int8", "bf16", "f32"]
 Parameters = Mapping[str, Any]
 
+# What rules read, by type; everything else in a kernel's parameters is for people.
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("D", "Dk", "Dv", "E", "H", "Hk", "Hkv", "Hq", "Hv", "I", "K", "N", "V"), int),
+    **dict.fromkeys(("group", "pairs", "splits", "top_k"), int),
+    **dict.fromkeys(("epilogue", "kv_dtype", "rows"), str),
+    **dict.fromkeys(("has_shared", "is_kept"), bool),
+    "inv_freq": tuple,
+}
+_MOST_SIZE = 1 << 31
+_MOST_COST = 1e30
 _F32 = 4
 _EXP = 12  # operations of a vectorised exponential, about
 _ROTARY_ANGLE = 120  # cosine and sine in f64 count double
@@ -70,8 +80,24 @@ def step_cost(family: str, parameters: Parameters, work: Work) -> Cost:
     """Return the cost of a call of a kernel; one that no rule understands is marked."""
     # Parameters come from the manifest, where they are notes for people: nothing has checked them.
     with contextlib.suppress(KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
-        return RULES[family](parameters, work)
+        cost = RULES[family](checked(parameters), work)
+        numbers = (cost.memory_bytes, cost.cache_bytes, cost.operations)
+        if all(0 <= number < _MOST_COST for number in numbers):
+            return cost
     return Cost(work.weight_bytes, 0, 0, "f32", is_known=False)
+
+
+def checked(parameters: Parameters) -> Parameters:
+    """Return what rules read of the parameters; ValueError where one is of another type or size than they expect.
+
+    A list or a text that is multiplied would be repeated, and could take all memory.
+    """
+    found = {name: value for name, value in parameters.items() if name in KINDS}
+    for name, value in found.items():
+        is_size = type(value) is int
+        if type(value) is not KINDS[name] or (is_size and not 0 <= value < _MOST_SIZE):
+            raise ValueError(name)
+    return found
 
 
 def peak_of(dtype: str) -> Peak:

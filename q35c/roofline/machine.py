@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -21,8 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from q35c.errors import ExecutionError
+from q35c import arguments
+from q35c.cpuinfo import CPUINFO, read_cpuinfo
+from q35c.errors import ExecutionError, InputError, UnsupportedMachine
 from q35c.layouts.blobs import STAMP_BYTES
+from q35c.outputs import write_output
 from q35c.roofline.cost import Cost
 from q35c.user_cache import cache_directory
 
@@ -41,6 +43,7 @@ _PERCENT = 5  # of the samples are faster
 _CALIBRATION_SECONDS = 0.2
 _PAGE_BYTES = 4096
 _STAMP_WORD = STAMP_BYTES // 8
+_UNKNOWN = "unknown processor"
 _PROBES = 2  # raised when a probe changes what it measures: limits of before are measured again
 _MEASURED = ("read", "cache", "int8", "bf16", "f32")
 
@@ -70,6 +73,8 @@ class Limits:
 
 def find_limits(model: Model, *, again: bool = False, progress: Progress | None = None) -> Limits:
     """Return the limits for a model's target and threads, from the cache or measured (`again`: always)."""
+    again = arguments.flag("again", again)
+    arguments.callback("progress", progress)
     key = limits_key(model.manifest.target.name, model.threads)
     known = None if again else _read_cache().get(key)
     if known is None:
@@ -87,18 +92,15 @@ def limits_key(target: str, threads: int) -> str:
     return f"{processor_name()}, {target}, {threads} threads, probes {_PROBES}"
 
 
-def processor_name(path: Path = Path("/proc/cpuinfo")) -> str:
+def processor_name(path: Path = CPUINFO) -> str:
     """Return the processor's name as the kernel knows it."""
-    with contextlib.suppress(OSError):
-        for line in path.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return "unknown processor"
+    with contextlib.suppress(UnsupportedMachine):
+        return read_cpuinfo(path).get("model name", _UNKNOWN)
+    return _UNKNOWN
 
 
 def cache_path() -> Path:
-    """Return the file of known limits."""
+    """Return the file of known limits: in $XDG_CACHE_HOME, or in ~/.cache."""
     return cache_directory() / "limits.json"
 
 
@@ -201,16 +203,13 @@ def _read_cache() -> dict[str, Limits]:
         for key, values in document.items():
             if set(values) == names and all(0 < value < math.inf for value in values.values()):
                 found[key] = Limits(**{name: float(value) for name, value in values.items()})
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (InputError, OSError, ValueError, TypeError, AttributeError):
         return {}
     return found
 
 
 def _write_cache(known: dict[str, Limits]) -> None:
-    path = cache_path()
-    temporary = path.with_name(f".limits-{secrets.token_hex(4)}")
     text = json.dumps({key: asdict(limits) for key, limits in known.items()}, indent=2)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        temporary.replace(path)
+    with contextlib.suppress(OSError, InputError):
+        cache_path().parent.mkdir(parents=True, exist_ok=True)
+        write_output(cache_path(), text.encode())

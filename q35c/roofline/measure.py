@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from q35c.artifact.manifest import Entry, Manifest
-from q35c.roofline.cost import Work, step_cost
+from q35c.errors import OptionError
+from q35c.roofline.cost import Cost, Work, step_cost
 from q35c.roofline.machine import seconds_per_cycle
 from q35c.roofline.report import Step, Test
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, float], None]
 Call = tuple[str, int, tuple[int, ...]]  # entry, tokens, lengths before it
+Costs = dict[tuple[int, Work], Cost]  # by number of the kernel
+MOST_TOKENS = 1 << 22  # no artifact has a larger context
+MOST_STEPS = 1 << 20
 
 
 def predict_tests(
@@ -37,21 +41,41 @@ def predict_tests(
     new_tokens: Sequence[int] = (128,),
     depths: Sequence[int] = (0,),
 ) -> list[Test]:
-    """Return what every test costs at every depth, not measured. A size of 0 leaves a test out."""
+    """Return what every test costs at every depth, not measured. A size of 0 leaves a test out.
+
+    Raises OptionError for sizes that no context holds, and if a test has more steps than can be listed.
+    """
+    from q35c.bench import choose_tests
+
+    kinds, places = choose_tests(
+        MOST_TOKENS, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths
+    )
+    for _, size in kinds:
+        check_steps(manifest, size)
     tests: list[Test] = []
-    for depth in depths:
-        for kind, size in sizes(prompt_tokens, new_tokens):
+    for depth in places:
+        for kind, size in kinds:
             calls = (
                 prefill_calls(manifest, depth, size) if kind == "pp" else [("decode", 1, (depth,))]
             )
-            steps = [step for call in calls for step in steps_of(manifest, call)]
+            costs: Costs = {}
+            steps = [step for call in calls for step in steps_of(manifest, call, costs)]
             tests.append(Test(kind, size, depth, tuple(steps)))
     return tests
 
 
-def sizes(prompt_tokens: Sequence[int], new_tokens: Sequence[int]) -> list[tuple[str, int]]:
-    tests = [("pp", size) for size in prompt_tokens if size]
-    return tests + [("tg", size) for size in new_tokens if size]
+def check_steps(manifest: Manifest, tokens: int) -> None:
+    """Refuse a prompt whose calls have too many steps, which a file may say. Raises OptionError."""
+    prefill = entry_of(manifest, "prefill")
+    calls = -(-tokens // prefill.max_tokens)
+    longest = max(len(entry.steps) for entry in manifest.entries)
+    if calls * longest > MOST_STEPS:
+        raise OptionError(
+            "the test has too many steps to list them",
+            expected=f"at most {MOST_STEPS}",
+            got=f"{calls} calls of up to {longest} steps",
+            hint="ask for fewer tokens",
+        )
 
 
 def prefill_calls(manifest: Manifest, depth: int, size: int) -> list[Call]:
@@ -62,8 +86,9 @@ def prefill_calls(manifest: Manifest, depth: int, size: int) -> list[Call]:
     ]
 
 
-def steps_of(manifest: Manifest, call: Call) -> Iterator[Step]:
-    """Yield the steps of one call of an entry with their costs."""
+def steps_of(manifest: Manifest, call: Call, costs: Costs | None = None) -> Iterator[Step]:
+    """Yield the steps of one call of an entry with their costs; `costs` keeps those of earlier calls."""
+    costs = {} if costs is None else costs
     name, tokens, starts = call
     entry = entry_of(manifest, name)
     single = set(entry.single_row_steps)
@@ -73,7 +98,9 @@ def steps_of(manifest: Manifest, call: Call) -> Iterator[Step]:
         weight = manifest.weights[weight_number] if weight_number >= 0 else None
         rows = 1 if index in single else tokens
         work = Work(rows, starts, weight.bytes if weight else 0)
-        cost = step_cost(kernel.family, kernel.parameters, work)
+        cost = costs.get((kernel_number, work))
+        if cost is None:
+            cost = costs[kernel_number, work] = step_cost(kernel.family, kernel.parameters, work)
         yield Step(name, kernel, weight.name if weight else "", cost)
 
 
@@ -97,15 +124,17 @@ def run_roofline(
 
     Raises OptionError if a test does not fit the context, ExecutionError if the code keeps no clock.
     """
-    from q35c.bench import check_sizes
+    from q35c.bench import check_runs, choose_tests
 
-    kinds = sizes(prompt_tokens, new_tokens)
-    check_sizes(model.context, [size for _, size in kinds], depths, repetitions)
+    kinds, places = choose_tests(
+        model.context, prompt_tokens=prompt_tokens, new_tokens=new_tokens, depths=depths
+    )
+    repetitions, seed = check_runs(repetitions, seed, progress)
     period = seconds_per_cycle(model)
     ids = np.random.default_rng(seed).integers(0, model.vocab_size, model.context).tolist()
-    done, total = 0, len(depths) * len(kinds) * (repetitions + 1)
+    done, total = 0, len(places) * len(kinds) * (repetitions + 1)
     tests: list[Test] = []
-    for depth in depths:
+    for depth in places:
         with model.session() as session:
             if depth:
                 session.prefill(ids[:depth])

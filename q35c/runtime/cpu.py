@@ -3,34 +3,26 @@
 import math
 import os
 import platform
+import warnings
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
+from q35c import arguments
 from q35c.artifact.manifest import Target
-from q35c.errors import IncompatibleCPU, OptionError
+from q35c.cpuinfo import processor_flags
+from q35c.errors import IncompatibleCPU, OptionError, Q35CWarning
 from q35c.runtime.memory import own_cgroups
 
 _SYSTEM = Path("/")
-
-
-@cache
-def cpu_features(root: Path = _SYSTEM) -> frozenset[str]:
-    """Return the CPU's features as the kernel names them in /proc/cpuinfo."""
-    try:
-        with open(root / "proc/cpuinfo") as file:
-            for line in file:
-                key, _, value = line.partition(":")
-                if key.strip() in ("flags", "Features"):
-                    return frozenset(value.split())
-    except OSError:
-        pass
-    return frozenset()
+THREADS = "Q35C_THREADS"  # the environment variable that says how many threads
 
 
 def check_target(target: Target, features: Iterable[str] | None = None) -> None:
-    """Raise IncompatibleCPU if this machine lacks an instruction set that the code needs."""
-    have = cpu_features() if features is None else frozenset(features)
+    """Raise IncompatibleCPU if this machine lacks an instruction set that the code needs.
+
+    Raises UnsupportedMachine where the machine does not tell.
+    """
+    have = processor_flags() if features is None else frozenset(features)
     missing = [feature for feature in target.cpu_features if feature not in have]
     if target.name.startswith("cpu:x86") and platform.machine() not in ("x86_64", "AMD64"):
         missing = [platform.machine() + " is not x86-64"]
@@ -47,25 +39,31 @@ def check_target(target: Target, features: Iterable[str] | None = None) -> None:
 def choose_threads(asked: int | None, max_threads: int) -> int:
     """Return the thread count: as asked, else Q35C_THREADS, else the physical cores we may use.
 
-    Raises OptionError for a count below 1, above `max_threads` or above the machine's CPUs.
+    Never more than `max_threads` and one for each CPU we may use, because threads wait for each other by
+    spinning: a larger count is cut with a Q35CWarning. Raises OptionError for a count below 1.
     """
     source = "threads"
-    if asked is None and "Q35C_THREADS" in os.environ:
-        source, text = "Q35C_THREADS", os.environ["Q35C_THREADS"]
-        if not (text.isascii() and text.isdigit()):
-            raise OptionError("not a number", where=source, got=text)
+    if asked is None and THREADS in os.environ:
+        source, text = THREADS, os.environ[THREADS]
+        # Python refuses to read numbers of thousands of digits.
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise OptionError(
+                "not a number of threads", where=source, expected="1 or more", got=text
+            )
         asked = int(text)
     if asked is None:
         return min(default_threads(), max_threads)
-    limit = min(max_threads, os.cpu_count() or 1)
-    if type(asked) is not int or not 1 <= asked <= limit:
-        raise OptionError(
-            "thread count is not allowed",
-            where=source,
-            expected=f"1 to {limit} ({os.cpu_count()} CPUs here, compiled for {max_threads})",
-            got=asked,
+    asked = arguments.integer(source, asked, 1)
+    cpus = len(os.sched_getaffinity(0))
+    limit = min(max_threads, cpus)
+    if asked > limit:
+        warnings.warn(
+            f"{source} {asked} is too many: {limit} are used "
+            f"({cpus} CPUs for this process, compiled for at most {max_threads} threads)",
+            Q35CWarning,
+            stacklevel=4,  # whoever called q35c.load
         )
-    return asked
+    return min(asked, limit)
 
 
 def default_threads(root: Path = _SYSTEM) -> int:

@@ -6,7 +6,8 @@ pointers are checked once to be 64-byte aligned; generated code relies on it.
 
 import threading
 import time
-from collections.abc import Generator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,8 @@ from q35c.errors import InternalError, OptionError
 from q35c.layouts import blobs
 from q35c.runtime.library import Arguments, Entry, Library, Workers
 from q35c.runtime.memory import Region, WeightBlock
+from q35c.runtime.pace import Pace
+from q35c.runtime.process import Origin
 
 Logits = NDArray[np.float32]
 
@@ -41,6 +44,14 @@ class Recording:
     cycles: NDArray[np.int64]
 
 
+class _Recordings(list[Recording]):
+    """A list that can be referred to weakly: who records holds it."""
+
+
+def _nobody() -> None:
+    """Stand in for the reference to the recordings while nobody records."""
+
+
 class SequenceState(Protocol):
     """What a step must know about a sequence."""
 
@@ -56,8 +67,15 @@ class Executor:
     """Hold the code, the weights and the working memory of one model. Thread-safe."""
 
     def __init__(
-        self, manifest: Manifest, library: Library, weights: WeightBlock, threads: int
+        self,
+        manifest: Manifest,
+        library: Library,
+        weights: WeightBlock,
+        threads: int,
+        *,
+        yields: bool = False,
     ) -> None:
+        """Start the threads. With `yields`, steps use fewer of them while others need the cores."""
         self.manifest = manifest
         self.weights = weights
         self._entries: dict[str, Entry] = {
@@ -65,6 +83,7 @@ class Executor:
         }
         self._library = library
         self._workers = Workers(threads)
+        self._pace = Pace(threads) if yields and threads > 1 else None
         self._lock = threading.Lock()
         self._arena = Region(manifest.arena_bytes, huge_bytes=manifest.arena_bytes)
         self._io = Region(manifest.io.bytes, huge_bytes=manifest.io.bytes)
@@ -73,11 +92,16 @@ class Executor:
             name: self._io.view(field.dtype, field.shape, field.offset)
             for name, field in manifest.io.fields.items()
         }
-        self._busy: Sequence[SequenceState] = ()
-        self._records: list[Recording] | None = None
+        self._recordings: Callable[[], _Recordings | None] = _nobody
         self._is_closed = False
+        self.origin = Origin()
         for block in (weights, self._arena, self._io, self._barrier):
             _check_aligned(block.address)
+
+    @property
+    def is_closed(self) -> bool:
+        """Say whether `close` was called."""
+        return self._is_closed
 
     def entry(self, name: str) -> EntryPlan:
         """Return the plan of an entry. Raises OptionError if the artifact lacks it."""
@@ -98,14 +122,16 @@ class Executor:
         ExecutionError if the code reports a failure; the sequence's state is undefined then.
         """
         count = len(tokens)
+        self.origin.check()
         with self._lock:
+            region = sequence.region
             fields = self._fields
             fields["tokens"][:count] = tokens
             # Text has the same position on all three rotary axes (t, h, w).
             fields["positions"][:, :count] = np.arange(sequence.position, sequence.position + count)
             fields["slots"][0] = 0
             fields["starts"][0] = sequence.length
-            return self._run(entry, [sequence], count, blobs.logits_rows(entry.logits, count))
+            return self._run(entry, [region], count, blobs.logits_rows(entry.logits, count))
 
     def run_batch(
         self, entry: EntryPlan, sequences: Sequence[SequenceState], tokens: Sequence[int]
@@ -114,78 +140,85 @@ class Executor:
 
         Raises ExecutionError as `run_sequence` does.
         """
-        count = len(sequences)
-        base = sequences[0].region.address
+        self.origin.check()
         with self._lock:
+            regions = [sequence.region for sequence in sequences]
             fields = self._fields
-            for row, sequence in enumerate(sequences):
+            for row, (sequence, region) in enumerate(zip(sequences, regions, strict=True)):
                 fields["tokens"][row] = tokens[row]
                 fields["positions"][:, row] = sequence.position
-                fields["slots"][row] = (sequence.region.address - base) // blobs.ALIGNMENT
+                fields["slots"][row] = (region.address - regions[0].address) // blobs.ALIGNMENT
                 fields["starts"][row] = sequence.length
-            return self._run(entry, sequences, count, count)
+            return self._run(entry, regions, len(regions), len(regions))
 
     @contextmanager
     def record(self) -> Generator[list[Recording]]:
-        """Record every run within the block, of all sessions; blocks do not nest."""
-        found: list[Recording] = []
-        with self._lock:
-            self._records = found
-            self._fields["clock"][0] = 1
+        """Record every run that ends within the block, of all sessions; blocks do not nest."""
+        self.check_usable()
+        found = _Recordings()
+        self._recordings = weakref.ref(found)
         try:
             yield found
         finally:
-            with self._lock:
-                self._records = None
-                self._fields["clock"][0] = 0
+            self._recordings = _nobody
 
     def run_probe(self, probe: Probe, address: int, amount: int) -> float:
         """Return the seconds of a probe over memory that it may overwrite; it touches nothing else."""
         _check_aligned(address)
+        self.check_usable()
         arguments = Arguments(0, address, 0, 0, self._barrier.address, amount)
-        entry = self._library.entry(probe.symbol)
         with self._lock:
-            self._check_open()
+            self.check_usable()
+            entry = self._library.entry(probe.symbol)
             begin = time.perf_counter()
             self._workers.run(entry, arguments)
             return time.perf_counter() - begin
 
     def close(self) -> None:
         """End the worker threads and let go of the weights; later steps raise OptionError."""
-        with self._lock:
+        if self.origin.is_elsewhere:
             self._is_closed = True
-            self._workers.close()
+            return
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._workers.close()
+                # Both are unmapped when the worker threads have let go of them, too.
+                self._entries.clear()
+                del self._library, self.weights
 
-    def _run(
-        self, plan: EntryPlan, sequences: Sequence[SequenceState], tokens: int, rows: int
-    ) -> Logits:
-        self._check_open()
-        region = sequences[0].region
-        _check_aligned(region.address)
+    def check_usable(self) -> None:
+        """Raise OptionError if the model is closed, or was loaded by a process that forked this one."""
+        self.origin.check()
+        if self._is_closed:
+            raise OptionError("the model is closed", hint="load it again")
+
+    def _run(self, plan: EntryPlan, regions: Sequence[Region], tokens: int, rows: int) -> Logits:
+        """Run an entry over the io block; `regions` stay in memory, even if a session is closed meanwhile."""
+        self.check_usable()
+        _check_aligned(regions[0].address)
         arguments = Arguments(
             self.weights.address,
-            region.address,
+            regions[0].address,
             self._arena.address,
             self._io.address,
             self._barrier.address,
             tokens,
         )
-        # An interrupt may end this call while threads still run: their memory must outlive it. The
-        # next run waits for them before it starts.
-        self._busy = sequences
+        recordings = self._recordings()
+        self._fields["clock"][0] = recordings is not None
+        # What is recorded is what all threads do.
+        pace = self._pace if recordings is None else None
         begin = time.perf_counter()
-        self._workers.run(self._entries[plan.name], arguments)
+        self._workers.run(self._entries[plan.name], arguments, pace and pace.threads)
         seconds = time.perf_counter() - begin
-        self._busy = ()
-        if self._records is not None:
-            starts = tuple(sequence.length for sequence in sequences)
+        if pace is not None:
+            pace.note((plan.name, tokens), seconds)
+        if recordings is not None and recordings is self._recordings():
+            starts = tuple(self._fields["starts"][: len(regions)].tolist())
             cycles = self._fields["clock"][1 : len(plan.steps) + 2].copy()
-            self._records.append(Recording(plan.name, tokens, starts, begin, seconds, cycles))
+            recordings.append(Recording(plan.name, tokens, starts, begin, seconds, cycles))
         return self._fields["logits"][:rows].copy()
-
-    def _check_open(self) -> None:
-        if self._is_closed:
-            raise OptionError("the model is closed", hint="load it again")
 
 
 def _check_aligned(address: int) -> None:

@@ -8,20 +8,25 @@ prompt's result does not depend on what else is generated beside it.
 from __future__ import annotations
 
 import secrets
+import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from q35c import arguments
 from q35c.artifact.manifest import Generation as Defaults
-from q35c.errors import MemoryRefused, OptionError, PromptError
+from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime.executor import Logits
 from q35c.runtime.sampling import MAX_SEED, Sampler, SamplingOptions
-from q35c.runtime.session import Session, check_ids
+from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import StopScanner, TextStream, Tokenizer, check_stops
 
 DEFAULT_MAX_NEW_TOKENS = 128
+UNLIMITED = -1  # as max_new_tokens: until a stop, or until the context is full
 FinishReason = Literal["stop", "length", "context", "cancelled"]
 
 
@@ -76,12 +81,13 @@ class GenerationOptions:
 
 def resolve_options(
     defaults: Defaults,
+    vocab: int,
     *,
     max_new_tokens: int | None = None,
     do_sample: bool | None = None,
     seed: int | None = None,
     stop: str | Sequence[str] | None = None,
-    stop_ids: Iterable[int] | None = None,
+    stop_ids: Sequence[int] | None = None,
     **sampling: Any,
 ) -> GenerationOptions:
     """Fill what the caller left open (None) from the artifact's defaults.
@@ -94,29 +100,36 @@ def resolve_options(
     given = {name: value for name, value in sampling.items() if value is not None}
     for name in given.keys() - set(known):
         raise OptionError("unknown option", where=name, expected=", ".join(known))
-    if do_sample is None:
+    if do_sample is not None:
+        do_sample = arguments.flag("do_sample", do_sample)
+    else:
         do_sample = defaults.do_sample or any(name in given for name in shaping)
     values = {name: getattr(defaults, name) for name in known} | given
     if not do_sample:
         values["temperature"] = 0.0
-    limit = DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens
-    if type(limit) is not int or limit < 1:
-        raise OptionError(
-            "value is not allowed", where="max_new_tokens", expected="1 or more", got=limit
-        )
-    ids = _check_stop_ids(defaults.stop_ids if stop_ids is None else stop_ids)
-    seed = secrets.randbits(63) if seed is None else seed
-    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
-        raise OptionError("value is not allowed", where="seed", expected="0 to 2^64-1", got=seed)
-    return GenerationOptions(SamplingOptions(**values), limit, check_stops(stop), ids, seed)
+    seed = secrets.randbits(63) if seed is None else arguments.integer("seed", seed, 0, MAX_SEED)
+    return GenerationOptions(
+        SamplingOptions(**values),
+        _token_limit(max_new_tokens),
+        check_stops(stop),
+        frozenset(defaults.stop_ids) if stop_ids is None else _check_stop_ids(stop_ids, vocab),
+        seed,
+    )
 
 
-def _check_stop_ids(stop_ids: Iterable[int]) -> frozenset[int]:
-    ids = list(stop_ids)
-    for token in ids:
-        if type(token) is not int or token < 0:
-            raise OptionError("not a token id", where="stop_ids", got=repr(token)[:80])
-    return frozenset(ids)
+def _token_limit(asked: int | None) -> int:
+    if asked is None:
+        return DEFAULT_MAX_NEW_TOKENS
+    expected = f"1 or more, or {UNLIMITED}: until the context is full"
+    limit = arguments.integer("max_new_tokens", asked, UNLIMITED, expected=expected)
+    if limit == 0:
+        raise OptionError("value is not allowed", where="max_new_tokens", expected=expected, got=0)
+    return sys.maxsize if limit == UNLIMITED else limit
+
+
+def _check_stop_ids(stop_ids: Sequence[int], vocab: int) -> frozenset[int]:
+    listed = arguments.sequence("stop_ids", stop_ids, "a list of token ids")
+    return frozenset(arguments.integer("stop_ids", token, 0, vocab - 1) for token in listed)
 
 
 class Row:
@@ -180,24 +193,26 @@ class Row:
             piece += self._flush()
         return self._keep(piece)
 
-    def release(self) -> None:
-        """Give the session back; one that is kept gets the last token, which no step has appended."""
-        session = self.session
+    def end(self) -> None:
+        """Give the session back; one that is kept gets the last token, which no step has appended.
+
+        A row that has not ended is cancelled. May be called again.
+        """
+        self.finish_reason = self.finish_reason or "cancelled"
+        session, self.session = self.session, None
         if session is None:
             return
         if not self._keeps_session:
             session.close()
-        elif session.length < session.context:
+        elif self._ids and session.is_usable and session.length < session.context:
             session.prefill([self.last_token])
-        self.session = None
 
-    def cancel(self) -> None:
-        """End the row if it has not ended, keeping the text that was returned."""
-        if self.finish_reason is None:
-            self.finish_reason = "cancelled"
-            if self.session is not None and not self._keeps_session:
-                self.session.close()
-            self.session = None
+    def abandon(self) -> None:
+        """End the row after an error, at which nobody knows what its session holds."""
+        self.finish_reason = self.finish_reason or "cancelled"
+        if self.session is not None and not self._keeps_session:
+            self.session.close()
+        self.session = None
 
     def result(self) -> Generation:
         """Return what has been generated."""
@@ -231,21 +246,24 @@ class Stream(Iterator[Any]):
     """Yield text as it is generated: `str` for one prompt, (index, `str`) for a list of prompts.
 
     `result` (or `results`) holds what was generated so far. `close`, or dropping the stream, cancels: the
-    sessions are given back at once.
+    sessions are given back at once. For one thread at a time.
     """
 
     def __init__(
         self, rows: list[Row], pieces: Generator[tuple[int, str]], is_single: bool
     ) -> None:
         self._rows, self._pieces, self._is_single = rows, pieces, is_single
+        self._owner = threading.Lock()
 
     def __next__(self) -> Any:
-        index, piece = next(self._pieces)
+        with self._owned():
+            index, piece = next(self._pieces)
         return piece if self._is_single else (index, piece)
 
     def close(self) -> None:
-        """Stop generating. The results keep the text so far."""
-        self._pieces.close()
+        """Stop generating. The results keep the text so far; a session that was given holds all of it."""
+        with self._owned():
+            self._pieces.close()
 
     @property
     def results(self) -> list[Generation]:
@@ -256,6 +274,15 @@ class Stream(Iterator[Any]):
     def result(self) -> Generation:
         """Return the generation of the only prompt, or of the first."""
         return self._rows[0].result()
+
+    @contextmanager
+    def _owned(self) -> Generator[None]:
+        if not self._owner.acquire(blocking=False):
+            raise OptionError("the stream is in use by another thread")
+        try:
+            yield
+        finally:
+            self._owner.release()
 
 
 def run_rows(
@@ -285,9 +312,13 @@ def run_rows(
             if active:
                 yield from _step(active)
                 active = _drop_finished(active)
+    except GeneratorExit:  # the consumer has seen enough
+        for row in rows:
+            row.end()
+        raise
     finally:
         for row in rows:
-            row.cancel()
+            row.abandon()
 
 
 def _step(active: list[tuple[int, Row]]) -> Iterator[tuple[int, str]]:
@@ -307,35 +338,5 @@ def _piece(index: int, piece: str) -> Iterator[tuple[int, str]]:
 def _drop_finished(active: list[tuple[int, Row]]) -> list[tuple[int, Row]]:
     for _, row in active:
         if row.finish_reason is not None:
-            row.release()
+            row.end()
     return [(index, row) for index, row in active if row.finish_reason is None]
-
-
-def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
-    """Return the prompts as a list, and whether there was a single one: a text or a list of ids."""
-    if isinstance(prompt, str):
-        return [prompt], True
-    try:
-        items = list(prompt)
-    except TypeError:
-        raise PromptError(
-            "not a prompt", expected="a text, token ids, or a list of those", got=repr(prompt)[:80]
-        ) from None
-    if items and (isinstance(items[0], str) or hasattr(items[0], "__len__")):
-        return items, False
-    return [items], True
-
-
-def encode_prompt(
-    prompt: Any, tokenizer: Callable[[], Tokenizer], vocab: int, context: int
-) -> list[int]:
-    """Return a prompt's token ids. Raises PromptError, TokenizerError if there is no tokenizer."""
-    ids = check_ids(tokenizer().encode(prompt) if isinstance(prompt, str) else prompt, vocab)
-    if len(ids) > context:
-        raise PromptError(
-            "the prompt is longer than the context",
-            expected=f"at most {context} tokens",
-            got=len(ids),
-            hint="shorten it, or load the model with a larger context",
-        )
-    return ids

@@ -6,20 +6,33 @@ convention of TVM FFI: `Any` is 16 bytes, an int32 type index (1 is an integer),
 
 from __future__ import annotations
 
+import _ctypes
+import contextlib
 import ctypes
 import os
 import struct
+import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from operator import call
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from q35c.errors import ExecutionError
+from q35c.errors import ExecutionError, InputError, OptionError
 
 _ARGUMENTS = 8  # weights, state, arena, io and barrier address, T, tid, nt
-_INTEGER = 1  # type index of TVM FFI; addresses travel as integers too
-_PACKED = struct.Struct("=" + "iiq" * _ARGUMENTS)
+_INTEGER = 1  # type index of TVM FFI, with its padding; addresses travel as integers too
+_FUNCTION = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p
+)
+_PACKED = struct.Struct("<" + "qq" * _ARGUMENTS)
+
+# One thread's part of a run; returns 0, or what the compiled code reported.
+Share = Callable[[], int]
 
 
 class Arguments(NamedTuple):
@@ -33,169 +46,188 @@ class Arguments(NamedTuple):
     tokens: int
 
 
+class Frame:
+    """The arguments of one thread's calls, kept: building them anew would cost more than a call."""
+
+    def __init__(self) -> None:
+        self.values = ctypes.create_string_buffer(_PACKED.size)
+        self.result = ctypes.create_string_buffer(16)
+
+    def pack(self, arguments: Arguments, tid: int, nt: int) -> None:
+        """Write the arguments of the share `tid` of `nt`."""
+        weights, state, arena, io, barrier, tokens = arguments
+        one = _INTEGER
+        _PACKED.pack_into(
+            self.values, 0,
+            one, weights, one, state, one, arena, one, io, one, barrier, one, tokens, one, tid, one, nt,
+        )  # fmt: skip
+
+
 class Entry:
-    """Call one program on the calling thread; any number of threads may call it at once."""
+    """One program; any number of threads may call it at once, each with a frame of its own."""
 
     def __init__(self, symbol: str, function: Callable[..., int]) -> None:
         self.symbol = symbol
         self._function = function
-        self._local = threading.local()
 
-    def __call__(
-        self,
-        weights: int,
-        state: int,
-        arena: int,
-        io: int,
-        barrier: int,
-        tokens: int,
-        tid: int = 0,
-        nt: int = 1,
-    ) -> int:
-        """Run the share `tid` of `nt`; return 0, or what the compiled code reported. Releases the GIL."""
-        buffer, result = self._buffers()
-        values = (weights, state, arena, io, barrier, tokens, tid, nt)
-        _PACKED.pack_into(buffer, 0, *(part for value in values for part in (_INTEGER, 0, value)))
-        return self._function(None, buffer, _ARGUMENTS, result)
+    def bind(self, frame: Frame) -> Share:
+        """Return the call with the arguments that the frame then holds. It releases the GIL."""
+        return partial(self._function, None, frame.values, _ARGUMENTS, frame.result)
 
-    def _buffers(self) -> tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_char]]:
-        try:
-            return self._local.buffers
-        except AttributeError:
-            # Value buffers of this thread, kept: building them anew would cost more than the call.
-            self._local.buffers = (
-                ctypes.create_string_buffer(_PACKED.size),
-                ctypes.create_string_buffer(16),
-            )
-            return self._local.buffers
+    def __call__(self, arguments: Arguments) -> int:
+        """Run all shares on the calling thread."""
+        frame = Frame()
+        frame.pack(arguments, 0, 1)
+        return self.bind(frame)()
 
 
 class Library:
     """Load a shared object from memory. The caller vouches for `code`: loading runs it."""
 
     def __init__(self, code: bytes) -> None:
-        # The descriptor stays open: the loader knows a library by its path, so a second one
-        # under a reused descriptor number would silently get the first one's code.
-        self._descriptor = os.memfd_create("q35c-code")
-        with os.fdopen(os.dup(self._descriptor), "wb") as file:
-            file.write(code)
-        try:
-            self._library = ctypes.CDLL(f"/proc/self/fd/{self._descriptor}")
-        except OSError as error:
-            os.close(self._descriptor)
-            raise ExecutionError("the compiled code cannot be loaded", got=error) from error
+        self._entries: dict[str, Entry] = {}
+        self._library = _open_library(code)
 
     def entry(self, symbol: str) -> Entry:
         """Return the program exported under this name; ExecutionError when there is none."""
+        if symbol in self._entries:
+            return self._entries[symbol]
         try:
-            function = self._library[f"__tvm_ffi_{symbol}"]
-        except AttributeError as error:
+            place = ctypes.c_char.in_dll(self._library, f"__tvm_ffi_{symbol}")
+        except ValueError as error:
             raise ExecutionError("the compiled code lacks an entry", expected=symbol) from error
-        function.restype = ctypes.c_int
-        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
-        return Entry(symbol, function)
+        function = _FUNCTION(ctypes.addressof(place))
+        # One that the library itself hands out refers to itself, so that the code would stay until the next collection.
+        setattr(function, "library", self._library)  # noqa: B010 (of which ctypes' types know nothing)
+        return self._entries.setdefault(symbol, Entry(symbol, function))
 
 
-class _Job(NamedTuple):
-    number: int
-    entry: Entry
-    arguments: Arguments
-    threads: int
+def _open_library(code: bytes) -> ctypes.CDLL:
+    """Load code, which stays in memory as long as the library or one of its functions is referred to."""
+    with contextlib.ExitStack() as undo:
+        try:
+            descriptor = os.memfd_create("q35c-code")
+            undo.callback(os.close, descriptor)
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                file.write(code)
+            library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
+        except OSError as error:
+            if not os.path.isdir("/proc/self/fd"):
+                raise InputError("compiled code cannot be loaded without /proc", hint="mount /proc") from None  # fmt: skip
+            raise ExecutionError("the compiled code cannot be loaded", got=error) from error
+        undo.pop_all()
+    # The descriptor stays open as long: the loader knows a library by its path, so a second one under a reused
+    # descriptor number would silently get the first one's code.
+    weakref.finalize(library, _unload, library._handle, descriptor).atexit = False
+    return library
 
 
-class _Result(NamedTuple):
-    number: int
-    tid: int
-    code: int
-    error: BaseException | None
+def _unload(handle: int, descriptor: int) -> None:
+    _ctypes.dlclose(handle)
+    os.close(descriptor)
+
+
+class _Semaphore:
+    """A semaphore of the C library: waiting for it runs no signal handler, and posting never waits."""
+
+    def __init__(self) -> None:
+        self._words = (ctypes.c_long * 8)()  # sem_t has 32 bytes
+        library = ctypes.CDLL(None)
+        library.sem_init(self._words, 0, 0)
+        self.post: Callable[[], int] = partial(ctypes.PyDLL(None).sem_post, self._words)
+        self.wait: Callable[[], int] = partial(library.sem_wait, self._words)  # -1: a signal came
 
 
 class Workers:
-    """Run entries on `count` threads: the calling one is thread 0, the others are daemon threads."""
+    """Run entries on up to `count` threads: the calling one is thread 0, the others are daemon threads.
+
+    Python runs signal handlers on the main thread, between bytecodes and in some waits, and they may raise there.
+    From the first start of a worker to the end of the last nothing of that may happen: a thread alone would wait at a
+    barrier for ever, or write to memory that is somebody else's by then. So this part of a run is one call of
+    C code from Python's point of view: iterators of the standard library, with the calls bound before.
+    """
 
     def __init__(self, count: int) -> None:
         if count < 1:
             raise ExecutionError("a program needs at least one thread", got=count)
         self.count = count
-        self._process = os.getpid()
         self._lock = threading.Lock()
-        self._number = 0
-        self._waiting: set[int] = set()  # threads whose result of the newest run is not here yet
-        self._results: SimpleQueue[_Result] = SimpleQueue()
-        self._jobs: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(1, count)]
+        self._frames = [Frame() for _ in range(count)]
+        self._ended = _Semaphore()
+        self._outcomes: list[int | BaseException] = [0] * count
+        self._jobs: list[SimpleQueue[Share | None]] = [SimpleQueue() for _ in range(1, count)]
+        self._calls: dict[tuple[Entry, int], list[Callable[[], int | None]]] = {}
         for tid, jobs in enumerate(self._jobs, start=1):
             name = f"q35c-worker-{tid}"
-            threading.Thread(
-                target=_work, args=(tid, jobs, self._results), name=name, daemon=True
-            ).start()
+            work = (tid, jobs, self._outcomes, self._ended.post)
+            threading.Thread(target=_work, args=work, name=name, daemon=True).start()
         self._finalizer = weakref.finalize(self, _stop, self._jobs)
 
     def close(self) -> None:
-        """Let the threads end; later runs fail."""
+        """Let the threads end, and go of the code; later runs fail."""
         self._finalizer()
+        self._calls.clear()
 
-    def run(self, entry: Entry, arguments: Arguments) -> None:
-        """Run `entry` on all threads and wait for them; ExecutionError when any of them failed.
+    def run(self, entry: Entry, arguments: Arguments, threads: int | None = None) -> None:
+        """Run `entry` on `threads` threads, by default all; ExecutionError when any of them failed.
 
-        One run at a time: a second caller waits. The barrier words of `arguments` must be zero before the first run.
+        One run at a time: a second caller waits. Whatever is raised, all threads have ended then. The barrier words of
+        `arguments` must be zero before the first run.
         """
+        threads = threads or self.count
         with self._lock:
             self._check_usable()
-            self._collect()  # an interrupted run may have left its threads behind
-            self._number += 1
-            job = _Job(self._number, entry, arguments, self.count)
-            self._waiting = set(range(1, self.count))
+            for tid in range(threads):
+                self._frames[tid].pack(arguments, tid, threads)
+            calls = map(call, self._bound(entry, threads))
+            # Each asks again until its wait was no longer cut short by a signal.
+            waits = chain.from_iterable([iter(self._ended.wait, 0) for _ in range(1, threads)])
+            section = chain(calls, waits)
+            found: list[int | None] = []
             try:
-                self._start(job)
-            except BaseException:
-                # A signal handler raised between two threads: none may be left alone at a barrier.
-                self._start(job)
-                entry(*arguments, 0, self.count)
-                raise
-            codes = [entry(*arguments, 0, self.count), *self._collect()]
-        if any(codes):
-            raise ExecutionError("compiled code failed", where=entry.symbol, got=codes)
+                found.extend(section)
+            finally:
+                if found:  # workers have been started; there are waits left only if thread 0 raised
+                    deque(waits, maxlen=0)
+            outcomes = [found[threads - 1], *self._outcomes[1:threads]]
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise ExecutionError("a worker thread failed", got=repr(outcome)) from outcome
+        if any(outcomes):
+            raise ExecutionError("compiled code failed", where=entry.symbol, got=outcomes)
+
+    def _bound(self, entry: Entry, threads: int) -> list[Callable[[], int | None]]:
+        """Return what starts each worker, and the share of thread 0."""
+        found = self._calls.get((entry, threads))
+        if found is None:
+            own, *others = (entry.bind(frame) for frame in self._frames[:threads])
+            starts = [
+                partial(jobs.put, share) for jobs, share in zip(self._jobs, others, strict=False)
+            ]
+            found = self._calls[entry, threads] = [*starts, own]
+        return found
 
     def _check_usable(self) -> None:
         if not self._finalizer.alive:
             raise ExecutionError("the worker threads are closed")
-        if self._process != os.getpid():
-            raise ExecutionError(
-                "worker threads do not survive a fork", hint="load the model in the child process"
-            )
-
-    def _start(self, job: _Job) -> None:
-        for jobs in self._jobs:
-            jobs.put(job)
-
-    def _collect(self) -> list[int]:
-        """Wait for the newest run's results; one return code for each thread but the first."""
-        codes: list[int] = []
-        error: BaseException | None = None
-        while self._waiting:
-            result = self._results.get()
-            if result.number == self._number and result.tid in self._waiting:
-                self._waiting.discard(result.tid)
-                codes.append(result.code)
-                error = error or result.error
-        if error is not None:
-            raise ExecutionError("a worker thread failed", got=repr(error)) from error
-        return codes
+        if sys.is_finalizing():
+            raise OptionError("the interpreter is ending: its threads do not run any more")
 
 
-def _work(tid: int, jobs: SimpleQueue[_Job | None], results: SimpleQueue[_Result]) -> None:
-    done = 0
-    while (job := jobs.get()) is not None:
-        if job.number <= done:  # the second copy of a job whose start was interrupted
-            continue
-        done = job.number
+def _work(
+    tid: int,
+    jobs: SimpleQueue[Share | None],
+    outcomes: list[int | BaseException],
+    post: Callable[[], int],
+) -> None:
+    while (share := jobs.get()) is not None:
         try:
-            code = job.entry(*job.arguments, tid, job.threads)
-            results.put(_Result(done, tid, code, None))
+            outcomes[tid] = share()
         except BaseException as error:
-            results.put(_Result(done, tid, -1, error))
+            outcomes[tid] = error
+        post()
 
 
-def _stop(jobs: list[SimpleQueue[_Job | None]]) -> None:
+def _stop(jobs: list[SimpleQueue[Share | None]]) -> None:
     for queue in jobs:
         queue.put(None)

@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from q35c import strictjson
+from q35c import arguments, strictjson
 from q35c.artifact import Artifact, Manifest, read_artifact
 from q35c.artifact.manifest import Probe
-from q35c.errors import MemoryRefused, OptionError, TokenizerError
-from q35c.runtime.cpu import check_target, choose_threads
+from q35c.errors import MemoryRefused, OptionError, PromptError, TokenizerError
+from q35c.runtime.cpu import THREADS, check_target, choose_threads
 from q35c.runtime.executor import Executor, Logits, Recording
 from q35c.runtime.generate import (
     Row,
     Stream,
-    encode_prompt,
     resolve_options,
     run_rows,
-    split_prompts,
 )
 from q35c.runtime.library import Library
 from q35c.runtime.memory import StateBudget, WeightBlock, available_memory, check_memory
+from q35c.runtime.prompts import encode_prompt, split_prompts
 from q35c.runtime.sampling import MAX_SEED
 from q35c.runtime.session import Progress, Session
 from q35c.runtime.tokenizer import Tokenizer
@@ -49,7 +49,8 @@ def load_model(
 ) -> Model:
     """Open an artifact for generating.
 
-    threads   worker threads; None: Q35C_THREADS, else the physical cores this process may use
+    threads   worker threads, at most one for each CPU (more are not started: Q35CWarning); None: Q35C_THREADS,
+              else the physical cores this process may use, and fewer while other processes use them
     verify    check the hash of the weights; None: if they have at most 256 MiB
     context   tokens per sequence, at most and by default the compiled context
     batch     sequences decoded together, at most and by default the compiled batch
@@ -58,24 +59,28 @@ def load_model(
     Raises ArtifactError (damaged or no artifact, other version, CPU lacks instructions), MemoryRefused
     (before any weight is read), OptionError.
     """
-    artifact = read_artifact(path)
+    place = arguments.path("path", path)
+    verify = None if verify is None else arguments.flag("verify", verify)
+    mapped = arguments.flag("mmap", mmap)
+    artifact = read_artifact(place)
     try:
         manifest = artifact.manifest
         context = _choose("context", context, manifest.context)
         batch = _choose("batch", batch, manifest.batch)
         count = choose_threads(threads, manifest.max_threads)
+        is_default = threads is None and THREADS not in os.environ
         check_target(manifest.target)
         check_memory(manifest, context, batch, available_memory())
         artifact.verify_segments()
         if verify is None:
             verify = manifest.weights_bytes <= VERIFY_BYTES
-        weights = _load_weights(artifact, verify=verify, mapped=mmap)
-        executor = Executor(manifest, Library(artifact.code()), weights, count)
+        weights = _load_weights(artifact, verify=verify, mapped=mapped)
+        executor = Executor(manifest, Library(artifact.code()), weights, count, yields=is_default)
         return Model(artifact, executor, context, batch, count)
     except BaseException as error:
         artifact.close()
         if isinstance(error, MemoryError):
-            raise MemoryRefused("not enough memory to load the model", where=str(path)) from None
+            raise MemoryRefused("not enough memory to load the model", where=str(place)) from None
         raise
 
 
@@ -108,7 +113,11 @@ class Model:
         self.close()
 
     def close(self) -> None:
-        """End the worker threads and close the file; later steps raise OptionError."""
+        """End the worker threads and close the file; later calls raise OptionError. May be called twice.
+
+        A model does not survive a fork: in the child each call but this one raises OptionError, whatever the number of
+        threads.
+        """
         self._executor.close()
         self._artifact.close()
 
@@ -125,8 +134,10 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer, built on first use. Raises TokenizerError if there is none."""
+        self._executor.origin.check()
         with self._lazy:
             if self._tokenizer is None:
+                self._executor.check_usable()
                 if not self._artifact.has_segment("tokenizer"):
                     raise TokenizerError(
                         "the artifact holds no tokenizer",
@@ -141,6 +152,7 @@ class Model:
 
         Raises MemoryRefused if it would not fit beside the sessions that are open, OptionError.
         """
+        self._executor.check_usable()
         context = _choose("context", context, self.context)
         return Session(self._executor, self._budget, self._artifact.digest, context)
 
@@ -153,9 +165,12 @@ class Model:
 
         `address` is that of memory which the probe may overwrite, aligned to 64 bytes.
         """
+        probe = arguments.instance("probe", probe, Probe)
+        address = arguments.integer("address", address, 1, 2**63 - 1)
+        amount = arguments.integer("amount", amount, 1, 2**62)
         return self._executor.run_probe(probe, address, amount)
 
-    def score(self, ids: Iterable[int], progress: Progress | None = None) -> Logits:
+    def score(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
         """Return the logits f32[S, V] after each token of a sequence. Raises as `Session.score`."""
         with self.session() as session:
             return session.score(ids, progress)
@@ -176,23 +191,30 @@ class Model:
         presence_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
-        stop_ids: Iterable[int] | None = None,
+        stop_ids: Sequence[int] | None = None,
     ) -> Any:
-        """Continue a prompt (text or token ids), or each of a list of prompts.
+        """Continue a prompt, or each of a list of prompts.
 
-        max_new_tokens      tokens at most, 128 by default; fewer if the context is full
+        prompt              a text, or token ids as a list, tuple, other sequence or integer array; or a list of
+                            those, or an integer array of two axes, a prompt each row
+        max_new_tokens      tokens at most, 128 by default; fewer if the context is full; -1: until it is full
         stream              return a `Stream` of text pieces instead of the whole text
-        session             continue in this session (one prompt); it then holds prompt and answer
+        session             continue in this session (one prompt); it then holds prompt and answer, also of a
+                            stream that was closed, but for a last token that found the context full
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty
                             how to sample, by default as the checkpoint says; temperature 0 is greedy
         seed                0..2^64-1; prompt i uses seed + i; by default a random one
-        stop, stop_ids      texts and token ids that end the text; `stop_ids` replaces the defaults
+        stop, stop_ids      a text or a list of texts (or control tokens), and a list of token ids, that end the text; `stop_ids`
+                            replaces the defaults
 
         Returns a `Generation` (a `str`) for one prompt, a list of them for a list, or a `Stream`. Raises
         PromptError, OptionError, TokenizerError, MemoryRefused.
         """
+        self._executor.check_usable()
+        is_stream = arguments.flag("stream", stream)
         options = resolve_options(
             self.manifest.generation,
+            self.vocab_size,
             max_new_tokens=max_new_tokens,
             do_sample=do_sample,
             temperature=temperature,
@@ -206,15 +228,17 @@ class Model:
             stop_ids=stop_ids,
         )
         prompts, is_single = split_prompts(prompt)
-        if session is not None and not is_single:
-            raise OptionError("a session continues one prompt", where="session")
+        if session is not None:
+            arguments.instance("session", session, Session).check_owner(self._executor)
+            if not is_single:
+                raise OptionError("a session continues one prompt", where="session")
         tokenizer = self.tokenizer if self._artifact.has_segment("tokenizer") else None
-        if tokenizer is None and options.stop:
-            raise OptionError("stop strings need a tokenizer", where="stop")
-        encoded = [
-            encode_prompt(item, lambda: self.tokenizer, self.vocab_size, self.context)
-            for item in prompts
-        ]
+        if options.stop:
+            if tokenizer is None:
+                raise OptionError("stop strings need a tokenizer", where="stop")
+            texts, ids = tokenizer.split_stops(options.stop)
+            options = replace(options, stop=texts, stop_ids=options.stop_ids | ids)
+        encoded = [self._encode(item, None if is_single else i) for i, item in enumerate(prompts)]
         rows = [
             Row(ids, options, (options.seed + index) % (MAX_SEED + 1), tokenizer, session)
             for index, ids in enumerate(encoded)
@@ -224,40 +248,64 @@ class Model:
             return self.session(min(self.context, prompt_tokens + options.max_new_tokens))
 
         pieces = Stream(rows, run_rows(rows, self.batch, open_session), is_single)
-        if stream:
+        if is_stream:
             return pieces
         for _ in pieces:
             pass
         return pieces.result if is_single else pieces.results
 
-    def apply_chat_template(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Any] | None = None,
-        **variables: Any,
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """Return the prompt text of a conversation: messages with `role` and `content`.
 
-        Further keyword arguments reach the template, as `enable_thinking=False`. Raises TokenizerError
-        if the artifact has no template, OptionError if the template refuses the messages.
+        add_generation_prompt   end with the beginning of an answer, by default True
+        continue_final_message  end inside the last message, for the model to go on there
+        tools                   JSON schemas, or functions with hints and a docstring
+        documents               what some templates quote from
+
+        Further options reach the template, as `enable_thinking=False`. Arguments of tool calls may be
+        mappings or JSON text. Control tokens in a message become tokens when the text is encoded:
+        `encode_chat` prevents it. Raises TokenizerError if the artifact has no template or if that
+        fails, OptionError if the messages are malformed or the template refuses them.
         """
         from q35c.runtime.chat import render_chat
 
         template, special_tokens = self._chat_template()
-        return render_chat(
-            template,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            tools=tools,
-            special_tokens=special_tokens,
-            **variables,
+        readable = _readable(messages)
+        return render_chat(template, readable, special_tokens=special_tokens, **options)
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, allow_special: bool = False, **options: Any
+    ) -> list[int]:
+        """Return the token ids of a conversation, for `generate`. Options as in `apply_chat_template`.
+
+        Only the template's own control tokens become tokens: one that is typed in a message is encoded
+        as plain text, unless `allow_special` is true. Raises as `apply_chat_template`.
+        """
+        from q35c.runtime.chat import render_guarded
+
+        tokenizer = self.tokenizer
+        template, special_tokens = self._chat_template()
+        tokens = () if allow_special else tokenizer.special_tokens
+        readable = _readable(messages)
+        text, reveal = render_guarded(
+            template, readable, tokens, special_tokens=special_tokens, **options
         )
+        return tokenizer.encode(text) if allow_special else tokenizer.encode_guarded(text, reveal)
+
+    def _encode(self, prompt: Any, number: int | None) -> list[int]:
+        """Return a prompt's ids; errors say which of several prompts it is."""
+        try:
+            return encode_prompt(prompt, lambda: self.tokenizer, self.vocab_size, self.context)
+        except PromptError as error:
+            if number is not None:
+                error.where = ", ".join(filter(None, (f"prompt {number}", error.where)))
+            raise
 
     def _chat_template(self) -> tuple[str, dict[str, str]]:
+        self._executor.origin.check()
         with self._lazy:
             if self._template is None:
+                self._executor.check_usable()
                 self._template = _read_template(self._artifact)
             return self._template
 
@@ -265,14 +313,7 @@ class Model:
 def _choose(name: str, asked: int | None, limit: int) -> int:
     if asked is None:
         return limit
-    if type(asked) is not int or not 1 <= asked <= limit:
-        raise OptionError(
-            "value is not allowed",
-            where=name,
-            expected=f"1 to {limit}, as compiled",
-            got=asked,
-        )
-    return asked
+    return arguments.integer(name, asked, 1, limit, expected=f"1 to {limit}, as compiled")
 
 
 def _load_weights(artifact: Artifact, *, verify: bool, mapped: bool) -> WeightBlock:
@@ -286,13 +327,25 @@ def _load_weights(artifact: Artifact, *, verify: bool, mapped: bool) -> WeightBl
     return weights
 
 
+def _readable(messages: Any) -> list[Any]:
+    """Return messages as the model can take them in. Raises OptionError for images and the like."""
+    from q35c.runtime.chat.messages import parse_arguments, refuse_media
+
+    refuse_media(messages)  # no artifact has an entry for what is not text
+    return parse_arguments(messages)
+
+
 def _read_template(artifact: Artifact) -> tuple[str, dict[str, str]]:
     """Return the template and its special tokens. Raises TokenizerError if there is none."""
     config: dict[str, Any] = {}
     if artifact.has_segment("tokenizer_config"):
         data = artifact.segment("tokenizer_config")
         document = strictjson.loads(
-            data, where="tokenizer_config.json", limit=len(data), error=TokenizerError
+            data,
+            where="tokenizer_config.json",
+            limit=len(data),
+            error=TokenizerError,
+            has_long_integers=True,  # 10^30 as "no limit" of the model's length
         )
         if isinstance(document, dict):
             config = cast(dict[str, Any], document)

@@ -11,11 +11,12 @@ and an equal seed give equal tokens, whatever else is in the batch.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from q35c import arguments
 from q35c.errors import ExecutionError, OptionError
 
 Logits = NDArray[np.float32]
@@ -24,6 +25,14 @@ Doubles = NDArray[np.float64]
 
 _COLUMNS = 64  # logits are viewed as [64, V/64] for the column maxima
 MAX_SEED = 2**64 - 1
+_MOST_ID = 2**31 - 1
+_LIMITS = {
+    "temperature": (0.0, 1000.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-3, 1000.0),
+    "presence_penalty": (-1000.0, 1000.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +47,10 @@ class SamplingOptions:
     presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_real("temperature", self.temperature, 0.0, 1000.0)
-        _check_integer("top_k", self.top_k, 0, 2**31)
-        _check_real("top_p", self.top_p, 0.0, 1.0)
-        _check_real("min_p", self.min_p, 0.0, 1.0)
-        _check_real("repetition_penalty", self.repetition_penalty, 1e-3, 1000.0)
-        _check_real("presence_penalty", self.presence_penalty, -1000.0, 1000.0)
+        for name, (low, high) in _LIMITS.items():
+            value = arguments.real(name, getattr(self, name), low, high)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "top_k", arguments.integer("top_k", self.top_k, 0, 2**31))
 
     @property
     def is_greedy(self) -> bool:
@@ -55,19 +62,28 @@ class Sampler:
     """Sample one sequence: holds its random stream and the ids that penalties look at."""
 
     def __init__(self, options: SamplingOptions, seed: int, prompt: Sequence[int] = ()) -> None:
-        """Start a stream. `seed` is 0..2^64-1; `prompt` counts for the repetition penalty only."""
-        _check_integer("seed", seed, 0, MAX_SEED)
-        self._options = options
+        """Start a stream. `seed` is 0..2^64-1; `prompt` counts for the repetition penalty only.
+
+        Raises OptionError.
+        """
+        seed = arguments.integer("seed", seed, 0, MAX_SEED)
+        ids = arguments.sequence("prompt", prompt, "a list of token ids")
+        if not all(type(token) is int and 0 <= token <= _MOST_ID for token in ids):
+            ids = [arguments.integer("prompt", token, 0, _MOST_ID) for token in ids]
+        self._options = arguments.instance("options", options, SamplingOptions)
         self._random = np.random.Generator(np.random.PCG64(seed))
-        self._prompt = np.unique(np.asarray(prompt, dtype=np.intp))
+        self._prompt = np.unique(np.asarray(ids, dtype=np.intp))
         self._made: set[int] = set()
+        self._largest_id = int(self._prompt.max(initial=0))
 
     def sample(self, logits: Logits) -> int:
         """Return the next token id and remember it. `logits` f32[V] is left as it is.
 
-        Raises ExecutionError if a logit is NaN or +inf, or all are -inf.
+        Raises ExecutionError if a logit is NaN or +inf, or all are -inf; OptionError if the logits are no such
+        array, or the prompt holds ids outside of it.
         """
         options = self._options
+        self._check_logits(logits)
         if self._has_penalties():
             logits = self._penalize(logits)
         token = int(logits.argmax())  # argmax finds NaN before any number
@@ -79,7 +95,19 @@ class Sampler:
             ids, weights = filter_logits(logits, options)
             token = self._draw(ids, weights)
         self._made.add(token)
+        self._largest_id = max(self._largest_id, token)
         return token
+
+    def _check_logits(self, logits: Any) -> None:
+        is_array = isinstance(cast(object, logits), np.ndarray)
+        is_right = is_array and logits.ndim == 1 and logits.dtype == np.float32
+        if not is_right or len(logits) <= self._largest_id:
+            raise OptionError(
+                "not logits of this sequence",
+                where="logits",
+                expected=f"an array f32[V] with V > {self._largest_id}",
+                got=logits,
+            )
 
     def _has_penalties(self) -> bool:
         options = self._options
@@ -185,19 +213,3 @@ def _draw_by_blocks(weights: Logits, number: float) -> int:
         return len(weights) - 1
     at = int(inside.searchsorted(wanted - before, side="right"))
     return block * _COLUMNS + min(at, len(inside) - 1)
-
-
-def _check_real(name: str, value: Any, low: float, high: float) -> None:
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_real or not low <= value <= high:  # NaN compares false
-        raise OptionError(
-            "value is not allowed", where=name, expected=f"{low} to {high}", got=value
-        )
-
-
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if not is_integer or not low <= value <= high:
-        raise OptionError(
-            "value is not allowed", where=name, expected=f"{low} to {high}", got=value
-        )

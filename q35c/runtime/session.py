@@ -5,19 +5,18 @@ restored from a snapshot. Cache length and rotary position are two counters, bec
 them differently.
 """
 
-import operator
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from q35c import arguments
 from q35c.artifact.manifest import Entry, StateTensor
 from q35c.errors import OptionError, PromptError
+from q35c.layouts.blobs import GRID
 from q35c.runtime.executor import Executor, Logits
 from q35c.runtime.memory import (
     Region,
@@ -26,8 +25,10 @@ from q35c.runtime.memory import (
     check_allocation,
     used_cells,
 )
+from q35c.runtime.prompts import check_ids
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,19 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+class _Claim:
+    """One call's claim to its sessions; it ends for all of them at once."""
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+
 class Session:
     """One sequence of tokens. For one thread at a time; several sessions may run at once."""
 
     def __init__(self, executor: Executor, budget: StateBudget, digest: str, context: int) -> None:
         """Reserve the state of up to `context` tokens. Raises MemoryRefused if it does not fit."""
+        executor.check_usable()
         self.context = context
         self.length = 0
         self.position = 0
@@ -58,7 +67,8 @@ class Session:
         self._budget = budget
         self._digest = digest
         self._is_broken = False
-        self._owner = threading.Lock()
+        self._claim = _Claim()
+        self._claim.is_over = True
         budget.admit(self)
         state = executor.manifest.state
         is_full = context == executor.manifest.context
@@ -80,7 +90,18 @@ class Session:
     def close(self) -> None:
         """Give the state's memory back. Closing twice is harmless."""
         self._region = None
-        self._budget.release(self)
+        if not self._executor.origin.is_elsewhere:
+            self._budget.release(self)
+
+    @property
+    def is_usable(self) -> bool:
+        """Say whether a step can be made: the session is open and its last step has succeeded."""
+        return self._region is not None and not self._is_broken and not self._executor.is_closed
+
+    def check_owner(self, executor: Executor) -> None:
+        """Raise OptionError if this session belongs to another model than the executor."""
+        if executor is not self._executor:
+            raise OptionError("the session belongs to another model", where="session")
 
     @property
     def region(self) -> Region:
@@ -89,49 +110,55 @@ class Session:
             raise OptionError("the session is closed")
         return self._region
 
-    def prefill(self, ids: Iterable[int], progress: Progress | None = None) -> Logits:
+    def prefill(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[V] after the last. May be called at any point.
 
-        Raises PromptError if there are none, too many for the context or some outside the
-        vocabulary; then nothing has changed.
+        `ids` is a list, tuple, other sequence or integer array. Cutting tokens into calls where the length is a
+        multiple of 32 changes no bit; elsewhere last digits. Raises PromptError if there are none, too many for the
+        context or some outside the vocabulary; then nothing has changed.
         """
-        tokens = check_ids(ids, self._executor.manifest.model.vocab_size)
+        tokens = self._check_ids(ids)
+        arguments.callback("progress", progress)
         extend, prefill = map(self._executor.entry, ("extend", "prefill"))
-        with self._owned():
+
+        def append() -> Logits:
             self._check_room(len(tokens))
             logits = np.empty((0, 0), np.float32)
-            for start in range(0, len(tokens), prefill.max_tokens):
-                chunk = tokens[start : start + prefill.max_tokens]
-                end = start + len(chunk)
-                logits = self._append(prefill if end == len(tokens) else extend, chunk)
+            for start, end in pieces(self.length, len(tokens), prefill.max_tokens):
+                entry = prefill if end == len(tokens) else extend
+                logits = self._append(entry, tokens[start:end])
                 if progress is not None:
                     progress(end, len(tokens))
-        return logits[0]
+            return logits[0]
+
+        return Session._use([self], append)
 
     def decode(self, token: int) -> Logits:
         """Append one token; return the logits f32[V] after it. Raises PromptError as `prefill`."""
         return Session.decode_together([self], [token])[0]
 
-    def score(self, ids: Iterable[int], progress: Progress | None = None) -> Logits:
+    def score(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[S, V] after each.
 
         Raises PromptError as `prefill`, MemoryRefused if the result would not fit, OptionError if the
         artifact was compiled without the score entry.
         """
         vocab = self._executor.manifest.model.vocab_size
-        tokens = check_ids(ids, vocab)
+        tokens = self._check_ids(ids)
+        arguments.callback("progress", progress)
         entry = self._executor.entry("score")
         check_allocation("the logits", len(tokens) * vocab * 4, available_memory())
         logits: Logits = np.empty((len(tokens), vocab), dtype=np.float32)
-        with self._owned():
+
+        def append() -> Logits:
             self._check_room(len(tokens))
-            for start in range(0, len(tokens), entry.max_tokens):
-                chunk = tokens[start : start + entry.max_tokens]
-                end = start + len(chunk)
-                logits[start:end] = self._append(entry, chunk)
+            for start, end in pieces(self.length, len(tokens), entry.max_tokens):
+                logits[start:end] = self._append(entry, tokens[start:end])
                 if progress is not None:
                     progress(end, len(tokens))
-        return logits
+            return logits
+
+        return Session._use([self], append)
 
     @staticmethod
     def decode_together(sessions: "Sequence[Session]", tokens: Sequence[int]) -> Logits:
@@ -140,8 +167,12 @@ class Session:
         Raises PromptError as `prefill`, OptionError for too many, mixed or repeated sessions; then
         nothing has changed.
         """
+        rows = arguments.sequence("sessions", sessions, "a list of sessions")
+        sessions = [arguments.instance("sessions", session, Session) for session in rows]
+        if not sessions:
+            raise OptionError("no sessions to decode", where="sessions")
         executor = sessions[0]._executor
-        ids = check_ids(tokens, executor.manifest.model.vocab_size)
+        ids = sessions[0]._check_ids(tokens)
         if len(sessions) > executor.manifest.batch or len(ids) != len(sessions):
             raise OptionError(
                 "wrong number of sequences",
@@ -150,9 +181,8 @@ class Session:
             )
         if any(session._executor is not executor for session in sessions):
             raise OptionError("the sessions belong to several models")
-        with ExitStack() as owned:
-            for session in sessions:
-                owned.enter_context(session._owned())
+
+        def append() -> Logits:
             for session in sessions:
                 session._check_room(1)
             for session in sessions:
@@ -160,20 +190,26 @@ class Session:
             logits = executor.run_batch(executor.entry("decode"), sessions, ids)
             for session in sessions:
                 session._advance(1)
-        return logits
+            return logits
+
+        return Session._use(sessions, append)
 
     def snapshot(self) -> Snapshot:
         """Copy the state; `restore` brings it back bit for bit."""
-        with self._owned():
+
+        def copy() -> Snapshot:
             self._check_usable()
             parts = tuple(part.copy() for part in self._parts(self.length))
             return Snapshot(self._digest, self.length, self.position, parts)
+
+        return Session._use([self], copy)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Return to a snapshot of this or another session of the same model, also after a failure.
 
         Raises OptionError if it stems from another model or is longer than this session's context.
         """
+        snapshot = arguments.instance("snapshot", snapshot, Snapshot)
         if snapshot.digest != self._digest:
             raise OptionError("the snapshot stems from another model")
         if snapshot.length > self.context:
@@ -182,7 +218,8 @@ class Session:
                 expected=f"at most {self.context} tokens",
                 got=snapshot.length,
             )
-        with self._owned():
+
+        def fill() -> None:
             self._is_broken = True
             for part, copy in zip(self._parts(snapshot.length), snapshot.tensors, strict=True):
                 part[...] = copy
@@ -190,13 +227,18 @@ class Session:
             self.high_water = max(self.high_water, self.length)
             self._is_broken = False
 
+        Session._use([self], fill)
+
     def reset(self) -> None:
         """Make the session empty, also after a failure, and give the state's memory back."""
-        with self._owned():
+
+        def clear() -> None:
             self._is_broken = True
             self.region.zero()
             self.length = self.position = self.high_water = 0
             self._is_broken = False
+
+        Session._use([self], clear)
 
     def _parts(self, length: int) -> Iterator[NDArray[Any]]:
         """Yield views of the state that `length` tokens use: along axis 1 where it grows."""
@@ -219,6 +261,10 @@ class Session:
         self.high_water = max(self.high_water, self.length)
         self._is_broken = False
 
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
+        manifest = self._executor.manifest
+        return check_ids(ids, manifest.model.vocab_size, manifest.context)
+
     def _check_room(self, count: int) -> None:
         self._check_usable()
         if self.length + count > self.context:
@@ -238,36 +284,42 @@ class Session:
                 hint="restore a snapshot, or reset the session",
             )
 
-    @contextmanager
-    def _owned(self) -> Generator[None]:
-        if not self._owner.acquire(blocking=False):
-            raise OptionError(
-                "the session is in use, by another thread or twice in one batch",
-                hint="give each thread and each row its own session",
-            )
+    @staticmethod
+    def _use(sessions: "Sequence[Session]", action: Callable[[], Result]) -> Result:
+        """Return what `action` returns; meanwhile nobody else may use the sessions.
+
+        A signal handler may raise after any call, also after one that takes or gives back a lock: its holder could lose
+        it for ever. Claims need none, as Python changes threads at no other place than signals come; and they end by
+        one assignment, for all sessions at once.
+        """
+        sessions[0]._executor.check_usable()
+        claim = _Claim()
         try:
-            yield
+            for session in sessions:
+                if not session._claim.is_over:
+                    raise OptionError(
+                        "the session is in use, by another thread or twice in one batch",
+                        hint="give each thread and each row its own session",
+                    )
+                session._claim = claim
+            return action()
         finally:
-            self._owner.release()
+            claim.is_over = True
 
 
-def check_ids(ids: Iterable[int], vocab: int) -> list[int]:
-    """Return token ids as a list. Raises PromptError if it is empty or an id is outside 0..vocab-1."""
-    listed = ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-    if not listed:
-        raise PromptError("the prompt holds no tokens", hint="give at least one token")
-    for index, token in enumerate(listed):
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise PromptError("not a token id", where=f"token {index}", got=repr(token)[:80])
-        if not 0 <= (token := operator.index(token)) < vocab:
-            raise PromptError(
-                "token id is outside the vocabulary",
-                where=f"token {index}",
-                expected=f"0 to {vocab - 1}",
-                got=token,
-            )
-        listed[index] = token
-    return listed
+def pieces(before: int, count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each call that appends `count` tokens to `before`, up to `most` in one.
+
+    All but the last end on the grid, where a cut changes no bit, if `most` reaches so far.
+    """
+    start = 0
+    while start < count:
+        end = min(start + most, count)
+        on_grid = end - (before + end) % GRID
+        if end < count and on_grid > start:
+            end = on_grid
+        yield start, end
+        start = end
 
 
 def _fixed_prefix(tensors: Sequence[StateTensor]) -> int:

@@ -28,7 +28,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]
     child = Path(__file__).with_name("open_directories.py")
     done = subprocess.run(
         [sys.executable, "-W", "error", child, directories],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert not list(root.rglob(MARKER)), "code from a model directory was run"
@@ -84,6 +84,6 @@ def test_the_watch_sees_what_it_must(statement: str, event: str, tmp_path: Path)
         "child.allowed = None\n"
         "print(*child.events, sep='\\n')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     seen = [line.startswith(f"{event} ") for line in done.stdout.splitlines()]
     assert any(seen), done.stdout + done.stderr

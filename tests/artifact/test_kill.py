@@ -82,7 +82,7 @@ print(json.dumps(results))
 
 def run_child(path: Path, mode: str, points: list[float]) -> list[list]:
     command = [sys.executable, "-c", CHILD, str(path), mode, json.dumps(points)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from q35c.artifact import ArtifactWriter, WeightEntry, read_artifact
-from q35c.artifact.writer import sweep_stale
 from q35c.errors import DiskRefused, InternalError, OptionError
+from q35c.outputs import PREFIX, SUFFIX
+from q35c.temporary import sweep_stale
 from tests.fake_artifact import small_fields, write_small
 
 SEGMENTS = {"code": b"code"}
@@ -172,7 +173,7 @@ def test_sweeping_removes_only_what_is_stale(tmp_path: Path) -> None:
         (tmp_path / "mine.partial").write_text("another's")
         (tmp_path / "target").write_text("x")
         (tmp_path / ".q35c-4567.partial").symlink_to(tmp_path / "target")
-        removed = sweep_stale(tmp_path)
+        removed = sweep_stale(tmp_path, PREFIX, SUFFIX)
         assert [path.name for path in removed] == [".q35c-0123.partial"]
         left = {path.name for path in tmp_path.iterdir()}
         assert left == living | {"mine.partial", "target", ".q35c-4567.partial"}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +31,9 @@ def speaker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs a command line in this process."""
+    """Return a function that runs a command line in this process, without a word about its progress."""
     monkeypatch.setenv(DEBUG_VARIABLE, "0")
+    monkeypatch.setattr("q35c.progress._QUIET_SECONDS", float("inf"))  # a busy machine takes long
 
     def call(*arguments: object, stdin: str | bytes = "") -> Result:
         return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
@@ -39,10 +41,19 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     return call
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
+def start(
+    *arguments: object, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start a command line as a process of its own, with all three streams as pipes."""
     command = [sys.executable, "-m", "q35c", *(str(argument) for argument in arguments)]
     pipe = subprocess.PIPE
     # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=listen)
+    return subprocess.Popen(
+        command,
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        preexec_fn=listen,
+        env={**os.environ, **(environment or {})},
+    )

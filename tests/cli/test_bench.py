@@ -73,8 +73,8 @@ def test_table(run: Run, speaker: Path) -> None:
     [
         (("-p", 0, "-n", 0), "nothing to measure"),
         (("-p", 256, "-d", 1), "does not fit the context"),
-        (("-p", -1), "-p, -n"),
-        (("-d", -1), "-d"),
+        (("-p", -1), "error: -p: "),
+        (("-d", -1), "error: -d: "),
         (("-p", 8, "-n", 0, "-r", 0), "--repetitions"),
     ],
 )

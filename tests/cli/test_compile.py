@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from q35c.artifact import read_artifact
 from q35c.cli.compile import default_output
 from q35c.errors import OptionError
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, start
 from tests.compiled import checkpoint
 
 
@@ -74,6 +79,11 @@ def test_refused_options(
         (".", "ir", "a directory has this name"),
         ("x.q35c", "file", "cannot make the directory"),
         ("x.q35c", "file/ir", "cannot make the directory"),
+        ("fifo", "ir", "a FIFO has this name"),
+        ("same", "same", "the output has this name too"),
+        ("x" * 300, "ir", "name too long"),
+        ("model/config.json", "ir", "would be replaced"),
+        ("x.q35c", "pipes", "a FIFO has this name"),
     ],
 )
 def test_places_are_checked_before_the_work(
@@ -84,10 +94,59 @@ def test_places_are_checked_before_the_work(
 
     monkeypatch.setattr("q35c.compile.trace_model", forbidden)
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes" / "00_import.txt")
+    shutil.copytree(checkpoint("dense"), tmp_path / "model")
     result = run(
-        "compile", checkpoint("dense"), "-o", tmp_path / output, "--dump-ir", tmp_path / dump
+        "compile", tmp_path / "model", "-o", tmp_path / output, "--dump-ir", tmp_path / dump
     )
     assert (result.exit_code, said in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"generation_config.json": '{"temperature": "warm"}'}, "temperature"),
+        ({"tokenizer_config.json": "not JSON"}, "tokenizer_config.json"),
+    ],
+)
+def test_small_files_are_read_before_the_work(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, str],
+    said: str,
+) -> None:
+    def forbidden(_config: object) -> None:
+        raise AssertionError("the model was traced")
+
+    monkeypatch.setattr("q35c.compile.trace_model", forbidden)
+    shutil.copytree(checkpoint("dense"), tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    for name, text in files.items():
+        (tmp_path / "model" / name).write_text(text)
+    result = run("compile", tmp_path / "model", "-o", tmp_path / "x.q35c")
+    assert (result.exit_code, said in result.stderr) == (1, True)
+
+
+def test_no_linker_and_no_space_are_found_before_code_is_made(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object) -> None:
+        raise AssertionError("code was made")
+
+    monkeypatch.setattr("q35c.codegen.cpu.build.build_shared", forbidden)
+    command = "compile", checkpoint("dense"), "-o", tmp_path / "x.q35c", "--context", 64
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.which", lambda name: None)
+        patch.setattr("q35c.compile.trace_model", forbidden)
+        result = run(*command)
+        assert (result.exit_code, "no linker was found" in result.stderr) == (1, True)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=512))
+    result = run(*command)
+    assert (result.exit_code, "not enough free disk space" in result.stderr) == (1, True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -101,6 +160,24 @@ def test_refused_sources(run: Run, tmp_path: Path, source: str, said: str) -> No
     result = run("compile", source, "-o", tmp_path / "x.q35c")
     assert (result.exit_code, said in result.stderr) == (1, True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    names = ("temporary", "cache", "out")
+    for name in names:
+        (tmp_path / name).mkdir()
+    environment = {"TMPDIR": str(tmp_path / "temporary"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    command = ["compile", checkpoint("dense"), "-o", tmp_path / "out" / "x.q35c", "--context", 64]
+    child = start(*command, environment=environment)
+    while not list((tmp_path / "temporary").glob("q35c-objects-*/*.o")):
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.send_signal(number)
+    child.communicate(timeout=60)
+    assert child.returncode == 128 + number
+    assert [list((tmp_path / name).glob("*")) for name in ("temporary", "out")] == [[], []]
 
 
 def test_default_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

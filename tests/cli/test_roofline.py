@@ -62,7 +62,9 @@ def test_json_and_picture(run: Run, tmp_path: Path) -> None:
         (("--remeasure",), "belongs to --roofline"),
         (("--roofline", "-p", 0, "-n", 0), "nothing to measure"),
         (("--roofline", "-p", 5000), "does not fit the context"),
-        (("--roofline", "-p", 16, "-n", 0, "-r", 1, "--html", "/nowhere/x"), "cannot write"),
+        (("--roofline", "-p", 16, "--html", "/nowhere/x"), "no such directory"),
+        (("--roofline", "-p", 16, "--html", "/dev/null"), "a device has this name"),
+        (("--roofline", "-p", 16, "--html", artifact("dense")), "would be replaced"),
     ],
 )
 def test_refused(run: Run, arguments: tuple[object, ...], said: str) -> None:

@@ -18,14 +18,13 @@ from q35c.codegen.generate import Limits, barrier_bytes, describe_entries, descr
 from q35c.codegen.requests import Shared, spread
 from q35c.codegen.targets import find_target
 from q35c.errors import LoweringError
-from q35c.frontend.importer import import_program
 from q35c.frontend.tensors import expected_tensors
-from q35c.frontend.trace import trace_model
 from q35c.ir.graph import Attrs, Module, Op, Value, producers
 from q35c.ir.precision import POLICIES
 from q35c.ir.types import TensorType
 from q35c.layouts import blobs
 from q35c.passes.pipeline import Choices, run_pipeline
+from tests.compiled import graph_of
 
 LAYERS, CONTEXT, BATCH = 4, 4096, 4
 
@@ -34,7 +33,7 @@ LAYERS, CONTEXT, BATCH = 4, 4096, 4
 def test_every_size_lowers(name: str) -> None:
     full = family.load(name)
     config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
-    traced = import_program(trace_model(config))
+    traced = graph_of(config)
     limits = Limits(CONTEXT, BATCH, config.vocab_size)
     for level in ("x86-64-v3", "x86-64-v4-bf16"):
         for policy in POLICIES.values():
@@ -68,7 +67,7 @@ def dense_module() -> tuple[Module, Callable[[], Shared]]:
     """Return one period of a dense model in f32, and what makes a new `Shared` for it."""
     full = family.load("qwen3.5-0.8b")
     config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
-    module = run_pipeline(import_program(trace_model(config)), Choices(POLICIES["f32"]))
+    module = run_pipeline(graph_of(config), Choices(POLICIES["f32"]))
     target = find_target("cpu:x86-64-v3")
     state = blobs.state_layout(describe_state(module, POLICIES["f32"], CONTEXT, target))
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}

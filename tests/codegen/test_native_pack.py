@@ -5,7 +5,7 @@ import pytest
 
 from q35c.codegen.cpu.native_pack import packer
 from q35c.codegen.pack import PackedWeight, pack_blocks
-from q35c.formats.registry import integer_format
+from q35c.formats.registry import integer_format, largest_value, stored
 from q35c.layouts.weights import block_shape
 from q35c.runtime.library import Library
 
@@ -38,6 +38,23 @@ def test_packer(pack, inputs: int, dtype: str) -> None:
     assert got.shape == want.shape == (3, *block_shape(dtype, inputs))
     # Two scales with the same error but for rounding may be taken for one another: a group in thousands.
     assert (got != want).any(-1).mean() <= 0.01
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_packer_agrees_on_every_magnitude(pack, dtype: str) -> None:
+    """The smallest, the largest that `largest_value` lets through, and denormal ones between them."""
+    rng = np.random.default_rng(9)
+    exponents = np.linspace(-148, np.log2(largest_value(dtype)), 96).astype(int)
+    rows = np.clip(rng.standard_normal((96, 129)), -1, 1) * 2.0 ** exponents[:, None]
+    rows = rows.astype(np.float32)
+    rows[:, ::7] = np.float32(2.0**-130)
+    np.testing.assert_array_equal(pack(rows, dtype), pack_blocks(rows, dtype))
+    form = integer_format(dtype)
+    assert form is not None
+    kept = stored(rows, dtype)
+    error = np.abs(kept - rows).max(-1) / np.abs(rows).max(-1)
+    is_normal = exponents > -118  # a scale is 2^-126 at least
+    assert error[is_normal].max() < {4: 0.25, 5: 0.15, 8: 0.07}[form.bits]
 
 
 def test_floating_rows_need_no_compiled_packer() -> None:

@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from q35c.export.staging import staging_folder, sweep_stale
+from q35c.temporary import sweep_stale, temporary_folder
 from tests.export.test_onnx import draw_normal, export_onnx, linear_graph
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from q35c.export.staging import staging_folder
-with staging_folder(Path(sys.argv[1])) as folder:
+from q35c.temporary import temporary_folder
+with temporary_folder(Path(sys.argv[1]), ".q35c-", ".staging") as folder:
     (folder / "m.onnx").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -32,7 +32,8 @@ def test_a_killed_export_is_swept_by_the_next(tmp_path: Path) -> None:
 
 def test_a_folder_in_use_stays(tmp_path: Path) -> None:
     (tmp_path / ".q35c-other.partial").write_bytes(b"of an artifact writer")
-    with staging_folder(tmp_path) as first, staging_folder(tmp_path) as second:
-        sweep_stale(tmp_path)
+    names = tmp_path, ".q35c-", ".staging"
+    with temporary_folder(*names) as first, temporary_folder(*names) as second:
+        sweep_stale(*names)
         assert first.is_dir() and second.is_dir() and first != second
     assert os.listdir(tmp_path) == [".q35c-other.partial"]

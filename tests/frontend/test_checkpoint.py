@@ -85,7 +85,7 @@ def test_tied_head_may_be_stored_as_a_copy(tmp_path: Path) -> None:
 
 def test_files_are_the_exact_bytes(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path)
-    (path / "vocab.json").write_text("{}")
+    (path / "vocab.json").write_text("{}")  # serves where there is no tokenizer.json
     files = open_checkpoint(path).files
     assert set(files) == {
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
@@ -154,8 +154,36 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_hub_id_reads_through_the_clients_own_links(hub_cache: Path) -> None:
     assert_holds(open_checkpoint("someone/tiny"), weights_of("dense"))
-    with pytest.raises(CheckpointError, match="symbolic link"):
+    assert_holds(open_checkpoint(hub_cache), weights_of("dense"))
+
+
+def test_a_cache_whose_files_lie_elsewhere_needs_consent(hub_cache: Path, tmp_path: Path) -> None:
+    """A hostile archive can hold a whole cache, with a link in the place of its folder of files."""
+    blobs = hub_cache.parent.parent / "blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="follow_links=True"):
         open_checkpoint(hub_cache)
+    assert_holds(open_checkpoint(hub_cache, follow_links=True), weights_of("dense"))
+
+
+def test_a_directory_of_nothing_but_links_stands_for_another(tmp_path: Path) -> None:
+    real, linked = write_checkpoint(tmp_path / "real", "dense", SEED), tmp_path / "linked"
+    linked.mkdir()
+    for file in real.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert_holds(open_checkpoint(linked), weights_of("dense"))
+    (linked / "own.txt").write_text("now it is a directory of its own")
+    with pytest.raises(CheckpointError, match="symbolic link out of the directory"):
+        open_checkpoint(linked)
+    assert_holds(open_checkpoint(linked, follow_links=True), weights_of("dense"))
+
+
+def test_a_link_inside_the_directory_is_followed(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "dense", SEED)
+    (path / "model.safetensors").rename(path / "weights.bin")
+    (path / "model.safetensors").symlink_to("weights.bin")
+    assert_holds(open_checkpoint(path), weights_of("dense"))
 
 
 def test_hub_links_must_stay_in_the_clients_blobs(hub_cache: Path, tmp_path: Path) -> None:

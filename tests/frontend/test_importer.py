@@ -16,6 +16,7 @@ from q35c.frontend.trace import trace_model
 from q35c.ir.graph import Graph
 from q35c.ir.interpret import run
 from q35c.ir.text import parse_graph, print_graph
+from tests.compiled import graph_of
 from tests.models import (
     config_document,
     eager_logits,
@@ -59,7 +60,7 @@ def test_imported_model_equals_eager(tmp_path: Path, name: str) -> None:
     kind, overrides = MODELS[name]
     path = write_checkpoint(tmp_path, kind, seed=11, **overrides)
     checkpoint, model = open_checkpoint(path), eager_model(path)
-    graph = import_program(trace_model(checkpoint.config))
+    graph = graph_of(checkpoint.config)
     random = np.random.default_rng(0)
     for tokens in (1, 5, 66):
         ids = random.integers(0, checkpoint.config.vocab_size, tokens).astype(np.int32)
@@ -73,7 +74,7 @@ def test_imported_model_equals_eager(tmp_path: Path, name: str) -> None:
 def test_plain_text_positions_are_counted_from_zero(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, num_hidden_layers=1, **FULL_ONLY)
     checkpoint = open_checkpoint(path)
-    graph = import_program(trace_model(checkpoint.config))
+    graph = graph_of(checkpoint.config)
     ids = np.arange(100, 120, dtype=np.int32)
     positions = np.tile(np.arange(20, dtype=np.int32), (3, 1))
     (logits,) = run(graph, {"tokens": ids, "positions": positions}, checkpoint.read)

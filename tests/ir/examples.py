@@ -89,7 +89,7 @@ FITS: dict[str, Case] = {
     "sparse_moe": case(_MOE, top_k=2),
     "sparse_moe_residual": case(f"{_MOE} f32[T,6]", top_k=2),
     "stateful_gated_delta_net": case(
-        f"{_QKV} i64[1] $f32[B,2,32] $f32[B,4,4,4]", "stateful", **_DELTA, rows="sequence"
+        f"{_QKV} i64[1] i32[1] $f32[B,2,32] $f32[B,4,4,4]", "stateful", **_DELTA, rows="sequence"
     ),
     "stateful_gated_attention": case(
         f"{_HEADS} i64[1] i32[1] $f32[B,CTX,1,4] $f32[B,CTX,1,4]",
@@ -233,9 +233,25 @@ REFUSED: dict[str, list[Case]] = {
     ],
     "sparse_moe_residual": [case(_MOE, top_k=2), case(f"{_MOE} f32[T,5]", top_k=2)],
     "stateful_gated_delta_net": [
-        case(f"{_QKV} i64[1] $f32[B,3,32] $f32[B,4,4,4]", "stateful", **_DELTA, rows="sequence"),
-        case(f"{_QKV} i64[1] $f32[B,2,32] $f32[B,4,4,3]", "stateful", **_DELTA, rows="sequence"),
-        case(f"{_QKV} i64[1] $f32[B,2,32] $f32[B,4,4,4]", "stateful", **_DELTA, rows="all"),
+        case(
+            f"{_QKV} i64[1] i32[1] $f32[B,3,32] $f32[B,4,4,4]",
+            "stateful",
+            **_DELTA,
+            rows="sequence",
+        ),
+        case(
+            f"{_QKV} i64[1] i32[1] $f32[B,2,32] $f32[B,4,4,3]",
+            "stateful",
+            **_DELTA,
+            rows="sequence",
+        ),
+        case(f"{_QKV} i64[1] i32[1] $f32[B,2,32] $f32[B,4,4,4]", "stateful", **_DELTA, rows="all"),
+        case(
+            f"{_QKV} i64[1] i32[2] $f32[B,2,32] $f32[B,4,4,4]",
+            "stateful",
+            **_DELTA,
+            rows="sequence",
+        ),
     ],
     "stateful_gated_attention": [
         case(

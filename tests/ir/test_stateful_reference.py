@@ -35,8 +35,9 @@ class DeltaNet:
             np.concatenate(xs)
             for xs in zip(*([x[part] for x in self.rows[s]] for s in slots), strict=True)
         ]
+        starts = np.full(len(slots), part.start)
         return ref.stateful_gated_delta_net(
-            *inputs, *self.weights, np.array(slots), *self.state, rows=rows, **DELTA
+            *inputs, *self.weights, np.array(slots), starts, *self.state, rows=rows, **DELTA
         )
 
 

@@ -58,8 +58,9 @@ def test_long_runs_do_not_drift(kernels: Kernels, rows, expected, form: str) -> 
     for first in range(0, TOKENS, PART):
         part = [guard(array[first : first + PART]) for array in rows.values()]
         y = guard(np.zeros((PART, WIDTH), np.float32), poison=True)
+        starts = guard(np.array([first], np.int32))
         kernels.call(
-            form, conv_w, conv_state, *part, a_log, dt_bias, norm_w, state, slots, y, unused, scratch,
+            form, conv_w, conv_state, *part, a_log, dt_bias, norm_w, state, slots, starts, y, unused, scratch,
             PART, CHANNELS, WIDTH, HEADS, HEADS, WIDTH, 1,
         )  # fmt: skip
         for head in range(HEADS):  # each alone: a large one would hide a small one's error

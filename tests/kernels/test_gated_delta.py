@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.isa.x86 import V4, detect
 from q35c.codegen.cpu.kernels.delta.tasks import (
+    SHORT_RUN,
     gated_delta,
     gated_delta_decode,
     gated_delta_scratch_bytes,
@@ -65,16 +67,17 @@ class Net:
         y = guard(np.zeros((count, width), np.float32), poison=True)
         size = gated_delta_scratch_bytes(*self.shape, self.isa)
         scratch = guard(np.zeros(size * threads // 4, np.float32), poison=True)
-        slots = guard(np.zeros(1, np.int64))
+        slots, starts = guard(np.zeros(1, np.int64)), guard(np.array([start], np.int32))
         rounded = RoundedRows(count, width, group_of(value_dim), self.isa)
         inputs = [part[name] for name in ("qkv", "z", "b", "a")]
-        args = [conv_w, conv, *inputs, a_log, dt_bias, norm_w, delta, slots, y, rounded.words]
+        args = [conv_w, conv, *inputs, a_log, dt_bias, norm_w, delta, slots]
         strides = [self.channels, width, value_heads, value_heads, width, rounded.words.shape[1]]
         split = {"threads": threads, "parts": parts}
         if rows == "batch":
-            self.kernels.call("decode", *args, count, *strides, **split)
+            self.kernels.call("decode", *args, y, rounded.words, count, *strides, **split)
         else:
-            self.kernels.call("delta", *args, scratch, count, *strides, **split)
+            args += [starts, y, rounded.words, scratch]
+            self.kernels.call("delta", *args, count, *strides, **split)
         rounded.check(self.kernels, y)
         return np.array(y)
 
@@ -148,6 +151,36 @@ def test_steps_continue_a_run(net: Net) -> None:
         want, _, delta = net.expected(token, token + 1, state)
         assert_close(net.run(state, token, token + 1, "batch"), want, 1e-7, token)
         assert_close(state[1], delta, 1e-7, token)
+
+
+@pytest.mark.parametrize("first", [0, 5, 40])
+def test_cuts_at_multiples_of_the_chunk_change_no_bit(net: Net, first: int) -> None:
+    """Positions count, not rows of a call; what is left behind the last cut may be short or long."""
+    for end in (65, 66, 71, 72, 100, 130):
+        whole, cut = net.empty(), net.empty()
+        for state in (whole, cut):
+            if first:
+                net.run(state, 0, first, "sequence")
+        want = net.run(whole, first, end, "sequence")
+        borders = [first, *(at for at in (32, 64, 128) if first < at < end), end]
+        parts = [net.run(cut, a, b, "sequence") for a, b in itertools.pairwise(borders)]
+        assert np.array_equal(np.concatenate(parts), want)
+        assert all(np.array_equal(*pair) for pair in zip(cut, whole, strict=True))
+
+
+def test_few_rows_of_a_chunk_equal_steps(net: Net) -> None:
+    for start, end in ((0, 32 + SHORT_RUN - 1), (32 - SHORT_RUN + 1, 32 + SHORT_RUN - 1), (40, 43)):
+        run, steps = net.empty(), net.empty()
+        for state in (run, steps):
+            if start:
+                net.run(state, 0, start, "sequence")
+        rest = start if start else 32
+        if not start:
+            net.run(steps, 0, rest, "sequence")
+        want = [net.run(steps, token, token + 1, "batch") for token in range(rest, end)]
+        got = net.run(run, start, end, "sequence")
+        assert np.array_equal(got[rest - start :], np.concatenate(want))
+        assert all(np.array_equal(*pair) for pair in zip(run, steps, strict=True))
 
 
 def test_results_do_not_depend_on_threads(net: Net) -> None:

@@ -18,9 +18,10 @@ from q35c.codegen.cpu import build
 from q35c.codegen.cpu.build import build_shared
 from q35c.codegen.cpu.kernels.vectors import share
 from q35c.codegen.cpu.program import check_calls, program_entry
-from q35c.errors import ExecutionError, LoweringError, ToolchainError
+from q35c.errors import ExecutionError, LoweringError, OptionError, ToolchainError
 from q35c.runtime.library import Arguments, Library, Workers
 from tests.elf import dynamic_symbols
+from tests.shares import StandIn
 
 ROOT = Path(__file__).parents[2]
 COUNT = 96  # elements of the vectors that the programs work on
@@ -105,10 +106,10 @@ class Chain:
         self.arena = guard(np.zeros(2 * COUNT, np.float32))
         self.barrier = guard(np.zeros(32, np.int32))
 
-    def run(self, workers):
+    def run(self, workers, threads=None):
         self.arena[:COUNT] = start = np.arange(COUNT)
         addresses = (0, 0, self.arena.ctypes.data, 0, self.barrier.ctypes.data)
-        workers.run(self.entry, Arguments(*addresses, tokens=1))
+        workers.run(self.entry, Arguments(*addresses, tokens=1), threads)
         np.testing.assert_array_equal(self.arena[:COUNT], start + STEPS)
 
 
@@ -156,7 +157,7 @@ def test_program_arguments(library, threads):
 def test_denormals_are_flushed_inside_and_kept_outside(library):
     denormal = np.float32(1e-39)
     x = guard(np.array([denormal], np.float32))
-    assert library.entry("halve")(0, 0, x.ctypes.data, 0, 0, 1) == 0
+    assert library.entry("halve")(Arguments(0, 0, x.ctypes.data, 0, 0, 1)) == 0
     assert x[0] == 0
     assert np.array([denormal]) * np.float32(0.5) != 0, "the caller's mode was not restored"
 
@@ -170,7 +171,7 @@ def test_a_second_library_is_its_own_code(library):
         others.append(Library(code))
     arena = guard(np.zeros(2 * COUNT, np.float32))
     for other, value in zip(others, (10.0, 20.0), strict=True):
-        other.entry("chain")(0, 0, arena.ctypes.data, 0, 0, 1)
+        other.entry("chain")(Arguments(0, 0, arena.ctypes.data, 0, 0, 1))
         assert (arena[COUNT:] == value).all()
 
 
@@ -185,8 +186,8 @@ def test_workers_refuse(library, monkeypatch):
     with pytest.raises(ExecutionError, match="at least one thread"):
         Workers(0)
     workers, program = Workers(2), Chain(library)
-    monkeypatch.setattr(os, "getpid", lambda: -1)
-    with pytest.raises(ExecutionError, match="fork"):
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    with pytest.raises(OptionError, match="interpreter is ending"):
         program.run(workers)
     monkeypatch.undo()
     workers.close()
@@ -194,49 +195,40 @@ def test_workers_refuse(library, monkeypatch):
         program.run(workers)
 
 
-class FailingEntry:
-    """Stand in for compiled code that reports an error on one thread."""
+def failing(tid, failure):
+    """Return an entry that reports or raises an error on one thread."""
 
-    symbol = "failing"
+    def share(me):
+        if me == tid and isinstance(failure, BaseException):
+            raise failure
+        return failure if me == tid else 0
 
-    def __init__(self, failing_tid, failure):
-        self.failing_tid, self.failure = failing_tid, failure
+    return StandIn(share)
 
-    def __call__(self, weights, state, arena, io, barrier, tokens, tid, nt):
-        if tid != self.failing_tid:
-            return 0
-        if isinstance(self.failure, BaseException):
-            raise self.failure
-        return self.failure
+
+NOWHERE = Arguments(0, 0, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("tid", [0, 1, 2])
 def test_failures_are_reported_and_survived(library, tid):
     workers, program = Workers(3), Chain(library)
     with pytest.raises(ExecutionError, match="compiled code failed"):
-        workers.run(FailingEntry(tid, -1), Arguments(0, 0, 0, 0, 0, 0))
+        workers.run(failing(tid, -1), NOWHERE)
     program.run(workers)
     expected = ExecutionError if tid else MemoryError  # the caller's own exception stays itself
     with pytest.raises(expected):
-        workers.run(FailingEntry(tid, MemoryError("none left")), Arguments(0, 0, 0, 0, 0, 0))
+        workers.run(failing(tid, MemoryError("none left")), NOWHERE)
     program.run(workers)
 
 
-@pytest.mark.parametrize("position", [0, 1])
-def test_an_interrupt_while_threads_start_leaves_none_behind(library, position):
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_fewer_threads_than_there_are(library, threads):
     workers, program = Workers(3), Chain(library)
-    queue = workers._jobs[position]
-
-    class InterruptedOnce:
-        def put(self, job):
-            workers._jobs[position] = queue
-            raise KeyboardInterrupt
-
-    workers._jobs[position] = InterruptedOnce()
-    with pytest.raises(KeyboardInterrupt):
-        program.run(workers)
-    for _ in range(3):
-        program.run(workers)
+    for asked in (threads, None, threads):
+        program.run(workers, asked)
+    seen = []
+    workers.run(StandIn(lambda tid: seen.append(tid) or 0), NOWHERE, threads)
+    assert sorted(seen) == list(range(threads))
 
 
 def test_unused_workers_end():
@@ -246,7 +238,7 @@ def test_unused_workers_end():
     threads = [t for t in threading.enumerate() if t.name.startswith("q35c-worker")][-2:]
     del workers
     for thread in threads:
-        thread.join(timeout=10)
+        thread.join(timeout=120)
         assert not thread.is_alive()
 
 
@@ -310,7 +302,7 @@ def test_gcc_links_when_ld_is_missing(monkeypatch):
     monkeypatch.setattr(build.shutil, "which", lambda name: None if name == "ld" else which(name))
     library = Library(build_shared({"halve": halve}, entries, ISA))
     x = guard(np.array([3.0], np.float32))
-    assert library.entry("halve")(0, 0, x.ctypes.data, 0, 0, 1) == 0
+    assert library.entry("halve")(Arguments(0, 0, x.ctypes.data, 0, 0, 1)) == 0
     assert x[0] == 1.5
 
 

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 from harness import ISA, RoundedRows, assert_close, build_kernels, guard, nmse
 
-from q35c.codegen.cpu.isa.x86 import ISAS, read_cpu_flags
+from q35c.codegen.cpu.isa.x86 import ISAS
 from q35c.codegen.cpu.kernels.experts.products import expert_down, expert_gate_up
 from q35c.codegen.cpu.kernels.experts.routing import group_by_expert
 from q35c.codegen.cpu.kernels.linear.embedding import embedding
 from q35c.codegen.cpu.kernels.linear.linear import linear
 from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows, row_layout
 from q35c.codegen.pack import PackedWeight
+from q35c.cpuinfo import processor_flags
 from q35c.formats import integer, registry
 
 EVERY_ISA = [  # each has its own byte product
@@ -18,7 +19,7 @@ EVERY_ISA = [  # each has its own byte product
         isa,
         id=name,
         marks=pytest.mark.skipif(
-            not read_cpu_flags().issuperset(isa.cpu_features), reason=f"needs {name}"
+            not processor_flags().issuperset(isa.cpu_features), reason=f"needs {name}"
         ),
     )
     for name, isa in ISAS.items()

@@ -9,7 +9,7 @@ import pytest
 
 import q35c
 from q35c.compile import compile_model
-from tests.compiled import BATCH, CONTEXT, artifact, checkpoint, random_ids
+from tests.compiled import BATCH, CONTEXT, artifact, checkpoint, graph_of, random_ids
 
 IDS = random_ids(130, seed=8)
 
@@ -28,7 +28,7 @@ def test_divided_kernels(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr("q35c.codegen.cpu.division.FEWEST_PARTS", 1)
         divided = tmp_path / "divided.q35c"
         options = {"precision": "w4", "context": CONTEXT, "batch": BATCH}
-        compile_model(checkpoint(kind, "w4"), divided, **options)
+        compile_model(checkpoint(kind, "w4"), divided, import_graph=graph_of, **options)
     expected = logits(artifact(kind, "w4"), 1)
     assert divided.read_bytes() != artifact(kind, "w4").read_bytes()
     for threads in (1, 2):

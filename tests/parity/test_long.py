@@ -9,7 +9,7 @@ import pytest
 
 import q35c
 from q35c.compile import compile_model
-from tests.compiled import random_ids
+from tests.compiled import graph_of, random_ids
 from tests.models import write_checkpoint
 
 TOKENS, CHUNK = 32_768, 1000
@@ -29,7 +29,14 @@ SHAPE = {
 def model(tmp_path_factory: pytest.TempPathFactory) -> q35c.Model:
     folder = tmp_path_factory.mktemp("long")
     source = write_checkpoint(folder / "checkpoint", "dense", 0, **SHAPE)
-    compile_model(source, folder / "long.q35c", precision="f32", context=TOKENS, batch=1)
+    compile_model(
+        source,
+        folder / "long.q35c",
+        precision="f32",
+        context=TOKENS,
+        batch=1,
+        import_graph=graph_of,
+    )
     return q35c.load(Path(folder / "long.q35c"), threads=1)
 
 

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from q35c.frontend.checkpoint import open_checkpoint
-from q35c.frontend.importer import import_program
 from q35c.ir import Graph, interpret
 from q35c.ir.precision import POLICIES
 from q35c.passes.pipeline import Choices, run_pipeline
 from q35c.verify import row_kl
-from tests.compiled import checkpoint, model, oracle_logits, random_ids, trace_model
+from tests.compiled import checkpoint, graph_of, model, oracle_logits, random_ids
 
 KINDS = ("dense", "moe")
 # Legal but odd: each names what it stretches.
@@ -57,7 +56,7 @@ def assert_parity(got: np.ndarray, want: np.ndarray) -> None:
 def score_graph(kind: str, precision: str) -> Graph:
     """Return what is interpreted: the quantized graph that scores a prompt."""
     config = open_checkpoint(checkpoint(kind, precision)).config
-    module = run_pipeline(import_program(trace_model(config)), Choices(POLICIES[precision]))
+    module = run_pipeline(graph_of(config), Choices(POLICIES[precision]))
     (score,) = (graph for graph in module if graph.name == "score")
     return score
 

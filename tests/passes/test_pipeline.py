@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 
 from q35c.config import ModelConfig
-from q35c.frontend.importer import import_program
-from q35c.frontend.trace import trace_model
 from q35c.ir import Graph
 from q35c.ir.interpret import Weights, run
 from q35c.ir.ops import OPS
@@ -21,6 +19,7 @@ from q35c.ir.text import parse_graph, print_graph
 from q35c.passes import pipeline
 from q35c.passes.canonicalize import canonicalize
 from q35c.passes.pipeline import Choices
+from tests.compiled import graph_of
 from tests.models import config_document, random_weights
 from tests.passes.arrays import compare
 from tests.passes.sequences import Sequences, random_prompt
@@ -66,7 +65,7 @@ def config_of(name: str) -> ModelConfig:
 
 @cache
 def traced(name: str) -> Graph:
-    return import_program(trace_model(config_of(name)))
+    return graph_of(config_of(name))
 
 
 @cache

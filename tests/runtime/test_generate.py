@@ -177,7 +177,7 @@ def test_a_prompt_longer_than_the_context(speaker: q35c.Model) -> None:
     "options",
     [
         {"max_new_tokens": 0},
-        {"max_new_tokens": -1},
+        {"max_new_tokens": -2},
         {"max_new_tokens": 1.5},
         {"temperature": -1},
         {"seed": -1},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,12 +61,17 @@ def test_token_by_token(model: q35c.Model) -> None:
             assert np.array_equal(session.decode(token), want)
 
 
-def test_prompts_of_any_iterable(model: q35c.Model) -> None:
+def test_ids_in_every_form(model: q35c.Model) -> None:
     ids = random_ids(9)
     want = one_shot(model, ids)
-    for form in (tuple(ids), np.array(ids), np.array(ids, np.uint16), iter(ids)):
+    forms = (tuple(ids), np.array(ids), np.array(ids, np.uint16), deque(ids), [*np.array(ids)])
+    for form in forms:
         with model.session() as session:
             assert np.array_equal(session.prefill(form), want)
+    for form in (iter(ids), set(ids), dict.fromkeys(ids), bytes(9), np.array(ids, float)):
+        with model.session() as session, pytest.raises(PromptError):
+            session.prefill(form)
+        assert session.length == 0
 
 
 def test_logits_are_the_callers_own(model: q35c.Model) -> None:
@@ -249,12 +255,12 @@ def test_two_threads_in_one_session_are_told(model: q35c.Model) -> None:
 
     def wait(done: int, total: int) -> None:
         inside.set()
-        leave.wait(10)
+        leave.wait(120)
 
     with model.session() as session:
         thread = threading.Thread(target=session.prefill, args=([1, 2, 3], wait))
         thread.start()
-        inside.wait(10)
+        inside.wait(120)
         with pytest.raises(OptionError, match="in use"):
             session.decode(1)
         leave.set()

@@ -68,6 +68,11 @@ class CpuBackend:
         divide = FAMILIES[family].division
         return divide(parameters) if divide else None
 
+    def check_tools(self) -> None:
+        from q35c.codegen.cpu.build import find_linker
+
+        find_linker()
+
     def lower(self, graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
         from q35c.codegen.cpu.lower import lower
 
@@ -105,10 +110,8 @@ class CpuBackend:
         return packer(weights, load)
 
 
-def find_cpu(level: str) -> CpuBackend | None:
-    """Return the backend of a level of instruction sets, of this machine's own for "", or None if there is no such level."""
-    if level and level not in ISAS:
-        return None
+def find_cpu(level: str) -> CpuBackend:
+    """Return the backend of a level of instruction sets, one of `cpu_names`; of this machine's own for ""."""
     isa = ISAS[level] if level else detect()
     return CpuBackend(f"cpu:{isa.name}", isa)
 

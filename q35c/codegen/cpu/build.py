@@ -28,7 +28,7 @@ from q35c.codegen.cpu.object_key import object_key
 from q35c.codegen.cpu.program import HELPERS, helper_symbol, kernel_symbol
 from q35c.codegen.cpu.support import BF16_IR, SUPPORT_IR
 from q35c.errors import ToolchainError
-from q35c.temporary import temporary_folder
+from q35c.temporary import system_directory, temporary_folder
 from q35c.user_cache import PrivateFolder, private_folder
 
 _PIPELINE = "q35c"
@@ -87,9 +87,9 @@ def build_shared(
     helpers = {helper_symbol(name): make() for name, make in HELPERS.items()}
     objects["helpers"] = {symbol: _c_function(symbol, f) for symbol, f in helpers.items()}
     names = [f"{name}.o" for name in objects]
-    command = _linker(names, _RESULT)
+    command = _link_command(names)
     _target(isa)  # before the fork: with the first target LLVM sets itself up
-    with temporary_folder(_FOLDER) as folder:
+    with temporary_folder(system_directory(), _FOLDER) as folder:
 
         def work(report: Callable[[float], None]) -> None:
             threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
@@ -201,17 +201,24 @@ def _link(folder: Path, sources: Sequence[str], command: Sequence[str]) -> bytes
         raise ToolchainError("cannot link machine code", where=where, got=error.strerror) from None
 
 
-def _linker(sources: Sequence[str], result: str) -> list[str]:
-    """Return the command that links; ToolchainError where nothing can."""
-    # Relative names only: linkers may record the paths they are given.
-    flags = ["-shared", "-s", "-o", result, *sources]
-    options = ["--build-id=none", "--gc-sections", f"--version-script={_EXPORTS}"]
+def find_linker() -> tuple[str, bool]:
+    """Return the path of a linker and whether it is a compiler that calls one. Raises ToolchainError."""
     if linker := shutil.which("ld"):
-        return [linker, *options, "-z", "noexecstack", *flags]
+        return linker, False
     if compiler := shutil.which("gcc") or shutil.which("cc"):
-        return [compiler, "-nostdlib", f"-Wl,{','.join(options)}", *flags]
+        return compiler, True
     raise ToolchainError(
         "no linker was found",
         expected="ld (binutils) or gcc on PATH",
         hint="install binutils",
     )
+
+
+def _link_command(sources: Sequence[str]) -> list[str]:
+    # Relative names only: linkers may record the paths they are given.
+    flags = ["-shared", "-s", "-o", _RESULT, *sources]
+    options = ["--build-id=none", "--gc-sections", f"--version-script={_EXPORTS}"]
+    linker, is_compiler = find_linker()
+    if is_compiler:
+        return [linker, "-nostdlib", f"-Wl,{','.join(options)}", *flags]
+    return [linker, *options, "-z", "noexecstack", *flags]

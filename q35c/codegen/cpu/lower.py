@@ -118,7 +118,7 @@ def lower_rotary_table(low: Lowering, op: Op) -> None:
 
 
 def lower_gated_delta_net(low: Lowering, op: Op) -> None:
-    qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, conv, delta = op.operands
+    qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, starts, conv, delta = op.operands
     _, value_heads, key_dim, value_dim = delta.type.shape
     shared, view = low.shared, low.views
     x = overwritten(low, op, qkv)  # by their convolution
@@ -131,14 +131,15 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     shape["group"], q = rounded or (0, y)
     inputs = [x, view[z], view[b], view[a]]
     convolution = [shared.weight("conv", conv_w), shared.state(conv)]
-    args = [*convolution, *inputs, *vectors, shared.state(delta), view[slots], y, q]
+    args = [*convolution, *inputs, *vectors, shared.state(delta), view[slots]]
     written = [x, y, q] if rounded else [x, y]
     strides = [stride(v) for v in (*inputs, y, q)]
     if op.attrs["rows"] == "batch":
-        low.call(("gated_delta_decode", shape), [*args, y.rows, *strides], written, [conv, delta])
+        args += [y, q, y.rows, *strides]
+        low.call(("gated_delta_decode", shape), args, written, [conv, delta])
         return
     scratch = low.scratch("gated_delta", **shape)
-    args += [scratch, y.rows, *strides, Tid()]
+    args += [view[starts], y, q, scratch, y.rows, *strides, Tid()]
     low.call(("gated_delta", shape), args, [*written, scratch], [conv, delta])
 
 

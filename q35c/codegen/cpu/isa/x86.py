@@ -9,10 +9,9 @@ Rapids, Zen 4 and later).
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.errors import IncompatibleCPU
+from q35c.cpuinfo import processor_flags
+from q35c.errors import UnsupportedMachine
 
 _V3_FEATURES = ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4_FEATURES = (*_V3_FEATURES, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl")
@@ -30,22 +29,13 @@ V4_BF16 = Isa(
 ISAS = {isa.name: isa for isa in (V3, V4, V4_VNNI, V4_BF16)}
 
 
-def read_cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """Return the feature flags of this machine's first processor, as the kernel names them."""
-    for line in path.read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "flags":
-            return frozenset(value.split())
-    return frozenset()
-
-
 def detect(flags: frozenset[str] | None = None) -> Isa:
-    """Return the highest level that the processor offers; IncompatibleCPU when it offers none."""
-    flags = read_cpu_flags() if flags is None else flags
+    """Return the highest level that the processor offers; UnsupportedMachine when it offers none."""
+    flags = processor_flags() if flags is None else flags
     for isa in reversed(ISAS.values()):
         if flags.issuperset(isa.cpu_features):
             return isa
-    raise IncompatibleCPU(
+    raise UnsupportedMachine(
         "this processor offers no supported instruction set",
         expected=" ".join(V3.cpu_features),
         got=" ".join(sorted(flags.intersection(V3.cpu_features))) or "none of them",

@@ -2,8 +2,9 @@
 
 `gated_delta_decode` takes row b as one token of sequence b: convolution, SiLU and one step for each (row, key head).
 In `gated_delta` all rows continue sequence 0, each key head's run in order, a chunk of rows at a time, so that what was
-convolved is still in L2 when the recurrence reads it; runs of SHORT_RUN tokens or more take the chunk scan, shorter ones the
-same step as decode, so a run of one token equals a decode step bit for bit.
+convolved is still in L2 when the recurrence reads it. Chunks begin at multiples of CHUNK of the sequence's positions, not of
+the call's rows, so that a sequence cut there gives the bits of the whole one. SHORT_RUN rows of a chunk or more take the scan,
+fewer the same step as decode: these equal decode steps bit for bit.
 Threads share (row, key head) pairs or key heads, never a sum, so results do not depend on their number.
 """
 
@@ -27,7 +28,7 @@ from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import share
 from q35c.layouts.blobs import SLOT_WORDS
 
-SHORT_RUN = 8  # below this many tokens one step per token is faster than the scan
+SHORT_RUN = 8  # below this many rows of a chunk one step for each is faster than the scan
 
 
 def gated_delta(
@@ -42,11 +43,11 @@ def gated_delta(
     short_run: int = SHORT_RUN,
     group: int = 0,
 ) -> tirx.PrimFunc:
-    """Build the kernel of one sequence's tokens, with a convolution of K taps; `short_run` tokens or more take the scan.
+    """Build the kernel of one sequence's tokens, with a convolution of K taps; `short_run` rows of a chunk or more take the scan.
 
     Params: CONV_W f32[K, C], CONV_STATE f32[K-1, C], QKV f32[T, C] of C = 2*Hk*Dk + Hv*Dv, which its convolution replaces,
-    Z f32[T, Hv*Dv], B and A f32[T, Hv], A_LOG and DT_BIAS f32[Hv], NORM_W f32[Dv], STATE, SLOTS i64[1], Y f32[T, Hv*Dv], ROUNDED,
-    SCRATCH, T, then the row strides ld_qkv, ld_z, ld_b, ld_a, ld_y, ld_rounded, then worker, tid, nt. With a `group`, of
+    Z f32[T, Hv*Dv], B and A f32[T, Hv], A_LOG and DT_BIAS f32[Hv], NORM_W f32[Dv], STATE, SLOTS i64[1], STARTS i32[1], Y f32[T, Hv*Dv],
+    ROUNDED, SCRATCH, T, then the row strides ld_qkv, ld_z, ld_b, ld_a, ld_y, ld_rounded, then worker, tid, nt. With a `group`, of
     which Dv is a multiple, ROUNDED gets what `quantize_rows` makes of Y.
     """
     shape = DeltaShape(Hk, Hv, Dk, Dv, eps, slot_offset_bytes // 4, isa)
@@ -70,7 +71,7 @@ def gated_delta_decode(
     isa: Isa,
     group: int = 0,
 ) -> tirx.PrimFunc:
-    """Build the kernel of one token for each sequence: parameters as those of `gated_delta`, but SLOTS i64[B], no SCRATCH, no worker."""
+    """Build the kernel of one token for each sequence: parameters as those of `gated_delta`, but SLOTS i64[B], no STARTS, no SCRATCH, no worker."""
     shape = DeltaShape(Hk, Hv, Dk, Dv, eps, slot_offset_bytes // 4, isa)
     conv = ConvShape(shape.channels, K, isa.lanes, slot_offset_bytes // 4)
     return _decode_kernel(shape, conv, Rounding(Hv * Dv, group, isa))
@@ -93,36 +94,37 @@ def convolve_key_head(shape, conv, x, w, state, base, first, count, key_head):
 
 @T.inline
 def run_sequence(
-    shape, scan, conv, short_run, conv_w, conv_state, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y, rounding,
+    shape, scan, conv, short_run, conv_w, conv_state, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, starts, y, rounding,
     rounded, w, tokens, tid, nt,
 ):  # fmt: skip
     """All rows, for the value heads of each key head of this thread's share."""
     conv_base: T.let[T.int64] = slots[0] * SLOT_WORDS + conv.slot_offset
+    # Rows that the first chunk has before this call.
+    before: T.let[T.int64] = T.cast(T.truncmod(starts[0], scan.rows), "int64")
+    chunks: T.let[T.int64] = T.truncdiv(before + tokens + (scan.rows - 1), T.int64(scan.rows))
     lo: T.let[T.int64] = share(shape.Hk, tid, nt)
     for task in T.serial(share(shape.Hk, tid + 1, nt) - lo):
         key_head: T.let[T.int64] = lo + task
-        if tokens < short_run:
-            convolve_key_head(
-                shape, conv, qkv, conv_w, conv_state, conv_base, T.int64(0), tokens, key_head
-            )
         for member in T.serial(T.int64(shape.ratio)):
             head: T.let[T.int64] = key_head * shape.ratio + member
             base: T.let[T.int64] = shape.state(slots[0], head)
-            if tokens < short_run:
-                for row in T.serial(tokens):
-                    recurrent_step(
-                        shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, base, y, row, head
+            for chunk in T.serial(chunks):
+                first: T.let[T.int64] = T.max(chunk * scan.rows - before, T.int64(0))
+                end: T.let[T.int64] = T.min((chunk + 1) * scan.rows - before, tokens)
+                live: T.let[T.int64] = end - first
+                if member == 0:
+                    convolve_key_head(
+                        shape, conv, qkv, conv_w, conv_state, conv_base, first, live, key_head
                     )
-                    rounding.columns(y, row, rounded, head * shape.Dv, shape.Dv)
-            else:
-                pack_state(scan, w, state, base)
-                for chunk in T.serial(T.truncdiv(tokens + (scan.rows - 1), T.int64(scan.rows))):
-                    first: T.let[T.int64] = chunk * scan.rows
-                    live: T.let[T.int64] = T.min(tokens - first, T.int64(scan.rows))
-                    if member == 0:
-                        convolve_key_head(
-                            shape, conv, qkv, conv_w, conv_state, conv_base, first, live, key_head
-                        )
+                if live < short_run:  # the first or the last chunk
+                    for i in T.serial(live):
+                        recurrent_step(
+                            shape, qkv, z, b, a, a_log, dt_bias, norm_w, state, base, y, first + i, head
+                        )  # fmt: skip
+                        rounding.columns(y, first + i, rounded, head * shape.Dv, shape.Dv)
+                else:
+                    if first < short_run:  # no chunk was scanned before
+                        pack_state(scan, w, state, base)
                     scan_chunk(scan, qkv, a, b, a_log, dt_bias, w, y, head, first, live)
                     for i in T.serial(live):
                         gated_norm(
@@ -131,7 +133,8 @@ def run_sequence(
                             z, norm_w, y, first + i, head,
                         )  # fmt: skip
                         rounding.columns(y, first + i, rounded, head * shape.Dv, shape.Dv)
-                unpack_state(scan, w, state, base)
+                    if tokens - end < short_run:  # none will be
+                        unpack_state(scan, w, state, base)
 
 
 def _sequence_kernel(
@@ -152,6 +155,7 @@ def _sequence_kernel(
         NORM_W: T.handle("float32"),
         STATE: T.handle("float32"),
         SLOTS: T.handle("int64"),
+        STARTS: T.handle("int32"),
         Y: T.handle("float32"),
         ROUNDED: T.handle("int32"),
         SCRATCH: T.handle("float32"),
@@ -178,12 +182,13 @@ def _sequence_kernel(
         norm_w = T.decl_buffer((shape.Dv,), "float32", data=NORM_W)
         state = T.decl_buffer((T.int64(1) << 48,), "float32", data=STATE)
         slots = T.decl_buffer((1,), "int64", data=SLOTS)
+        starts = T.decl_buffer((1,), "int32", data=STARTS)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         rounded = T.decl_buffer((tokens, ld_rounded), "int32", data=ROUNDED)
         w = T.decl_buffer((scan.total,), "float32", data=SCRATCH, elem_offset=worker * scan.total)
         run_sequence(
-            shape, scan, conv, short_run, conv_w, conv_state, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, y,
-            rounding, rounded, w, tokens, tid, nt,
+            shape, scan, conv, short_run, conv_w, conv_state, qkv, z, b, a, a_log, dt_bias, norm_w, state, slots, starts,
+            y, rounding, rounded, w, tokens, tid, nt,
         )  # fmt: skip
         return T.int32(0)
 

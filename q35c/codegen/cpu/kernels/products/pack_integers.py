@@ -28,7 +28,14 @@ from q35c.codegen.cpu.kernels.vectors import (
     splat,
     splat_int,
 )
-from q35c.formats.integer import LARGEST_SUM, LAST_SHARES, SUM_INPUTS, TOP_SHARES, scale_bound
+from q35c.formats.integer import (
+    LARGEST_SUM,
+    LAST_SHARES,
+    LEAST_MEASURED,
+    SUM_INPUTS,
+    TOP_SHARES,
+    scale_bound,
+)
 from q35c.layouts.weights import BLOCK
 
 _ROUND = (
@@ -138,6 +145,8 @@ def choose_scale(
         T.buffer_store(extremes, T.min(low, at), [1, ramp(0, L)])
     largest, smallest = T.Bind(_reduce("fmax", high)), T.Bind(_reduce("fmin", low))
     top = T.Bind(T.Select(largest >= T.float32(0) - smallest, largest, smallest))
+    # A denormal one counts as 0, and so has no sign.
+    top = T.Bind(T.Select(T.fabs(top) < T.float32(2.0**-126), T.float32(0), top))
     T.buffer_store(least, T.float32(float("inf")), [0])
     T.buffer_store(best, T.int32(0), [0])
     shares = TOP_SHARES[form.bits] + LAST_SHARES[form.bits]
@@ -149,15 +158,15 @@ def choose_scale(
         is_due = least[0] == T.float32(float("inf"))  # the last ones: where none has kept its sums
         with T.If(tirx.Or(trial < len(TOP_SHARES[form.bits]), is_due)), T.Then():
             code = T.Bind(_nearest_code(top * table[trial], exponent))
-            _try_scale(product, values, code, _scale(code, exponent), least, best)
+            _try_scale(product, values, code, exponent, least, best)
 
 
 def _try_scale(
-    product: IntegerProduct, values: Expr, code: Expr, scale: Expr, least: Expr, best: Expr
+    product: IntegerProduct, values: Expr, code: Expr, exponent: Expr, least: Expr, best: Expr
 ) -> None:
     """Emit best = a code, if its scale has the least error so far and keeps to LARGEST_SUM."""
     L, form = product.isa.lanes, product.form
-    scale = T.Bind(scale)
+    scale = T.Bind(_scale(code, exponent))
     inverse, wide = T.Bind(splat(T.float32(1) / scale, L)), T.Bind(splat(scale, L))
     total = T.alloc_buffer((2, L), "float32")  # squared errors; magnitudes of 32 inputs' levels
     largest = T.alloc_buffer((1,), "float32")
@@ -177,7 +186,8 @@ def _try_scale(
             for pair in range(2):
                 one = _sum_of_pairs(magnitudes, pair, L)
                 T.buffer_store(largest, T.max(largest[0], one), [0])
-    whole = T.Bind(hsum(errors, L))
+    is_measured = exponent >= LEAST_MEASURED
+    whole = T.Bind(T.Select(is_measured, hsum(errors, L), T.float32(0)))
     keeps = largest[0] <= T.float32(LARGEST_SUM)  # of 8 bits nothing was added up
     with T.If(tirx.And(whole < least[0], keeps)), T.Then():
         T.buffer_store(least, whole, [0])

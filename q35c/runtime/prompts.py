@@ -1,0 +1,88 @@
+"""What a prompt is: a text, or token ids as a list, tuple, other sequence or integer array of one axis.
+
+Several prompts are a list of those, or an integer array of two axes: a prompt each row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from q35c import arguments
+from q35c.errors import PromptError
+from q35c.runtime.tokenizer import Tokenizer
+
+_IDS = "token ids: a list, tuple or integer array"
+_PROMPT = f"a text, {_IDS}, or a list of those"
+
+
+def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
+    """Return the prompts as a list, and whether there was a single one. Raises PromptError."""
+    if isinstance(prompt, (str, range)):
+        return [prompt], True
+    items = arguments.sequence(None, prompt, _PROMPT, error=PromptError)
+    are_prompts = [isinstance(item, str) or arguments.is_sequence(item) for item in items]
+    if not any(are_prompts):
+        return [_ids_only(items)], True
+    if not all(are_prompts):
+        number = are_prompts.index(False)
+        raise PromptError(
+            "not a prompt",
+            where=f"prompt {number}",
+            expected=f"a text, or {_IDS}",
+            got=items[number],
+        )
+    return items, False
+
+
+def encode_prompt(
+    prompt: Any, tokenizer: Callable[[], Tokenizer], vocab: int, context: int
+) -> list[int]:
+    """Return a prompt's token ids. Raises PromptError, TokenizerError if there is no tokenizer."""
+    if isinstance(prompt, str):
+        if (at := arguments.surrogate_at(prompt)) is not None:
+            raise PromptError("the prompt is not UTF-8", got=f"{prompt[at]!r} at character {at}")
+        prompt = tokenizer().encode(prompt)
+    return check_ids(prompt, vocab, context)
+
+
+def check_ids(ids: Any, vocab: int, context: int) -> list[int]:
+    """Return token ids as a list of `int`.
+
+    Raises PromptError if there are none or more than `context`, or if one is outside 0..vocab-1.
+    """
+    listed = arguments.sequence(None, ids, _IDS, error=PromptError)
+    if not listed:
+        raise PromptError("the prompt holds no tokens", hint="give at least one token")
+    if len(listed) > context:
+        raise PromptError(
+            "the prompt is longer than the context",
+            expected=f"at most {context} tokens",
+            got=len(listed),
+            hint="shorten it, or load the model with a larger context",
+        )
+    for place, item in enumerate(listed):
+        token = item if type(item) is int else arguments.index_of(item)
+        if token is None:
+            raise PromptError("not a token id", where=f"token {place}", got=item)
+        if not 0 <= token < vocab:
+            raise PromptError(
+                "token id is outside the vocabulary",
+                where=f"token {place}",
+                expected=f"0 to {vocab - 1}",
+                got=token,
+            )
+        listed[place] = token
+    return listed
+
+
+def _ids_only(items: list[Any]) -> list[Any]:
+    """Refuse a conversation with a word about it; other wrong items are named as ids."""
+    if items and isinstance(items[0], Mapping):
+        raise PromptError(
+            "a conversation is no prompt",
+            expected=_PROMPT,
+            got=cast(object, items[0]),
+            hint="model.apply_chat_template(messages) makes a prompt of it",
+        )
+    return items
