@@ -31,7 +31,7 @@ def packer(weights: Iterable[PackedWeight], load: Load) -> Pack:
         out = np.empty((blocks, *block_shape(dtype, inputs)), np.uint8)
         # The call convention is that of programs: rows for weights, blocks for the arena, their number for tokens.
         entry = library.entry(packer_symbol(inputs, dtype))
-        if entry(rows.ctypes.data, 0, out.ctypes.data, 0, 0, blocks):
+        if entry((rows.ctypes.data, 0, out.ctypes.data, 0, 0, blocks)):
             raise InternalError("the packer failed", got=(dtype, rows.shape))
         return out
 
