@@ -8,8 +8,9 @@ from tvm.script import tirx as T
 
 from q35c.codegen.calls import Barrier, Call, Division, Int, Part, Parts, Pointer, Tid, Tokens
 from q35c.codegen.cpu.build import build_shared
-from q35c.codegen.cpu.division import FEWEST_PARTS, PART_BYTES, PARTS_PER_THREAD, division_of
+from q35c.codegen.cpu.division import FEWEST_PARTS, PART_BYTES, PARTS_PER_THREAD
 from q35c.codegen.cpu.program import program_entry
+from q35c.codegen.targets import find_target
 from q35c.layouts.blobs import BARRIER_BYTES, DIVIDED_CALLS, PART_COUNTERS
 from q35c.runtime.library import Arguments, Library, Workers
 from tests.kernels.harness import ISA, guard
@@ -93,6 +94,7 @@ def test_small_work_keeps_equal_shares(library):
 
 def test_what_is_divided():
     big = {"N": 7168, "K": 1024, "dtype": "i4g64"}
-    assert division_of("linear", big) == Division(224, 7168 * 1024 // 2)
-    assert division_of("linear", {**big, "N": 64}) is None
-    assert division_of("rms_norm", {"D": 1024}) is None
+    divide = find_target("cpu:x86-64-v3").division
+    assert divide("linear", big) == Division(224, 7168 * 1024 // 2)
+    assert divide("linear", {**big, "N": 64}) is None
+    assert divide("rms_norm", {"D": 1024}) is None

@@ -56,14 +56,17 @@ class CpuBackend:
         return max(1, min(-(-self.decode_tasks // kv_heads), context // self.split_cells))
 
     def scratch_bytes(self, family: str, max_tokens: int, parameters: Mapping[str, Any]) -> int:
-        from q35c.codegen.cpu.families import scratch_bytes
+        from q35c.codegen.cpu.families import FAMILIES
+        from q35c.codegen.cpu.kernels.family import Room
 
-        return scratch_bytes(family, self, max_tokens, parameters)
+        size = FAMILIES[family].scratch
+        return size(parameters, Room(self.isa, self.max_threads, max_tokens)) if size else 0
 
     def division(self, family: str, parameters: Mapping[str, Any]) -> Division | None:
-        from q35c.codegen.cpu.division import division_of
+        from q35c.codegen.cpu.families import FAMILIES
 
-        return division_of(family, parameters)
+        divide = FAMILIES[family].division
+        return divide(parameters) if divide else None
 
     def check_tools(self) -> None:
         from q35c.codegen.cpu.build import find_linker

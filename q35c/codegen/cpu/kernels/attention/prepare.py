@@ -19,6 +19,7 @@ from q35c.codegen.cpu.kernels.attention.shape import (
     make_cache,
     value_width,
 )
+from q35c.codegen.cpu.kernels.family import Family
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
@@ -231,3 +232,6 @@ def attention_prepare(
         return T.int32(0)
 
     return attention_prepare_kernel
+
+
+ATTENTION_PREPARE = Family(attention_prepare)

@@ -14,12 +14,10 @@ Limit: FMA rate in prefill (4 T S D per head); bandwidth of the cache, 2 S D ele
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Division
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.bf16 import BF16
 from q35c.codegen.cpu.kernels.attention.f32 import attend
@@ -27,14 +25,17 @@ from q35c.codegen.cpu.kernels.attention.int8 import INT8
 from q35c.codegen.cpu.kernels.attention.pairs import Form, attend_paired, whole_power
 from q35c.codegen.cpu.kernels.attention.shape import (
     LOWEST,
+    QUERY_ROWS,
     STEP,
     AttentionShape,
     make_cache,
     query_tokens,
 )
+from q35c.codegen.cpu.kernels.family import PART_BYTES, Family, Parameters, Room
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, share, splat, vexp, vsigmoid
 from q35c.layouts.cache import CELLS
+from q35c.layouts.weights import ceil_div
 
 
 def attention_shape(
@@ -45,14 +46,6 @@ def attention_shape(
     cache = make_cache(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes, isa)
     tokens = 1 if rows == "batch" else query_tokens(Hq // Hkv, isa)
     return AttentionShape(Hq, cache, tokens, splits, isa)
-
-
-def attention_scratch_bytes(target: Any, max_tokens: int, parameters: Mapping[str, Any]) -> int:
-    """Return the scratch of all threads, or in decode of all (row, head, split) tasks."""
-    shape = attention_shape(**parameters, isa=target.isa)
-    is_batch = parameters["rows"] == "batch"
-    tasks = max_tokens * shape.Hkv * shape.splits if is_batch else target.max_threads
-    return 4 * shape.task_words * tasks
 
 
 def paired_form(shape: AttentionShape) -> Form:
@@ -264,3 +257,25 @@ def attention_combine(
         return T.int32(0)
 
     return attention_combine_kernel
+
+
+def _scratch(p: Parameters, room: Room) -> int:
+    """Scratch is that of all threads, or in decode of all (row, head, split) tasks."""
+    shape = attention_shape(**p, isa=room.isa)
+    is_batch = p["rows"] == "batch"
+    return (
+        4
+        * shape.task_words
+        * (room.tokens * shape.Hkv * shape.splits if is_batch else room.threads)
+    )
+
+
+def _division(p: Parameters) -> Division:
+    if p["rows"] == "batch":  # keys and values, were the sequence half as long as it may become
+        return Division(p["Hkv"] * p["splits"], p["context"] // 2 * p["Hkv"] * p["D"] * 4)
+    # Of a task, on any target: more parts than tasks do no harm.
+    return Division(ceil_div(p["Hq"] * p["context"], min(QUERY_ROWS.values())), PART_BYTES)
+
+
+ATTENTION = Family(attention, scratch=_scratch, division=_division)
+ATTENTION_COMBINE = Family(attention_combine)

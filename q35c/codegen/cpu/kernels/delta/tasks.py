@@ -13,6 +13,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
+from q35c.codegen.calls import Division
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.delta.conv import ConvShape, convolve_channels
 from q35c.codegen.cpu.kernels.delta.scan import pack_state, scan_chunk, scan_shape, unpack_state
@@ -22,6 +23,7 @@ from q35c.codegen.cpu.kernels.delta.step import (
     recurrent_step,
     vector_of_row,
 )
+from q35c.codegen.cpu.kernels.family import Family, Parameters, Room
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import share
 from q35c.layouts.blobs import SLOT_WORDS
@@ -251,3 +253,16 @@ def _decode_kernel(shape: DeltaShape, conv: ConvShape, rounding: Rounding) -> ti
         return T.int32(0)
 
     return gated_delta_decode_kernel
+
+
+def _scratch(p: Parameters, room: Room) -> int:
+    one = gated_delta_scratch_bytes(p["Hk"], p["Hv"], p["Dk"], p["Dv"], room.isa)
+    return max(one, 64) * room.threads
+
+
+def _division(p: Parameters) -> Division:
+    return Division(p["Hk"], p["Hv"] * p["Dk"] * p["Dv"] * 8)  # the state, read and written
+
+
+GATED_DELTA = Family(gated_delta, scratch=_scratch, division=_division)
+GATED_DELTA_DECODE = Family(gated_delta_decode, division=_division)

@@ -11,12 +11,19 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Division
 from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.kernels.family import Family, Parameters, Room, weight_bytes
 from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.product import Operands, Product
-from q35c.codegen.cpu.kernels.products.rounded_blocks import RoundedRows, sweep_rounded
+from q35c.codegen.cpu.kernels.products.rounded_blocks import (
+    RoundedRows,
+    rounding_scratch,
+    sweep_rounded,
+)
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import Expr, share
+from q35c.layouts.weights import BLOCK, ceil_div
 
 # Reading one block of weights from memory costs about as much as computing this many rows.
 BLOCK_COST_ROWS = 8
@@ -242,3 +249,18 @@ def _blocks_before(boundary: Expr, before: Expr, cost: Expr, blocks: int) -> Exp
 
 def _wide(value: Expr) -> Expr:
     return T.cast(value, "int64")
+
+
+def _scratch(p: Parameters, room: Room) -> int:
+    return rounding_scratch(p["group"], p["top_k"] * p["I"], room)
+
+
+def _division(p: Parameters, N: int, K: int) -> Division:
+    blocks, size = ceil_div(N, BLOCK), weight_bytes(N, K, p["dtype"])
+    return Division(p["top_k"] * blocks, p["top_k"] * size)
+
+
+EXPERT_GATE_UP = Family(
+    expert_gate_up, scratch=_scratch, division=lambda p: _division(p, 2 * p["I"], p["H"])
+)
+EXPERT_DOWN = Family(expert_down, division=lambda p: _division(p, p["H"], p["I"]))

@@ -19,6 +19,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.kernels.family import Family
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
@@ -239,3 +240,8 @@ def _combined(
     for s in range(top_k):
         total = total + y2[row * top_k + s, columns] * splat(weights[row, s], lanes)
     return total
+
+
+ROUTE = Family(route)
+GROUP_BY_EXPERT = Family(group_by_expert, takes_isa=False)
+COMBINE = Family(combine)

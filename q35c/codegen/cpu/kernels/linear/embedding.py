@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.kernels.family import Family
 from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.integer_tile import IntegerProduct
 from q35c.codegen.cpu.kernels.products.integer_weights import scale_of
@@ -147,3 +148,6 @@ def _code_of(table: IntegerProduct, word: Word, lines: Expr, part: Expr, byte: E
         return low
     high = T.bitwise_and(T.shift_right(word(lines), byte + part), 1)
     return low + high * 16
+
+
+EMBEDDING = Family(embedding)

@@ -15,12 +15,19 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Division
 from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.kernels.family import Family, Parameters, Room, weight_bytes
 from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.product import Operands, Product
-from q35c.codegen.cpu.kernels.products.rounded_blocks import RoundedRows, sweep_rounded
+from q35c.codegen.cpu.kernels.products.rounded_blocks import (
+    RoundedRows,
+    rounding_scratch,
+    sweep_rounded,
+)
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import Expr, share
+from q35c.layouts.weights import BLOCK, ceil_div
 
 FEW_BLOCKS = 2  # too few to split among threads
 
@@ -153,3 +160,19 @@ def _blocks(
 
 def _same(position: Expr) -> Expr:
     return position
+
+
+def _scratch(p: Parameters, room: Room) -> int:
+    return rounding_scratch(p["group"], p["N"] // 2, room)
+
+
+def _division(p: Parameters) -> Division | None:
+    blocks = ceil_div(p["N"], BLOCK)
+    if blocks <= FEW_BLOCKS:
+        return None  # they are split by rows, which share more of what is unpacked if they stay together
+    # Columns that are rounded stay in groups.
+    most = p["N"] // 2 // p["group"] if p.get("group") else blocks
+    return Division(most, weight_bytes(p["N"], p["K"], p["dtype"]))
+
+
+LINEAR = Family(linear, scratch=_scratch, division=_division)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from tvm import tirx
 from tvm.script import tirx as T
 
+from q35c.codegen.cpu.kernels.family import Room
 from q35c.codegen.cpu.kernels.products.product import Operands, Product
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding, round_group
 from q35c.codegen.cpu.kernels.vectors import Expr, ramp
@@ -81,3 +82,8 @@ def _is_complete(rows: RoundedRows, number: Expr, count: Expr, span: Expr) -> Ex
     counter = T.address_of(rows.arrivals[rows.counter + number])
     counts = (T.cast(value, "int32") for value in (count, span))
     return T.Bind(T.call_extern("int32", "q35c_arrive", counter, *counts)) != 0
+
+
+def rounding_scratch(group: int, columns: int, room: Room) -> int:
+    """Return the bytes of scratch of a kernel that rounds the `columns` values a row that it makes."""
+    return 4 * room.tokens * (group * room.threads + columns)

@@ -14,6 +14,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.kernels.family import Family
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding, round_group
 from q35c.codegen.cpu.kernels.vectors import Expr, hsum, ramp, share, splat, vrsqrt
 
@@ -151,3 +152,6 @@ def _sum_of_squares(x: Expr, row: Expr, D: int, lanes: int) -> Expr:
     for column in range(D // lanes * lanes, D):
         T.buffer_store(scalar, scalar[0] + x[row, column] * x[row, column], [0])
     return scalar[0]
+
+
+RMS_NORM = Family(rms_norm)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from tvm import tirx
 from tvm.script import tirx as T
 
+from q35c.codegen.cpu.kernels.family import Family
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, let, ramp, share, vector, vector_type
 
 _ROUND = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
@@ -127,3 +128,6 @@ def rotary_table(
         return T.int32(0)
 
     return rotary_table_kernel
+
+
+ROTARY_TABLE = Family(rotary_table, takes_isa=False)

@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.kernels.family import Family
 from q35c.codegen.cpu.kernels.vectors import Expr, bits, from_bits, ramp, share, splat_int, vector
 from q35c.layouts.weights import ceil_div
 
@@ -81,3 +82,6 @@ def _rounded(word: Expr, lanes: int) -> Expr:
     nearest = (word + splat_int(0x7FFF, lanes) + odd) & splat_int(-65536, lanes)
     is_nan = (word & splat_int(0x7FFFFFFF, lanes)) > splat_int(0x7F800000, lanes)
     return T.Select(is_nan, splat_int(0x7FC00000, lanes), nearest)
+
+
+ROUND_ROWS = Family(round_rows)

@@ -17,6 +17,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.kernels.family import Family
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
@@ -162,3 +163,6 @@ def _start(sums: Expr, lanes: int) -> Expr:
 def _sum(lanes: Expr) -> Expr:
     add = T.llvm_lookup_intrinsic_id("llvm.vector.reduce.add")
     return T.call_llvm_pure_intrin(add, lanes, dtype="int32")
+
+
+QUANTIZE_ROWS = Family(quantize_rows)
