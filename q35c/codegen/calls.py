@@ -15,6 +15,24 @@ class Division:
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Name what a kernel takes, in order, and the pointers among it that it stores to.
+
+    Pointers have names of their own. `tokens` is how many rows the call has, `ld_x` the row stride of `x` in elements of 4
+    bytes, `worker` the thread's number; the number of the part and how many there are stand behind all of them.
+    """
+
+    arguments: tuple[str, ...]
+    writes: frozenset[str]
+
+    @property
+    def pointers(self) -> tuple[str, ...]:
+        """Return what a call must name; the rest follows from it."""
+        scalars = ("tokens", "worker")
+        return tuple(n for n in self.arguments if n not in scalars and not n.startswith("ld_"))
+
+
 @dataclass(frozen=True)
 class Pointer:
     """Point `byte_offset` into a blob; with `last_row`, (T - 1) * row_bytes further."""

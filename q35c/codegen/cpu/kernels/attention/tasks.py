@@ -277,5 +277,13 @@ def _division(p: Parameters) -> Division:
     return Division(ceil_div(p["Hq"] * p["context"], min(QUERY_ROWS.values())), PART_BYTES)
 
 
-ATTENTION = Family(attention, scratch=_scratch, division=_division)
-ATTENTION_COMBINE = Family(attention_combine)
+ATTENTION = Family(
+    attention,
+    "q qg state slots starts y rounded scratch tokens ld_qg ld_y ld_rounded worker",
+    writes="y rounded scratch",
+    scratch=_scratch,
+    division=_division,
+)
+ATTENTION_COMBINE = Family(
+    attention_combine, "scratch qg y rounded tokens ld_qg ld_y ld_rounded", writes="y rounded"
+)

@@ -264,5 +264,17 @@ def _division(p: Parameters) -> Division:
     return Division(p["Hk"], p["Hv"] * p["Dk"] * p["Dv"] * 8)  # the state, read and written
 
 
-GATED_DELTA = Family(gated_delta, scratch=_scratch, division=_division)
-GATED_DELTA_DECODE = Family(gated_delta_decode, division=_division)
+_INPUTS = "conv_w conv_state qkv z b a a_log dt_bias norm_w state slots"
+_STRIDES = "tokens ld_qkv ld_z ld_b ld_a ld_y ld_rounded"
+_WRITES = "conv_state qkv state y rounded"
+
+GATED_DELTA = Family(
+    gated_delta,
+    f"{_INPUTS} starts y rounded scratch {_STRIDES} worker",
+    writes=f"{_WRITES} scratch",
+    scratch=_scratch,
+    division=_division,
+)
+GATED_DELTA_DECODE = Family(
+    gated_delta_decode, f"{_INPUTS} y rounded {_STRIDES}", writes=_WRITES, division=_division
+)

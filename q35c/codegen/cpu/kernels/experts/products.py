@@ -260,7 +260,25 @@ def _division(p: Parameters, N: int, K: int) -> Division:
     return Division(p["top_k"] * blocks, p["top_k"] * size)
 
 
+_GROUPS = "order active offsets count"
+
+
+def _gate_up_arguments(p: Parameters) -> str:
+    if p.get("group"):
+        return f"w x {_GROUPS} q scratch arrivals tokens ld_x ld_q worker"
+    return f"w x {_GROUPS} y tokens ld_x"
+
+
 EXPERT_GATE_UP = Family(
-    expert_gate_up, scratch=_scratch, division=lambda p: _division(p, 2 * p["I"], p["H"])
+    expert_gate_up,
+    _gate_up_arguments,
+    writes="y q scratch arrivals",
+    scratch=_scratch,
+    division=lambda p: _division(p, 2 * p["I"], p["H"]),
 )
-EXPERT_DOWN = Family(expert_down, division=lambda p: _division(p, p["H"], p["I"]))
+EXPERT_DOWN = Family(
+    expert_down,
+    f"w y1 {_GROUPS} y2 tokens ld_y1",
+    writes="y2",
+    division=lambda p: _division(p, p["H"], p["I"]),
+)

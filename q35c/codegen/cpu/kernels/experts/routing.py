@@ -242,6 +242,15 @@ def _combined(
     return total
 
 
-ROUTE = Family(route)
-GROUP_BY_EXPERT = Family(group_by_expert, takes_isa=False)
-COMBINE = Family(combine)
+ROUTE = Family(route, "logits gate ids weights tokens ld_logits ld_gate", writes="ids weights")
+GROUP_BY_EXPERT = Family(
+    group_by_expert,
+    "ids order active offsets count tokens",
+    writes="order active offsets count",
+    takes_isa=False,
+)
+COMBINE = Family(
+    combine,
+    "y2 weights shared gate residual y tokens ld_shared ld_gate ld_residual ld_y",
+    writes="y",
+)

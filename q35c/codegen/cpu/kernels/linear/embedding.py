@@ -30,7 +30,7 @@ Word = Callable[[Expr], Expr]  # element of the token's block -> its value
 
 
 def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
-    """Make the kernel (W, TOKENS i32 [T], Y f32 [T, H], T, ld_y, tid, nt) for a table of V rows.
+    """Make the kernel (W, IDS i32 [T], Y f32 [T, H], T, ld_y, tid, nt) for a table of V rows.
 
     W is packed as `linear` reads it. Ids outside the table read its first or last row.
     """
@@ -40,7 +40,7 @@ def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
     @T.prim_func(private=True, s_tir=True)
     def embedding_kernel(
         W: T.handle(table.element),
-        TOKENS: T.handle("int32"),
+        IDS: T.handle("int32"),
         Y: T.handle("float32"),
         tokens: T.int64,
         ld_y: T.int64,
@@ -49,7 +49,7 @@ def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
         w = table.weights(W)
-        ids = T.decl_buffer((tokens,), "int32", data=TOKENS)
+        ids = T.decl_buffer((tokens,), "int32", data=IDS)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         first: T.let[T.int64] = share(tokens * chunks, tid, nt)
         last: T.let[T.int64] = share(tokens * chunks, tid + 1, nt)
@@ -150,4 +150,4 @@ def _code_of(table: IntegerProduct, word: Word, lines: Expr, part: Expr, byte: E
     return low + high * 16
 
 
-EMBEDDING = Family(embedding)
+EMBEDDING = Family(embedding, "w ids y tokens ld_y", writes="y")

@@ -175,4 +175,14 @@ def _division(p: Parameters) -> Division | None:
     return Division(most, weight_bytes(p["N"], p["K"], p["dtype"]))
 
 
-LINEAR = Family(linear, scratch=_scratch, division=_division)
+def _arguments(p: Parameters) -> str:
+    if p.get("group"):
+        return "w x q scratch arrivals tokens ld_x ld_q worker"
+    return (
+        "w x y r tokens ld_x ld_y ld_r" if p["epilogue"] == "residual" else "w x y tokens ld_x ld_y"
+    )
+
+
+LINEAR = Family(
+    linear, _arguments, writes="y q scratch arrivals", scratch=_scratch, division=_division
+)

@@ -14,7 +14,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.family import Family, Parameters
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding, round_group
 from q35c.codegen.cpu.kernels.vectors import Expr, hsum, ramp, share, splat, vrsqrt
 
@@ -154,4 +154,8 @@ def _sum_of_squares(x: Expr, row: Expr, D: int, lanes: int) -> Expr:
     return scalar[0]
 
 
-RMS_NORM = Family(rms_norm)
+def _arguments(p: Parameters) -> str:
+    return "x w y q tokens ld_x ld_y ld_q" if p.get("group") else "x w y tokens ld_x ld_y"
+
+
+RMS_NORM = Family(rms_norm, _arguments, writes="y q")

@@ -130,4 +130,6 @@ def rotary_table(
     return rotary_table_kernel
 
 
-ROTARY_TABLE = Family(rotary_table, takes_isa=False)
+ROTARY_TABLE = Family(
+    rotary_table, "positions table tokens ld_positions", writes="table", takes_isa=False
+)

@@ -84,4 +84,4 @@ def _rounded(word: Expr, lanes: int) -> Expr:
     return T.Select(is_nan, splat_int(0x7FC00000, lanes), nearest)
 
 
-ROUND_ROWS = Family(round_rows)
+ROUND_ROWS = Family(round_rows, "x y tokens ld_x ld_y", writes="y")

@@ -165,4 +165,4 @@ def _sum(lanes: Expr) -> Expr:
     return T.call_llvm_pure_intrin(add, lanes, dtype="int32")
 
 
-QUANTIZE_ROWS = Family(quantize_rows)
+QUANTIZE_ROWS = Family(quantize_rows, "x q tokens ld_x ld_q", writes="q")
