@@ -10,16 +10,18 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Cost
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.shape import (
     ByteCache,
     Cache,
     PairedCache,
+    cell_bytes,
     cell_scale,
     make_cache,
     value_width,
 )
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.family import F32_BYTES, Family, Parameters
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
@@ -234,8 +236,18 @@ def attention_prepare(
     return attention_prepare_kernel
 
 
+def _cost(p: Parameters) -> Cost:
+    queries, keys = p["Hq"] * p["D"], p["Hkv"] * p["D"]
+    return Cost(
+        bytes_per_token=2 * keys * cell_bytes(p["kv_dtype"], p["D"]),
+        cached_bytes_per_token=(2 * queries + 2 * keys) * F32_BYTES,
+        operations_per_token=8 * (queries + keys),
+    )
+
+
 ATTENTION_PREPARE = Family(
     attention_prepare,
     "qg k v q_norm k_norm table q_out state slots starts tokens ld_qg ld_k ld_v",
     writes="q_out state",
+    cost=_cost,
 )

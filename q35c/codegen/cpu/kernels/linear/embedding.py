@@ -14,8 +14,9 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Cost
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.family import F32_BYTES, Family, Parameters
 from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.integer_tile import IntegerProduct
 from q35c.codegen.cpu.kernels.products.integer_weights import scale_of
@@ -150,4 +151,12 @@ def _code_of(table: IntegerProduct, word: Word, lines: Expr, part: Expr, byte: E
     return low + high * 16
 
 
-EMBEDDING = Family(embedding, "w ids y tokens ld_y", writes="y")
+def _cost(p: Parameters) -> Cost:
+    return Cost(
+        weight_share=1 / p["V"],
+        cached_bytes_per_token=p["H"] * F32_BYTES,
+        operations_per_token=p["H"],
+    )
+
+
+EMBEDDING = Family(embedding, "w ids y tokens ld_y", writes="y", cost=_cost)
