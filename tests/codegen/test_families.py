@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tvm import tirx
+from tvm.ir import Call, StringImm
 from tvm_ffi import structural_walk
 
 from q35c.codegen.calls import Int, Signature, Tid, Tokens
@@ -85,10 +86,10 @@ def stored(kernel: Any) -> set[str]:
             behind.append((node.buffer, node.data))
         elif isinstance(node, tirx.BufferStore):
             written.append(node.buffer)
-        elif "q35c_arrive" in [getattr(argument, "value", None) for argument in node.args]:
-            written.append(node.args[1].args[0].buffer)  # the address of a counter
+        elif any(isinstance(a, StringImm) and a.value == "q35c_arrive" for a in node.args):
+            written.append(node.args[1].args[0].source)  # the address of a counter
 
-    kinds = (tirx.DeclBuffer, tirx.BufferStore, tirx.Call)
+    kinds = (tirx.DeclBuffer, tirx.BufferStore, Call)
     structural_walk(kernel.body, (kinds, visit))
     return {
         parameter.name.lower()
