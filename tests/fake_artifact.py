@@ -107,6 +107,16 @@ def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) 
                 "name": "k0",
                 "family": "linear",
                 "parameters": {"n": 4, "dtype": "f32", "taps": [1, 2]},
+                "cost": {
+                    "peak": "f32",
+                    "weight_share": 1,
+                    "bytes_per_sequence": 0,
+                    "bytes_per_token": 0,
+                    "bytes_per_cell": 0,
+                    "cached_bytes_per_token": 32,
+                    "operations_per_token": 8.5,
+                    "operations_per_score": 0,
+                },
             }
         ],
         "probes": [{"name": "f32", "symbol": "probe_f32", "work": 1024}],

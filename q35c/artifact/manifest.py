@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, cast
 
 from q35c import strictjson
 from q35c.artifact import layout
+from q35c.artifact.kernels import Kernel, Symbol
 from q35c.artifact.schema import Items, Pattern, Range, Reader, decode, encode, refuse
 from q35c.config import FULL, LINEAR, MAX_CONTEXT, MAX_STOP_IDS, ModelConfig
 from q35c.errors import ArtifactVersionError
@@ -25,7 +26,6 @@ PLAN_MARK = b"\nq35c-plan:"
 Flag = bool
 Name = Annotated[str, Pattern(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,119}")]
 Text = Annotated[str, Pattern(r"[ -~]{1,200}")]
-Symbol = Annotated[str, Pattern(r"[a-z][a-z0-9_]{0,63}")]
 Hash = Annotated[str, Pattern(r"[0-9a-f]{64}")]
 Bytes = Annotated[int, Range(1, 2**45)]
 Offset = Annotated[int, Range(0, 2**45)]
@@ -34,9 +34,6 @@ Index = Annotated[int, Range(0, 2**16)]
 Shape = Annotated[tuple[Dim, ...], Items(1, 8)]
 TokenId = Annotated[int, Range(0, 2**24)]
 DType = Literal["f32", "bf16", "i64", "i32", "i8", "u8"]
-Number = Annotated[int, Range(-(2**53), 2**53)] | Annotated[float, Range(-1e300, 1e300)]
-Scalar = bool | Number | Annotated[str, Pattern(r"[ -~]{0,200}")]
-Parameter = Scalar | Annotated[tuple[Scalar, ...], Items(0, 512)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +119,6 @@ class Weight:
     shape: Shape
     layout: Text
     sources: Annotated[tuple[Name, ...], Items(0, MAX_STOP_IDS)]
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """A kernel in the code, for people and reports."""
-
-    name: Symbol
-    family: Symbol
-    parameters: Annotated[Mapping[str, Parameter], Items(0, MAX_STOP_IDS)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from q35c.codegen.calls import Barrier, Call, Division, Pointer
+from q35c.codegen.calls import Barrier, Call, Cost, Division, Pointer, Signature
 from q35c.layouts.cache import CacheLayout
 
 if TYPE_CHECKING:
@@ -67,6 +67,14 @@ class Backend(Protocol):
 
     def decode_splits(self, kv_heads: int, context: int) -> int:
         """Return into how many parts a decode step splits the cells of one key head."""
+        ...
+
+    def signature(self, family: str, parameters: Mapping[str, Any]) -> Signature:
+        """Return what a kernel takes and stores to. Raises LoweringError for a family that does not exist."""
+        ...
+
+    def cost(self, family: str, parameters: Mapping[str, Any]) -> Cost:
+        """Return what calls of a kernel must do at the least."""
         ...
 
     def scratch_bytes(self, family: str, max_tokens: int, parameters: Mapping[str, Any]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from q35c.artifact.writer import WeightEntry, place_weights
@@ -190,9 +190,14 @@ def describe_steps(schedule: Schedule, shared: Shared) -> dict[str, list[int]]:
 
 
 def describe_kernels(shared: Shared) -> list[dict[str, Any]]:
-    """Return each kernel's family and parameters, for `inspect`."""
+    """Return each kernel's family and parameters, for `inspect`, and its cost, for the roofline."""
     return [
-        {"name": name, "family": family, "parameters": {k: plain(v) for k, v in parameters}}
+        {
+            "name": name,
+            "family": family,
+            "parameters": {k: plain(v) for k, v in parameters},
+            "cost": asdict(shared.backend.cost(family, dict(parameters))),
+        }
         for (family, parameters), name in shared.kernels.items()
     ]
 

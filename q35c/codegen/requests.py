@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from q35c.codegen.backend import Backend, KernelKey
-from q35c.codegen.calls import Int, Tokens
+from q35c.codegen.calls import Int, Tid, Tokens
 from q35c.codegen.pack import PackedWeight
 from q35c.codegen.schedule import (
     Arrivals,
@@ -43,9 +43,10 @@ class Shared:
         key = (family, tuple(sorted(parameters.items())))
         return self.kernels.setdefault(key, f"{family}_{len(self.kernels)}")
 
-    def state(self, tensor: Value) -> StateRef:
-        """Return where a state tensor starts in every sequence's region."""
-        return StateRef(self.state_offsets[tensor.name])
+    def state(self, *tensors: Value) -> StateRef:
+        """Return where state tensors start, the first of them, in every sequence's region."""
+        names = tuple(tensor.name for tensor in tensors)
+        return StateRef(self.state_offsets[names[0]], names)
 
     def arrivals(self, counters: int) -> Arrivals:
         """Request counters for a kernel whose threads meet at groups."""
@@ -138,29 +139,43 @@ class Lowering:
 
     # --- calls -------------------------------------------------------------------------------
 
-    def call(
-        self,
-        kernel: tuple[str, dict[str, Any]],
-        args: Iterable[StepArgument],
-        writes: Iterable[View],
-        state: Iterable[Value] = (),
-    ) -> None:
-        """Append a kernel call; views among the arguments that are not written are read."""
-        family, parameters = kernel
-        args, writes = tuple(args), tuple(writes)
-        reads = tuple(a for a in args if isinstance(a, View) and a not in writes)
-        name, touched = self.shared.kernel(family, **parameters), tuple(s.name for s in state)
-        divided = self.shared.backend.division(family, parameters)
-        self.schedule.steps.append(Step(name, args, reads, writes, touched, divided))
+    def call(self, family: str, parameters: Mapping[str, Any], /, **pointers: StepArgument) -> None:
+        """Append a kernel call. Pointers go by the names that the kernel has for them; the rest of its arguments follows.
+
+        Views that the family's row does not name as written are read. Raises LoweringError for a name that is unknown or
+        missing.
+        """
+        backend = self.shared.backend
+        signature = backend.signature(family, parameters)
+        if set(pointers) != set(signature.pointers):
+            raise LoweringError(
+                "a call does not name what its kernel takes",
+                where=f"entry {self.graph.name}, {family}",
+                expected=sorted(signature.pointers), got=sorted(pointers),
+            )  # fmt: skip
+        ordered = {name: pointers[name] for name in signature.pointers}
+        views = {name: value for name, value in ordered.items() if isinstance(value, View)}
+        scalars = {"tokens": rows_of(views.values()), "worker": Tid()}
+        scalars |= {f"ld_{name}": Int(view.stride) for name, view in views.items()}
+        args = tuple((ordered | scalars)[name] for name in signature.arguments)
+        writes = tuple(views[name] for name in views if name in signature.writes)
+        reads = tuple(view for view in views.values() if view not in writes)
+        states = (value for value in ordered.values() if isinstance(value, StateRef))
+        touched = tuple(name for state in states for name in state.tensors)
+        kernel, divided = (
+            self.shared.kernel(family, **parameters),
+            backend.division(family, parameters),
+        )
+        self.schedule.steps.append(Step(kernel, args, reads, writes, touched, divided))
 
     def quantize(self, x: View, q: View, width: int, dtype: str, pairs: int = 1) -> None:
         """Append the rounding of rows; a token has `pairs` of them side by side."""
-        strides = [Int(x.stride // pairs), Int(q.stride // pairs)]
+        x, q = x.split(pairs), q.split(pairs)
         if form := integer_format(dtype):
             parameters = {"K": width, "group": form.group, "pairs": pairs}
-            self.call(("quantize_rows", parameters), [x, q, q.rows, *strides], [q])
+            self.call("quantize_rows", parameters, x=x, q=q)
         else:
-            self.call(("round_rows", {"K": width, "pairs": pairs}), [x, q, q.rows, *strides], [q])
+            self.call("round_rows", {"K": width, "pairs": pairs}, x=x, y=q)
 
 
 def spread(words: int) -> int:
@@ -177,5 +192,6 @@ def width(value: Value) -> int:
     return int(value.type.shape[-1])  # type: ignore[arg-type]
 
 
-def stride(view: View) -> Int:
-    return Int(view.stride)
+def rows_of(views: Iterable[View]) -> Tokens | Int:
+    """Return how many rows a call has: T if any of its views has so many; scratch and the like count as one."""
+    return next((view.rows for view in views if isinstance(view.rows, Tokens)), Int(1))

@@ -7,7 +7,7 @@ turns them into offsets of the five blobs and puts a barrier where one step need
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from q35c.codegen.calls import (
     Argument,
@@ -44,6 +44,10 @@ class View:
     offset: int = 0
     last_row: bool = False
 
+    def split(self, pairs: int) -> View:
+        """Return the same rows as `pairs` shorter ones each, side by side."""
+        return replace(self, stride=self.stride // pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightRef:
@@ -54,9 +58,10 @@ class WeightRef:
 
 @dataclass(frozen=True, slots=True)
 class StateRef:
-    """A state tensor, by its byte offset in a sequence's region; kernels add the slot's offset."""
+    """State tensors that a kernel finds from a byte offset in a sequence's region on; it adds the slot's offset."""
 
     offset: int
+    tensors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

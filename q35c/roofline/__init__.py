@@ -1,6 +1,6 @@
 """How far each kernel is from what this machine can do: costs, limits, measurements, reports."""
 
-from q35c.roofline.cost import Cost, step_cost
+from q35c.roofline.cost import Cost, call_cost
 from q35c.roofline.machine import Limits, cached_limits, find_limits
 from q35c.roofline.measure import predict_tests, run_roofline
 from q35c.roofline.picture import html_report
@@ -12,11 +12,11 @@ __all__ = [
     "Limits",
     "Test",
     "cached_limits",
+    "call_cost",
     "find_limits",
     "html_report",
     "predict_tests",
     "report_json",
     "report_text",
     "run_roofline",
-    "step_cost",
 ]

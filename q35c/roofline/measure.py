@@ -19,7 +19,7 @@ import numpy as np
 
 from q35c.artifact.manifest import Entry, Manifest
 from q35c.errors import OptionError
-from q35c.roofline.cost import Cost, Work, step_cost
+from q35c.roofline.cost import Cost, Work, call_cost
 from q35c.roofline.machine import seconds_per_cycle
 from q35c.roofline.report import Step, Test
 
@@ -100,7 +100,7 @@ def steps_of(manifest: Manifest, call: Call, costs: Costs | None = None) -> Iter
         work = Work(rows, starts, weight.bytes if weight else 0)
         cost = costs.get((kernel_number, work))
         if cost is None:
-            cost = costs[kernel_number, work] = step_cost(kernel.family, kernel.parameters, work)
+            cost = costs[kernel_number, work] = call_cost(kernel.cost, work)
         yield Step(name, kernel, weight.name if weight else "", cost)
 
 

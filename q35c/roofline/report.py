@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from q35c.artifact.manifest import Kernel
+from q35c.artifact.kernels import Kernel
 from q35c.roofline.cost import Cost
 from q35c.roofline.machine import Limits
 
@@ -79,7 +79,6 @@ class KernelRow:
     operations: float = 0.0
     limit_seconds: float = 0.0
     seconds: float | None = None
-    is_known: bool = True
     parts: dict[str, float] = field(default_factory=dict)
 
     def add(self, step: Step, limits: Limits | None) -> None:
@@ -89,7 +88,6 @@ class KernelRow:
         self.memory_bytes += step.cost.memory_bytes
         self.cache_bytes += step.cost.cache_bytes
         self.operations += step.cost.operations
-        self.is_known &= step.cost.is_known
         if step.seconds is not None:
             self.seconds = (self.seconds or 0.0) + step.seconds
         if limits is not None:
@@ -100,8 +98,6 @@ class KernelRow:
     @property
     def bound(self) -> str:
         """Return what bounds the kernel: memory, cache or compute."""
-        if not self.is_known:
-            return "unknown"
         return max(self.parts, key=lambda name: self.parts[name], default="")
 
     @property

@@ -209,11 +209,11 @@ class Executor:
         self._fields["clock"][0] = recordings is not None
         # What is recorded is what all threads do.
         pace = self._pace if recordings is None else None
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         self._workers.run(self._entries[plan.name], arguments, pace and pace.threads)
         seconds = time.perf_counter() - begin
         if pace is not None:
-            pace.note((plan.name, tokens), seconds)
+            pace.note((plan.name, tokens), seconds, time.process_time() - cpu)
         if recordings is not None and recordings is self._recordings():
             starts = tuple(self._fields["starts"][: len(regions)].tolist())
             cycles = self._fields["clock"][1 : len(plan.steps) + 2].copy()

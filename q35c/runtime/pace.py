@@ -19,6 +19,7 @@ _WINDOW = 0.02  # seconds that one judgement looks at
 _FEWEST_STEPS = 3
 _SLOW = 1.5  # times the best: then something is wrong
 _PREEMPTIONS_PER_SECOND = 25  # a neighbour that never sleeps takes a core about 100 times a second
+_KEPT = 0.7  # of the threads' time; quiet machines keep 0.8 (steps of 500 us) to 0.99, beside a neighbour two threads 0.5
 _WORTH = 0.95  # a change must win that much to stay
 _FIRST_HOLD, _LONGEST_HOLD = 0.25, 8.0
 _FORGETTING = 1 / 1024  # how fast the best follows slower steps: a longer context takes longer
@@ -54,10 +55,14 @@ class Pace:
         """Return the threads that the next step should use."""
         return self._choices[self._at]
 
-    def note(self, kind: Hashable, seconds: float) -> None:
-        """Learn from a step; steps of one kind would take the same time on a quiet machine."""
+    def note(self, kind: Hashable, seconds: float, cpu_seconds: float) -> None:
+        """Learn from a step; steps of one kind would take the same time on a quiet machine.
+
+        `cpu_seconds` are those of the process meanwhile: short interruptions count as preemptions, but take nothing.
+        """
         best = self._best.get(kind, seconds)
         self._best[kind] = min(seconds, best + (seconds - best) * _FORGETTING)
+        self._window.kept += cpu_seconds / self.threads
         if self._window.add(kind, seconds, best):
             self._judge()
 
@@ -65,7 +70,10 @@ class Pace:
         window, self._window = self._window, _Window()
         self.slowdown = window.slowdown(self._best)
         lost, self._lost = self._lost, self._preemptions()
-        preempted = self._lost - lost > _PREEMPTIONS_PER_SECOND * window.seconds
+        preempted = (
+            self._lost - lost > _PREEMPTIONS_PER_SECOND * window.seconds
+            and window.kept < _KEPT * window.seconds
+        )
         if self._before is not None:
             self._decide(*self._before)
             return
@@ -97,7 +105,7 @@ class _Window:
     """The steps that one judgement looks at."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.kept = 0.0  # kept: that a thread had a core, on average
         self._wanted = 0.0
         self._steps = 0
         self._kinds: Counter[Hashable] = Counter()

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from q35c.artifact import Manifest, layout, read_artifact
+from q35c.artifact.kernels import KernelCost
+from q35c.artifact.schema import decode
 from q35c.cli.text import table_text
 from q35c.errors import ArtifactError, OptionError
 from q35c.frontend.checkpoint import FILE_LIMITS
 from q35c.layouts import blobs
 from q35c.roofline import predict_tests
-from q35c.roofline.cost import KINDS, RULES, Work, step_cost
+from q35c.roofline.cost import Work, call_cost
 from tests.fake_artifact import write_small
 
 ROOT = Path(__file__).parents[2]
@@ -150,26 +153,24 @@ def test_a_roofline_of_many_steps(tmp_path: Path) -> None:
             predict_tests(manifest, **sizes)
 
 
-HOSTILE = ([1] * 512, "x" * 200, -1, 1 << 31, 1 << 53, 1e300, True, None)
+MOST_COST = {
+    field.name: {"peak": "int8", "weight_share": 1}.get(field.name, 1e18)
+    for field in fields(KernelCost)
+}
+HOSTILE = ([1] * 512, "x" * 200, -1, -1e-300, 1e19, 1 << 70, math.inf, math.nan, True, None)
 
 
-@pytest.mark.parametrize("family", RULES)
-def test_parameters_of_another_type_cost_nothing(family: str) -> None:
-    """No parameter is multiplied, formatted or used as a length before its type is known."""
-    right = {name: {int: 64, str: "q8g32", bool: True, tuple: (1.0,)}[kind] for name, kind in KINDS.items()}  # fmt: skip
-    right |= {"epilogue": "none", "kv_dtype": "bf16", "top_k": 2}
-    work = Work(1 << 22, (0,), 1 << 40)
-    assert step_cost(family, right, work).is_known
-    for name in KINDS:
-        for value in HOSTILE:
-            value = tuple(value) if isinstance(value, list) else value
-            cost = step_cost(family, {**right, name: value}, work)
-            is_right = type(value) is KINDS[name] and not (name != "inv_freq" and value in HOSTILE[2:6])  # fmt: skip
-            assert cost.is_known <= is_right, (name, value)
-            for number in (cost.memory_bytes, cost.cache_bytes, cost.operations):
-                assert 0 <= number < 1e30
-    unread = step_cost(family, {**right, "note": [1] * 512}, work)
-    assert unread == step_cost(family, right, work)
+@pytest.mark.parametrize("name", MOST_COST)
+def test_a_cost_is_a_bounded_number(name: str) -> None:
+    """The most that a file may state gives finite limits; anything else is refused before it is multiplied."""
+    cost = call_cost(decode(KernelCost, MOST_COST, "$"), Work(1 << 22, (1 << 22,) * 1024, 1 << 45))
+    for number in (cost.memory_bytes, cost.cache_bytes, cost.operations):
+        assert 0 <= number < 1e36
+    for value in HOSTILE:
+        with pytest.raises(ArtifactError):
+            decode(KernelCost, {**MOST_COST, name: value}, "$")
+    with pytest.raises(ArtifactError, match="missing"):
+        decode(KernelCost, {k: v for k, v in MOST_COST.items() if k != name}, "$")
 
 
 def test_one_wide_cell_does_not_widen_all() -> None:

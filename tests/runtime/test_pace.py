@@ -28,7 +28,8 @@ class Machine:
             took = self.seconds(threads)
             self.now += took
             self.lost += took * 100 if self.loses else 0
-            self.pace.note(("decode", 1), took)
+            kept = 0.5 if self.loses and threads > 1 else 1.0
+            self.pace.note(("decode", 1), took, took * threads * kept)
             self.used.append(threads)
             steps += 1
         return steps
@@ -47,6 +48,13 @@ def jammed(work: float, at_most: int, jam: float) -> Callable[[int], float]:
 def test_a_quiet_machine_always_uses_all(work: float) -> None:
     machine = Machine(2, quiet(work))
     machine.run(5000 * work)
+    assert set(machine.used) == {2}
+
+
+def test_short_interruptions_are_no_neighbour() -> None:
+    machine = Machine(2, quiet(0.02))
+    machine.pace = Pace(2, lambda: machine.now, lambda: int(100 * machine.now))
+    machine.run(20)
     assert set(machine.used) == {2}
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from q35c.codegen.backend import Built, KernelKey, Load, Program, Progress
-from q35c.codegen.calls import Division, Pointer
+from q35c.codegen.calls import Cost, Division, Pointer, Signature
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.isa.x86 import ISAS, detect
 from q35c.formats.registry import integer_format
@@ -54,6 +54,16 @@ class CpuBackend:
     def decode_splits(self, kv_heads: int, context: int) -> int:
         """Return into how many parts the cells of one key head are split when a decode step attends to them."""
         return max(1, min(-(-self.decode_tasks // kv_heads), context // self.split_cells))
+
+    def signature(self, family: str, parameters: Mapping[str, Any]) -> Signature:
+        from q35c.codegen.cpu.families import signature
+
+        return signature(family, parameters)
+
+    def cost(self, family: str, parameters: Mapping[str, Any]) -> Cost:
+        from q35c.codegen.cpu.families import FAMILIES
+
+        return FAMILIES[family].cost(parameters)
 
     def scratch_bytes(self, family: str, max_tokens: int, parameters: Mapping[str, Any]) -> int:
         from q35c.codegen.cpu.families import FAMILIES

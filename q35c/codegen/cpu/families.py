@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from q35c.codegen.backend import KernelKey, Parameters
+from q35c.codegen.calls import Signature
 from q35c.codegen.cpu.fast_macros import install
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.prepare import ATTENTION_PREPARE
@@ -21,6 +22,7 @@ from q35c.codegen.cpu.kernels.rows.norm import RMS_NORM
 from q35c.codegen.cpu.kernels.rows.rotary import ROTARY_TABLE
 from q35c.codegen.cpu.kernels.rows.round_bf16 import ROUND_ROWS
 from q35c.codegen.cpu.kernels.rows.round_int8 import QUANTIZE_ROWS
+from q35c.errors import LoweringError
 
 install()
 
@@ -60,7 +62,25 @@ def make_kernels(
 
 @functools.cache
 def make_kernel(family: str, parameters: Parameters, isa: Isa) -> Any:
-    """Generate a kernel; parsing it takes far longer than asking for it again."""
+    """Generate a kernel; parsing it takes far longer than asking for it again.
+
+    Raises LoweringError if it takes other arguments than its family's row says: calls go by the row.
+    """
     row = FAMILIES[family]
     extra = {"isa": isa} if row.takes_isa else {}
-    return row.make(**dict(parameters), **extra)
+    kernel = row.make(**dict(parameters), **extra)
+    said = [*row.signature(dict(parameters)).arguments, "tid", "nt"]
+    taken = [parameter.name.lower() for parameter in kernel.params]
+    if said != taken:
+        raise LoweringError(
+            "a kernel takes other arguments than its family's row says",
+            where=family, expected=said, got=taken,
+        )  # fmt: skip
+    return kernel
+
+
+def signature(family: str, parameters: Mapping[str, Any]) -> Signature:
+    """Return what a kernel takes and stores to. Raises LoweringError if there is no such family."""
+    if family not in FAMILIES:
+        raise LoweringError("no such kernel family", got=family, expected=sorted(FAMILIES))
+    return FAMILIES[family].signature(parameters)

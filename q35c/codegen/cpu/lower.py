@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from q35c.codegen.calls import Int, Tid
-from q35c.codegen.requests import Lowering, Shared, row_count, stride, width
+from q35c.codegen.calls import Int
+from q35c.codegen.requests import Lowering, Shared, row_count, width
 from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
 from q35c.formats.registry import integer_format
@@ -34,10 +35,9 @@ def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
 def lower_embedding(low: Lowering, op: Op) -> None:
     tokens, table = op.operands
     vocabulary, hidden = table.type.shape
-    y = low.output(op.result)
     parameters = {"V": vocabulary, "H": hidden, "dtype": table.type.dtype}
-    args = [low.shared.weight("linear", table), low.views[tokens], y, y.rows, stride(y)]
-    low.call(("embedding", parameters), args, [y])
+    w = low.shared.weight("linear", table)
+    low.call("embedding", parameters, w=w, ids=low.views[tokens], y=low.output(op.result))
 
 
 def lower_matrix(
@@ -51,18 +51,15 @@ def lower_matrix(
         "rows": op.operands[0].type.dtype,
         "epilogue": epilogue,
     }
-    residual = [low.views[op.operands[1]]] if epilogue == "residual" else []
-    weight = low.shared.weight(layout, *weights)
+    w = low.shared.weight(layout, *weights)
     if rounded := low.rounded_result(op):
         parameters["group"], q = rounded
         scratch = low.scratch("linear", **parameters)
         arrivals = low.shared.arrivals(width(op.result) // parameters["group"])
-        args = [weight, x, q, scratch, arrivals, q.rows, stride(x), stride(q), Tid()]
-        low.call(("linear", parameters), args, [q, scratch])
+        low.call("linear", parameters, w=w, x=x, q=q, scratch=scratch, arrivals=arrivals)
         return
-    y = low.output(op.result)
-    strides = [stride(view) for view in (x, y, *residual)]
-    low.call(("linear", parameters), [weight, x, y, *residual, y.rows, *strides], [y])
+    residual = {"r": low.views[op.operands[1]]} if epilogue == "residual" else {}
+    low.call("linear", parameters, w=w, x=x, y=low.output(op.result), **residual)
 
 
 def lower_linear(low: Lowering, op: Op) -> None:
@@ -94,53 +91,48 @@ def lower_last_token(low: Lowering, op: Op) -> None:
 
 
 def lower_rms_norm(low: Lowering, op: Op) -> None:
-    x, weight = low.views[op.operands[0]], low.shared.weight("vector", op.operands[1])
+    x, w = low.views[op.operands[0]], low.shared.weight("vector", op.operands[1])
     parameters = {"D": width(op.results[0]), "eps": op.attrs["eps"], "offset": op.attrs["offset"]}
     rounded = low.rounded_result(op)
     if rounded is None:
-        y = low.output(op.result)
-        low.call(("rms_norm", parameters), [x, weight, y, y.rows, stride(x), stride(y)], [y])
+        low.call("rms_norm", parameters, x=x, w=w, y=low.output(op.result))
         return
     group, q = rounded
     is_kept = op.attrs["is_kept"]
-    parameters |= {"group": group, "is_kept": is_kept}
     y = low.output(op.results[0]) if is_kept else q  # or else it is not touched
-    args = [x, weight, y, q, q.rows, *(stride(view) for view in (x, y, q))]
-    low.call(("rms_norm", parameters), args, [y, q] if is_kept else [q])
+    parameters |= {"group": group, "is_kept": is_kept}
+    low.call("rms_norm", parameters, x=x, w=w, y=y, q=q)
 
 
 def lower_rotary_table(low: Lowering, op: Op) -> None:
-    positions = low.views[op.operands[0]]
-    table = low.output(op.result)
     parameters = {name: op.attrs[name] for name in ("inv_freq", "sections", "scaling")}
-    most = Int(low.shared.io_tokens)
-    low.call(("rotary_table", parameters), [positions, table, table.rows, most], [table])
+    # One row for each axis, as long as the field in io.
+    positions = replace(low.views[op.operands[0]], stride=low.shared.io_tokens)
+    low.call("rotary_table", parameters, positions=positions, table=low.output(op.result))
 
 
 def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, starts, conv, delta = op.operands
     _, value_heads, key_dim, value_dim = delta.type.shape
     shared, view = low.shared, low.views
-    x = overwritten(low, op, qkv)  # by their convolution
     shape = {
         "Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim, "K": width(conv_w),
         "eps": op.attrs["eps"], "slot_offset_bytes": 0,
     }  # fmt: skip
-    vectors = [shared.weight("vector", w) for w in (a_log, dt_bias, norm_w)]
+    x = overwritten(low, op, qkv)  # by their convolution
+    a_log, dt_bias, norm_w = (shared.weight("vector", w) for w in (a_log, dt_bias, norm_w))
     y, rounded = low.exact(op), low.rounded_result(op)
     shape["group"], q = rounded or (0, y)
-    inputs = [x, view[z], view[b], view[a]]
-    convolution = [shared.weight("conv", conv_w), shared.state(conv)]
-    args = [*convolution, *inputs, *vectors, shared.state(delta), view[slots]]
-    written = [x, y, q] if rounded else [x, y]
-    strides = [stride(v) for v in (*inputs, y, q)]
+    arguments = {
+        "conv_w": shared.weight("conv", conv_w), "conv_state": shared.state(conv), "state": shared.state(delta),
+        "qkv": x, "z": view[z], "b": view[b], "a": view[a], "a_log": a_log, "dt_bias": dt_bias, "norm_w": norm_w,
+        "slots": view[slots], "y": y, "rounded": q,
+    }  # fmt: skip
     if op.attrs["rows"] == "batch":
-        args += [y, q, y.rows, *strides]
-        low.call(("gated_delta_decode", shape), args, written, [conv, delta])
+        low.call("gated_delta_decode", shape, **arguments)
         return
     scratch = low.scratch("gated_delta", **shape)
-    args += [view[starts], y, q, scratch, y.rows, *strides, Tid()]
-    low.call(("gated_delta", shape), args, [*written, scratch], [conv, delta])
+    low.call("gated_delta", shape, **arguments, starts=view[starts], scratch=scratch)
 
 
 def overwritten(low: Lowering, op: Op, value: Value) -> View:
@@ -177,19 +169,14 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
         "k_offset_bytes": 0,
         "v_offset_bytes": shared.state_offsets[values.name] - shared.state_offsets[keys.name],
     }  # fmt: skip
+    place = {"state": shared.state(keys, values), "slots": view[slots], "starts": view[starts]}
     q = low.temporary("q", op.attrs["heads"] * head_dim, row_count(op.results[0]))
-    parameters = {
-        **heads,
-        **cache,
-        "R": width(table),
-        "eps": op.attrs["eps"],
-        "scale": op.attrs["scale"],
-    }
-    inputs = [view[q_gate], view[k], view[v]]
-    norms = [shared.weight("vector", w) for w in (q_norm, k_norm)]
-    where = [shared.state(keys), view[slots], view[starts]]
-    args = [*inputs, *norms, view[table], q, *where, q.rows, *(stride(x) for x in inputs)]
-    low.call(("attention_prepare", parameters), args, [q], [keys, values])
+    rotation = {"R": width(table), "eps": op.attrs["eps"], "scale": op.attrs["scale"]}
+    low.call(
+        "attention_prepare", {**heads, **cache, **rotation}, **place,
+        qg=view[q_gate], k=view[k], v=view[v], table=view[table], q_out=q,
+        q_norm=shared.weight("vector", q_norm), k_norm=shared.weight("vector", k_norm),
+    )  # fmt: skip
     if (
         op.results[0] not in low.readers
         and op.results[-1] not in low.readers
@@ -200,25 +187,21 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
     is_batch = op.attrs["rows"] == "batch"
     parameters = {**heads, **cache, "splits": splits}
     y, scratch = low.exact(op), low.scratch("attention", **parameters)
-    made = low.rounded_result(op)
-    group, rounded = made or (0, y)
-    written = [y, rounded] if made else [y]
-    strides = [stride(v) for v in (view[q_gate], y, rounded)]
+    group, rounded = low.rounded_result(op) or (0, y)
     if not is_batch:
         parameters["group"] = group
-    args = [q, view[q_gate], *where, y, rounded, scratch, y.rows, *strides, Tid()]
-    low.call(("attention", parameters), args, [scratch, *written], [keys, values])
+    rows = {"qg": view[q_gate], "y": y, "rounded": rounded, "scratch": scratch}
+    low.call("attention", parameters, **place, **rows, q=q)
     if is_batch:
         parameters = {**heads, "kv_dtype": kv_dtype, "splits": splits, "group": group}
-        args = [scratch, view[q_gate], y, rounded, y.rows, *strides]
-        low.call(("attention_combine", parameters), args, written)
+        low.call("attention_combine", parameters, **rows)
 
 
 def lower_sparse_moe(low: Lowering, op: Op) -> None:
     x, logits, gate, residual = (
-        op[name] for name in ("x", "router_logits", "shared_gate", "residual")
+        low.views[op[name]] for name in ("x", "router_logits", "shared_gate", "residual")
     )
-    shared, view, top_k = low.shared, low.views, op.attrs["top_k"]
+    shared, top_k = low.shared, op.attrs["top_k"]
     experts, hidden, inner = (int(d) for d in op["down"].type.shape)  # type: ignore[arg-type]
     rows = row_count(op.result)
     ups, downs = [op["gate_up"]], [op["down"]]
@@ -229,58 +212,50 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
         experts, top_k = experts + 1, top_k + 1
     ids, weights, order = (low.temporary(name, top_k, rows) for name in ("ids", "weights", "order"))
     active, offsets, number = (low.temporary(n, s, Int(1)) for n, s in (("active", experts), ("offsets", experts + 1), ("count", 1)))  # fmt: skip
-    groups = [order, active, offsets, number]
+    groups = {"order": order, "active": active, "offsets": offsets, "count": number}
 
-    args = [view[logits], view[gate], ids, weights, rows, stride(view[logits]), stride(view[gate])]
-    low.call(("route", {**router, "has_shared": is_folded}), args, [ids, weights])
-    low.call(("group_by_expert", {"E": experts, "top_k": top_k}), [ids, *groups, rows], groups)
+    parameters = {**router, "has_shared": is_folded}
+    low.call("route", parameters, logits=logits, gate=gate, ids=ids, weights=weights)
+    low.call("group_by_expert", {"E": experts, "top_k": top_k}, ids=ids, **groups)
 
     shape = {
         "E": experts,
         "I": inner,
         "H": hidden,
         "top_k": top_k,
-        "rows": x.type.dtype,
+        "rows": op["x"].type.dtype,
         "dtype": op["gate_up"].type.dtype,
     }
-    activated = lower_gate_up(low, shape, view[x], shared.weight("experts_swiglu", *ups), groups)
+    activated = lower_gate_up(low, shape, x, shared.weight("experts_swiglu", *ups), groups)
     outputs = low.temporary("outputs", top_k * hidden, rows)
-    args = [
-        shared.weight("experts", *downs),
-        activated,
-        *groups,
-        outputs,
-        rows,
-        Int(activated.stride // top_k),
-    ]
-    low.call(("expert_down", {**shape, "dtype": op["down"].type.dtype}), args, [outputs])
+    w, parameters = shared.weight("experts", *downs), {**shape, "dtype": op["down"].type.dtype}
+    low.call("expert_down", parameters, w=w, y1=activated.split(top_k), **groups, y2=outputs)
 
-    y = low.output(op.result)
     # Without a shared expert beside the others, combine reads no shared rows: any take their place.
-    inputs = [view[residual if is_folded else op["shared"]], view[gate], view[residual]]
-    args = [outputs, weights, *inputs, y, rows, *(stride(v) for v in (*inputs, y))]
-    parameters = {"H": hidden, "top_k": top_k, "has_shared": not is_folded}
-    low.call(("combine", parameters), args, [y])
+    beside = residual if is_folded else low.views[op["shared"]]
+    low.call(
+        "combine", {"H": hidden, "top_k": top_k, "has_shared": not is_folded},
+        y2=outputs, weights=weights, shared=beside, gate=gate, residual=residual, y=low.output(op.result),
+    )  # fmt: skip
 
 
 def lower_gate_up(
-    low: Lowering, shape: dict[str, Any], x: View, weight: WeightRef, groups: list[View]
+    low: Lowering, shape: dict[str, Any], x: View, weight: WeightRef, groups: dict[str, View]
 ) -> View:
     """Return the experts' inner rows, one for each pair of token and choice, as the product with `down` reads them."""
     inner, top_k, dtype = shape["I"], shape["top_k"], shape["rows"]
-    args = [weight, x, *groups]
     form = integer_format(dtype)
     if form is None or inner % form.group:
         activated = low.temporary("activated", top_k * inner, x.rows)
-        low.call(("expert_gate_up", shape), [*args, activated, x.rows, stride(x)], [activated])
+        low.call("expert_gate_up", shape, w=weight, x=x, **groups, y=activated)
         # The kernel that rounds sees top_k times as many tokens.
         return activated if dtype == "f32" else low.rounded(activated, inner, dtype, pairs=top_k)
     shape = {**shape, "group": form.group}
     q = low.temporary("rounded", top_k * low.shared.backend.row_words(dtype, inner), x.rows)
     scratch = low.scratch("expert_gate_up", **shape)
     arrivals = low.shared.arrivals(shape["E"] * inner // form.group)
-    args += [q, scratch, arrivals, x.rows, stride(x), Int(q.stride // top_k), Tid()]
-    low.call(("expert_gate_up", shape), args, [q, scratch])
+    made = {"q": q.split(top_k), "scratch": scratch, "arrivals": arrivals}
+    low.call("expert_gate_up", shape, w=weight, x=x, **groups, **made)
     return q
 
 

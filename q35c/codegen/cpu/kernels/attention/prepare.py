@@ -10,16 +10,18 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Cost
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.shape import (
     ByteCache,
     Cache,
     PairedCache,
+    cell_bytes,
     cell_scale,
     make_cache,
     value_width,
 )
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.family import F32_BYTES, Family, Parameters
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
@@ -172,7 +174,7 @@ def attention_prepare(
     k_offset_bytes: int, v_offset_bytes: int, rows: str, isa: Isa,
 ) -> PrimFunc:  # fmt: skip
     """Make the kernel (QG f32 [T, Hq * 2D], K, V f32 [T, Hkv * D], Q_NORM, K_NORM f32 [D], TABLE f32 [T, R],
-    Q_OUT f32 [T, Hq * D], STATE, SLOTS i64 [B], STARTS i32 [B], T, ld_q, ld_k, ld_v, tid, nt).
+    Q_OUT f32 [T, Hq * D], STATE, SLOTS i64 [B], STARTS i32 [B], T, ld_qg, ld_k, ld_v, tid, nt).
     """
     cache = make_cache(Hkv, D, kv_dtype, context, k_offset_bytes, v_offset_bytes, isa)
     store = STORES[type(cache)]
@@ -192,14 +194,14 @@ def attention_prepare(
         SLOTS: T.handle("int64"),
         STARTS: T.handle("int32"),
         tokens: T.int64,
-        ld_q: T.int64,
+        ld_qg: T.int64,
         ld_k: T.int64,
         ld_v: T.int64,
         tid: T.int32,
         nt: T.int32,
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
-        qg = T.decl_buffer((tokens, ld_q), "float32", data=QG)
+        qg = T.decl_buffer((tokens, ld_qg), "float32", data=QG)
         k = T.decl_buffer((tokens, ld_k), "float32", data=K)
         v = T.decl_buffer((tokens, ld_v), "float32", data=V)
         q_norm = T.decl_buffer((D,), "float32", data=Q_NORM)
@@ -234,4 +236,18 @@ def attention_prepare(
     return attention_prepare_kernel
 
 
-ATTENTION_PREPARE = Family(attention_prepare)
+def _cost(p: Parameters) -> Cost:
+    queries, keys = p["Hq"] * p["D"], p["Hkv"] * p["D"]
+    return Cost(
+        bytes_per_token=2 * keys * cell_bytes(p["kv_dtype"], p["D"]),
+        cached_bytes_per_token=(2 * queries + 2 * keys) * F32_BYTES,
+        operations_per_token=8 * (queries + keys),
+    )
+
+
+ATTENTION_PREPARE = Family(
+    attention_prepare,
+    "qg k v q_norm k_norm table q_out state slots starts tokens ld_qg ld_k ld_v",
+    writes="q_out state",
+    cost=_cost,
+)

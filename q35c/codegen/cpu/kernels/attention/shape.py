@@ -199,3 +199,8 @@ def query_tokens(group: int, isa: Isa) -> int:
     """
     tokens = max(1, QUERY_ROWS[isa.registers] // group)
     return tokens if isa.registers == 16 else 1 << (tokens.bit_length() - 1)
+
+
+def cell_bytes(dtype: str, dim: int) -> float:
+    """Return the bytes of one dim of a key or value; an int8 one has an f32 scale for all its dims."""
+    return {"f32": 4, "bf16": 2, "int8": 1 + 4 / dim}[dtype]

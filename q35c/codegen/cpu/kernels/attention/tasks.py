@@ -17,7 +17,7 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from q35c.codegen.calls import Division
+from q35c.codegen.calls import Cost, Division
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.bf16 import BF16
 from q35c.codegen.cpu.kernels.attention.f32 import attend
@@ -28,10 +28,21 @@ from q35c.codegen.cpu.kernels.attention.shape import (
     QUERY_ROWS,
     STEP,
     AttentionShape,
+    cell_bytes,
     make_cache,
     query_tokens,
 )
-from q35c.codegen.cpu.kernels.family import PART_BYTES, Family, Parameters, Room
+from q35c.codegen.cpu.kernels.family import (
+    EXP_OPERATIONS,
+    F32_BYTES,
+    PART_BYTES,
+    Family,
+    Parameters,
+    Room,
+    elementwise,
+    peak_of,
+    rounded_bytes,
+)
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, share, splat, vexp, vsigmoid
 from q35c.layouts.cache import CELLS
@@ -277,5 +288,37 @@ def _division(p: Parameters) -> Division:
     return Division(ceil_div(p["Hq"] * p["context"], min(QUERY_ROWS.values())), PART_BYTES)
 
 
-ATTENTION = Family(attention, scratch=_scratch, division=_division)
-ATTENTION_COMBINE = Family(attention_combine)
+def _cost(p: Parameters) -> Cost:
+    """Scores and sums are 2 D operations each; every cell is read once for all query heads of its key head.
+
+    An int8 cache meets integers of 16 bits, at half of the int8 peak: each product counts twice.
+    """
+    size, times = p["Hq"] * p["D"], 2 if p["kv_dtype"] == "int8" else 1
+    return Cost(
+        peak_of(p["kv_dtype"]),
+        bytes_per_cell=2 * p["Hkv"] * p["D"] * cell_bytes(p["kv_dtype"], p["D"]),
+        cached_bytes_per_token=3 * size * F32_BYTES + rounded_bytes(p, size),
+        operations_per_score=4 * size * times,
+    )
+
+
+def _combine_cost(p: Parameters) -> Cost:
+    size = p["Hq"] * p["D"]
+    words = (p["splits"] + 2) * size + rounded_bytes(p, size) / F32_BYTES
+    return elementwise(words, (3 * p["splits"] + EXP_OPERATIONS) * size)
+
+
+ATTENTION = Family(
+    attention,
+    "q qg state slots starts y rounded scratch tokens ld_qg ld_y ld_rounded worker",
+    writes="y rounded scratch",
+    cost=_cost,
+    scratch=_scratch,
+    division=_division,
+)
+ATTENTION_COMBINE = Family(
+    attention_combine,
+    "scratch qg y rounded tokens ld_qg ld_y ld_rounded",
+    writes="y rounded",
+    cost=_combine_cost,
+)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
-from q35c.codegen.calls import Division
+from q35c.codegen.calls import Cost, Division
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.delta.conv import ConvShape, convolve_channels
 from q35c.codegen.cpu.kernels.delta.scan import pack_state, scan_chunk, scan_shape, unpack_state
@@ -23,7 +23,14 @@ from q35c.codegen.cpu.kernels.delta.step import (
     recurrent_step,
     vector_of_row,
 )
-from q35c.codegen.cpu.kernels.family import Family, Parameters, Room
+from q35c.codegen.cpu.kernels.family import (
+    EXP_OPERATIONS,
+    F32_BYTES,
+    Family,
+    Parameters,
+    Room,
+    rounded_bytes,
+)
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding
 from q35c.codegen.cpu.kernels.vectors import share
 from q35c.layouts.blobs import SLOT_WORDS
@@ -264,5 +271,37 @@ def _division(p: Parameters) -> Division:
     return Division(p["Hk"], p["Hv"] * p["Dk"] * p["Dv"] * 8)  # the state, read and written
 
 
-GATED_DELTA = Family(gated_delta, scratch=_scratch, division=_division)
-GATED_DELTA_DECODE = Family(gated_delta_decode, division=_division)
+def _cost(p: Parameters) -> Cost:
+    """Decay, k S, the update and q S are 7 operations for each element of the state, which is read and written."""
+    size, values, taps = p["Hv"] * p["Dk"] * p["Dv"], p["Hv"] * p["Dv"], p["K"]
+    channels = 2 * p["Hk"] * p["Dk"] + values
+    words = 2 * channels + 2 * values + 2 * p["Hv"]
+    return Cost(
+        weight_share=1,  # of the convolution
+        bytes_per_sequence=2 * (size + (taps - 1) * channels) * F32_BYTES,
+        cached_bytes_per_token=words * F32_BYTES + rounded_bytes(p, values),
+        operations_per_token=7 * size
+        + EXP_OPERATIONS * values
+        + channels * (2 * taps + EXP_OPERATIONS),
+    )
+
+
+_INPUTS = "conv_w conv_state qkv z b a a_log dt_bias norm_w state slots"
+_STRIDES = "tokens ld_qkv ld_z ld_b ld_a ld_y ld_rounded"
+_WRITES = "conv_state qkv state y rounded"
+
+GATED_DELTA = Family(
+    gated_delta,
+    f"{_INPUTS} starts y rounded scratch {_STRIDES} worker",
+    writes=f"{_WRITES} scratch",
+    cost=_cost,
+    scratch=_scratch,
+    division=_division,
+)
+GATED_DELTA_DECODE = Family(
+    gated_delta_decode,
+    f"{_INPUTS} y rounded {_STRIDES}",
+    writes=_WRITES,
+    cost=_cost,
+    division=_division,
+)

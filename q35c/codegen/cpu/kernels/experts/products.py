@@ -11,9 +11,18 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from q35c.codegen.calls import Division
+from q35c.codegen.calls import Cost, Division
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.family import Family, Parameters, Room, weight_bytes
+from q35c.codegen.cpu.kernels.family import (
+    F32_BYTES,
+    Family,
+    Parameters,
+    Room,
+    peak_of,
+    rounded_bytes,
+    row_bytes,
+    weight_bytes,
+)
 from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.product import Operands, Product
 from q35c.codegen.cpu.kernels.products.rounded_blocks import (
@@ -260,7 +269,42 @@ def _division(p: Parameters, N: int, K: int) -> Division:
     return Division(p["top_k"] * blocks, p["top_k"] * size)
 
 
+def _cost(p: Parameters, inputs: int, products: int, written: float) -> Cost:
+    """Of the experts those count that some token chose; a shared one among them, every token's choice, like the others."""
+    return Cost(
+        peak_of(p["rows"]),
+        weight_share=p["top_k"] / p["E"],
+        cached_bytes_per_token=p["top_k"] * (row_bytes(inputs, p["rows"]) + written),
+        operations_per_token=2 * p["top_k"] * products,
+    )
+
+
+def _gate_up_cost(p: Parameters) -> Cost:
+    written = rounded_bytes(p, p["I"]) or p["I"] * F32_BYTES
+    return _cost(p, p["H"], 2 * p["I"] * p["H"], written)
+
+
+_GROUPS = "order active offsets count"
+
+
+def _gate_up_arguments(p: Parameters) -> str:
+    if p.get("group"):
+        return f"w x {_GROUPS} q scratch arrivals tokens ld_x ld_q worker"
+    return f"w x {_GROUPS} y tokens ld_x"
+
+
 EXPERT_GATE_UP = Family(
-    expert_gate_up, scratch=_scratch, division=lambda p: _division(p, 2 * p["I"], p["H"])
+    expert_gate_up,
+    _gate_up_arguments,
+    writes="y q scratch arrivals",
+    cost=_gate_up_cost,
+    scratch=_scratch,
+    division=lambda p: _division(p, 2 * p["I"], p["H"]),
 )
-EXPERT_DOWN = Family(expert_down, division=lambda p: _division(p, p["H"], p["I"]))
+EXPERT_DOWN = Family(
+    expert_down,
+    f"w y1 {_GROUPS} y2 tokens ld_y1",
+    writes="y2",
+    cost=lambda p: _cost(p, p["I"], p["I"] * p["H"], p["H"] * F32_BYTES),
+    division=lambda p: _division(p, p["H"], p["I"]),
+)

@@ -18,8 +18,9 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Cost
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.family import Family, Parameters, elementwise
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
@@ -242,6 +243,27 @@ def _combined(
     return total
 
 
-ROUTE = Family(route)
-GROUP_BY_EXPERT = Family(group_by_expert, takes_isa=False)
-COMBINE = Family(combine)
+def _combine_cost(p: Parameters) -> Cost:
+    terms = p["top_k"] + p.get("has_shared", True)
+    return elementwise((terms + 2) * p["H"], (2 * terms + 2) * p["H"])
+
+
+ROUTE = Family(
+    route,
+    "logits gate ids weights tokens ld_logits ld_gate",
+    writes="ids weights",
+    cost=lambda p: elementwise(p["E"] + 2 * p["top_k"], 2 * p["E"] * p["top_k"]),
+)
+GROUP_BY_EXPERT = Family(
+    group_by_expert,
+    "ids order active offsets count tokens",
+    writes="order active offsets count",
+    cost=lambda p: elementwise(2 * p["top_k"], 4 * p["top_k"]),
+    takes_isa=False,
+)
+COMBINE = Family(
+    combine,
+    "y2 weights shared gate residual y tokens ld_shared ld_gate ld_residual ld_y",
+    writes="y",
+    cost=_combine_cost,
+)

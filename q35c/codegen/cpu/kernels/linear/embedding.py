@@ -14,8 +14,9 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Cost
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.family import F32_BYTES, Family, Parameters
 from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.integer_tile import IntegerProduct
 from q35c.codegen.cpu.kernels.products.integer_weights import scale_of
@@ -30,7 +31,7 @@ Word = Callable[[Expr], Expr]  # element of the token's block -> its value
 
 
 def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
-    """Make the kernel (W, TOKENS i32 [T], Y f32 [T, H], T, ld_y, tid, nt) for a table of V rows.
+    """Make the kernel (W, IDS i32 [T], Y f32 [T, H], T, ld_y, tid, nt) for a table of V rows.
 
     W is packed as `linear` reads it. Ids outside the table read its first or last row.
     """
@@ -40,7 +41,7 @@ def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
     @T.prim_func(private=True, s_tir=True)
     def embedding_kernel(
         W: T.handle(table.element),
-        TOKENS: T.handle("int32"),
+        IDS: T.handle("int32"),
         Y: T.handle("float32"),
         tokens: T.int64,
         ld_y: T.int64,
@@ -49,7 +50,7 @@ def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
         w = table.weights(W)
-        ids = T.decl_buffer((tokens,), "int32", data=TOKENS)
+        ids = T.decl_buffer((tokens,), "int32", data=IDS)
         y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
         first: T.let[T.int64] = share(tokens * chunks, tid, nt)
         last: T.let[T.int64] = share(tokens * chunks, tid + 1, nt)
@@ -150,4 +151,12 @@ def _code_of(table: IntegerProduct, word: Word, lines: Expr, part: Expr, byte: E
     return low + high * 16
 
 
-EMBEDDING = Family(embedding)
+def _cost(p: Parameters) -> Cost:
+    return Cost(
+        weight_share=1 / p["V"],
+        cached_bytes_per_token=p["H"] * F32_BYTES,
+        operations_per_token=p["H"],
+    )
+
+
+EMBEDDING = Family(embedding, "w ids y tokens ld_y", writes="y", cost=_cost)

@@ -15,9 +15,18 @@ from __future__ import annotations
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from q35c.codegen.calls import Division
+from q35c.codegen.calls import Cost, Division
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.family import Family, Parameters, Room, weight_bytes
+from q35c.codegen.cpu.kernels.family import (
+    F32_BYTES,
+    Family,
+    Parameters,
+    Room,
+    peak_of,
+    rounded_bytes,
+    row_bytes,
+    weight_bytes,
+)
 from q35c.codegen.cpu.kernels.products.choose import make_product
 from q35c.codegen.cpu.kernels.products.product import Operands, Product
 from q35c.codegen.cpu.kernels.products.rounded_blocks import (
@@ -175,4 +184,30 @@ def _division(p: Parameters) -> Division | None:
     return Division(most, weight_bytes(p["N"], p["K"], p["dtype"]))
 
 
-LINEAR = Family(linear, scratch=_scratch, division=_division)
+def _cost(p: Parameters) -> Cost:
+    outputs = p["N"] // 2 if p["epilogue"] == "swiglu" else p["N"]
+    moved = outputs * F32_BYTES * (2 if p["epilogue"] == "residual" else 1)
+    return Cost(
+        peak_of(p["rows"]),
+        weight_share=1,
+        cached_bytes_per_token=row_bytes(p["K"], p["rows"]) + (rounded_bytes(p, outputs) or moved),
+        operations_per_token=2 * p["N"] * p["K"],
+    )
+
+
+def _arguments(p: Parameters) -> str:
+    if p.get("group"):
+        return "w x q scratch arrivals tokens ld_x ld_q worker"
+    return (
+        "w x y r tokens ld_x ld_y ld_r" if p["epilogue"] == "residual" else "w x y tokens ld_x ld_y"
+    )
+
+
+LINEAR = Family(
+    linear,
+    _arguments,
+    writes="y q scratch arrivals",
+    cost=_cost,
+    scratch=_scratch,
+    division=_division,
+)

@@ -13,8 +13,15 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.calls import Cost
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.family import (
+    F32_BYTES,
+    Family,
+    Parameters,
+    elementwise,
+    rounded_bytes,
+)
 from q35c.codegen.cpu.kernels.rows.round_int8 import Rounding, round_group
 from q35c.codegen.cpu.kernels.vectors import Expr, hsum, ramp, share, splat, vrsqrt
 
@@ -154,4 +161,13 @@ def _sum_of_squares(x: Expr, row: Expr, D: int, lanes: int) -> Expr:
     return scalar[0]
 
 
-RMS_NORM = Family(rms_norm)
+def _arguments(p: Parameters) -> str:
+    return "x w y q tokens ld_x ld_y ld_q" if p.get("group") else "x w y tokens ld_x ld_y"
+
+
+def _cost(p: Parameters) -> Cost:
+    words = p["D"] * (2 if p.get("is_kept", True) else 1) + rounded_bytes(p, p["D"]) / F32_BYTES
+    return elementwise(words, 4 * p["D"])
+
+
+RMS_NORM = Family(rms_norm, _arguments, writes="y q", cost=_cost)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from tvm import tirx
 from tvm.script import tirx as T
 
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.calls import Cost
+from q35c.codegen.cpu.kernels.family import Family, Parameters, elementwise
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, let, ramp, share, vector, vector_type
 
 _ROUND = 6755399441055744.0  # 1.5 * 2^52: adding it rounds to an integer, kept in the low bits
@@ -130,4 +131,18 @@ def rotary_table(
     return rotary_table_kernel
 
 
-ROTARY_TABLE = Family(rotary_table, takes_isa=False)
+_ANGLE_OPERATIONS = 120  # of a cosine and a sine; in f64 each counts double
+
+
+def _cost(p: Parameters) -> Cost:
+    angles = len(p["inv_freq"])
+    return elementwise(2 * angles, _ANGLE_OPERATIONS * angles)
+
+
+ROTARY_TABLE = Family(
+    rotary_table,
+    "positions table tokens ld_positions",
+    writes="table",
+    cost=_cost,
+    takes_isa=False,
+)

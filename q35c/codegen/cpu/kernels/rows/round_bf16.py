@@ -13,7 +13,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.family import Family, rounding
 from q35c.codegen.cpu.kernels.vectors import Expr, bits, from_bits, ramp, share, splat_int, vector
 from q35c.layouts.weights import ceil_div
 
@@ -84,4 +84,6 @@ def _rounded(word: Expr, lanes: int) -> Expr:
     return T.Select(is_nan, splat_int(0x7FC00000, lanes), nearest)
 
 
-ROUND_ROWS = Family(round_rows)
+ROUND_ROWS = Family(
+    round_rows, "x y tokens ld_x ld_y", writes="y", cost=lambda p: rounding(p, "bf16")
+)

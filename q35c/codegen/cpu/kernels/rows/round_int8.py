@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.family import Family, rounding
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
@@ -165,4 +165,9 @@ def _sum(lanes: Expr) -> Expr:
     return T.call_llvm_pure_intrin(add, lanes, dtype="int32")
 
 
-QUANTIZE_ROWS = Family(quantize_rows)
+QUANTIZE_ROWS = Family(
+    quantize_rows,
+    "x q tokens ld_x ld_q",
+    writes="q",
+    cost=lambda p: rounding(p, f"q8g{p['group']}"),
+)
