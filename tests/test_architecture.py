@@ -22,6 +22,7 @@ BASE = {
     "outputs",
     "temporary",
     "user_cache",
+    "limits",
     "fields",
     "strictjson",
     "config",

@@ -14,7 +14,7 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from q35c import arguments, family, strictjson
+from q35c import arguments, family, limits, strictjson
 from q35c.config import MAX_CONFIG_BYTES, ModelConfig
 from q35c.errors import CheckpointError, ConfigError, InternalError
 from q35c.frontend.directory import ModelDirectory
@@ -25,12 +25,12 @@ from q35c.hf_config import sampling_keys
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 # Files beside the weights, with the most bytes each may have.
 FILE_LIMITS = {
-    "tokenizer.json": 64 << 20,
-    "tokenizer_config.json": 4 << 20,
+    "tokenizer.json": limits.MAX_TOKENIZER_BYTES,
+    "tokenizer_config.json": limits.MAX_TOKENIZER_CONFIG_BYTES,
     "special_tokens_map.json": 1 << 20,
     "added_tokens.json": 4 << 20,
-    "chat_template.jinja": 1 << 20,
-    "chat_template.json": 1 << 20,
+    "chat_template.jinja": limits.MAX_TEMPLATE_BYTES,
+    "chat_template.json": 1 << 20,  # may hold several
     "generation_config.json": 1 << 20,
 }
 # What a tokenizer is made of where there is no tokenizer.json.
