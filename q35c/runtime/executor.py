@@ -1,16 +1,19 @@
 """Run compiled entries: fill the io block, call all threads, read the logits.
 
-One step at a time: the arena and the io block belong to the model, so a lock surrounds every step. All
-pointers are checked once to be 64-byte aligned; generated code relies on it.
+One step at a time: the arena and the io block belong to the model, so a lock surrounds every step. The thread that holds it
+may come again, in what the garbage collector or a signal handler calls: it must not wait for itself, so then it is
+refused, or put off until the step has ended. All pointers are checked once to be 64-byte aligned; generated code relies on it.
 """
 
+import contextlib
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 from q35c.artifact import Manifest
 from q35c.artifact.manifest import Entry as EntryPlan
 from q35c.artifact.manifest import Probe
-from q35c.errors import InternalError, OptionError
+from q35c.errors import InternalError, OptionError, Q35CError
 from q35c.layouts import blobs
 from q35c.runtime.library import Arguments, Entry, Library, Workers
 from q35c.runtime.memory import Region, WeightBlock
@@ -26,6 +29,7 @@ from q35c.runtime.pace import Pace
 from q35c.runtime.process import Origin
 
 Logits = NDArray[np.float32]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,9 @@ class Executor:
         self._library = library
         self._workers = Workers(threads)
         self._pace = Pace(threads) if yields and threads > 1 else None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_running = False
+        self._afterwards: deque[Callable[[], None]] = deque()
         self._arena = Region(manifest.arena_bytes, huge_bytes=manifest.arena_bytes)
         self._io = Region(manifest.io.bytes, huge_bytes=manifest.io.bytes)
         self._barrier = Region(manifest.barrier_bytes)
@@ -122,8 +128,8 @@ class Executor:
         ExecutionError if the code reports a failure; the sequence's state is undefined then.
         """
         count = len(tokens)
-        self.origin.check()
-        with self._lock:
+
+        def step() -> Logits:
             region = sequence.region
             fields = self._fields
             fields["tokens"][:count] = tokens
@@ -133,6 +139,8 @@ class Executor:
             fields["starts"][0] = sequence.length
             return self._run(entry, [region], count, blobs.logits_rows(entry.logits, count))
 
+        return self._alone(step)
+
     def run_batch(
         self, entry: EntryPlan, sequences: Sequence[SequenceState], tokens: Sequence[int]
     ) -> Logits:
@@ -140,8 +148,8 @@ class Executor:
 
         Raises ExecutionError as `run_sequence` does.
         """
-        self.origin.check()
-        with self._lock:
+
+        def step() -> Logits:
             regions = [sequence.region for sequence in sequences]
             fields = self._fields
             for row, (sequence, region) in enumerate(zip(sequences, regions, strict=True)):
@@ -150,6 +158,8 @@ class Executor:
                 fields["slots"][row] = (region.address - regions[0].address) // blobs.ALIGNMENT
                 fields["starts"][row] = sequence.length
             return self._run(entry, regions, len(regions), len(regions))
+
+        return self._alone(step)
 
     @contextmanager
     def record(self) -> Generator[list[Recording]]:
@@ -165,33 +175,63 @@ class Executor:
     def run_probe(self, probe: Probe, address: int, amount: int) -> float:
         """Return the seconds of a probe over memory that it may overwrite; it touches nothing else."""
         _check_aligned(address)
-        self.check_usable()
         arguments = Arguments(0, address, 0, 0, self._barrier.address, amount)
-        with self._lock:
+
+        def step() -> float:
             self.check_usable()
             entry = self._library.entry(probe.symbol)
             begin = time.perf_counter()
             self._workers.run(entry, arguments)
             return time.perf_counter() - begin
 
+        return self._alone(step)
+
+    def when_free(self, action: Callable[[], None]) -> None:
+        """Do something that makes steps: now, or after the step that this thread is in the midst of."""
+        with self._lock:
+            if self._is_running:
+                self._afterwards.append(action)
+                return
+        action()
+
     def close(self) -> None:
         """End the worker threads and let go of the weights; later steps raise OptionError."""
-        if self.origin.is_elsewhere:
-            self._is_closed = True
-            return
-        with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
-                self._workers.close()
-                # Both are unmapped when the worker threads have let go of them, too.
-                self._entries.clear()
-                del self._library, self.weights
+        self._is_closed = True
+        if not self.origin.is_elsewhere:
+            self.when_free(self._release)
 
     def check_usable(self) -> None:
         """Raise OptionError if the model is closed, or was loaded by a process that forked this one."""
         self.origin.check()
         if self._is_closed:
             raise OptionError("the model is closed", hint="load it again")
+
+    def _release(self) -> None:
+        with self._lock:
+            if self._entries:
+                self._workers.close()
+                # Both are unmapped when the worker threads have let go of them, too.
+                self._entries.clear()
+                del self._library, self.weights
+
+    def _alone(self, step: Callable[[], Result]) -> Result:
+        """Return what a step returns; meanwhile no other runs."""
+        self.origin.check()
+        with self._lock:
+            if self._is_running:
+                raise OptionError(
+                    "this thread is in the midst of a step of the model",
+                    hint="let a signal handler or finalizer set a flag, and run the model after the step",
+                )
+            self._is_running = True
+            try:
+                return step()
+            finally:
+                self._is_running = False
+                while self._afterwards:
+                    # Who asked is not here; a session whose step failed says so at its next use.
+                    with contextlib.suppress(Q35CError):
+                        self._afterwards.popleft()()
 
     def _run(self, plan: EntryPlan, regions: Sequence[Region], tokens: int, rows: int) -> Logits:
         """Run an entry over the io block; `regions` stay in memory, even if a session is closed meanwhile."""

@@ -205,7 +205,7 @@ class Row:
         if not self._keeps_session:
             session.close()
         elif self._ids and session.is_usable and session.length < session.context:
-            session.prefill([self.last_token])
+            session.append_at_last(self.last_token)
 
     def abandon(self) -> None:
         """End the row after an error, at which nobody knows what its session holds."""

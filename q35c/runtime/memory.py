@@ -190,25 +190,35 @@ class HasState(Protocol):
     def context(self) -> int: ...
     @property
     def high_water(self) -> int: ...
+    @property
+    def is_closed(self) -> bool: ...
 
 
 class StateBudget:
-    """Admit sessions only while all of them could grow to their context. Thread-safe."""
+    """Admit sessions only while all of them could grow to their context. Thread-safe.
+
+    Closing one takes no lock: the garbage collector may do it at any instant, on the thread that holds it.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may open a session, too
         self._live: weakref.WeakSet[HasState] = weakref.WeakSet()
 
     def admit(self, session: HasState, have: Available | None = None) -> None:
         """Register a new session. Raises MemoryRefused if its context does not fit any more."""
         with self._lock:
+            self._live.add(
+                session
+            )  # so that one admitted meanwhile, by a signal handler, counts it
             have = have or available_memory()
             # State is committed when it is touched, so what live sessions still lack is not
             # missing from the kernel's figure yet.
-            promised = sum(self._lacking(other) for other in self._live)
+            others = (other for other in self._live if other is not session and not other.is_closed)
+            promised = sum(map(self._lacking, others))
             need = promised + self._lacking(session)
             if need > have.bytes:
+                self._live.discard(session)
                 largest = _largest_context(
                     session.context,
                     lambda tokens: promised + state_bytes(self._manifest, tokens),
@@ -216,12 +226,6 @@ class StateBudget:
                 )
                 hint = f"ask for context={largest} or less" if largest else "close other sessions"
                 raise _refusal(f"a session of {session.context} tokens", need, have, hint)
-            self._live.add(session)
-
-    def release(self, session: HasState) -> None:
-        """Forget a session."""
-        with self._lock:
-            self._live.discard(session)
 
     def _lacking(self, session: HasState) -> int:
         manifest = self._manifest

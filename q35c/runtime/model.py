@@ -97,7 +97,7 @@ class Model:
         self._artifact = artifact
         self._executor = executor
         self._budget = StateBudget(artifact.manifest)
-        self._lazy = threading.Lock()
+        self._lazy = threading.RLock()  # a signal handler may need the same
         self._tokenizer: Tokenizer | None = None
         self._template: tuple[str, dict[str, str]] | None = None
 

@@ -63,8 +63,8 @@ class Session:
         self.length = 0
         self.position = 0
         self.high_water = 0
+        self.is_closed = False
         self._executor = executor
-        self._budget = budget
         self._digest = digest
         self._is_broken = False
         self._claim = _Claim()
@@ -89,14 +89,13 @@ class Session:
 
     def close(self) -> None:
         """Give the state's memory back. Closing twice is harmless."""
+        self.is_closed = True
         self._region = None
-        if not self._executor.origin.is_elsewhere:
-            self._budget.release(self)
 
     @property
     def is_usable(self) -> bool:
         """Say whether a step can be made: the session is open and its last step has succeeded."""
-        return self._region is not None and not self._is_broken and not self._executor.is_closed
+        return not (self.is_closed or self._is_broken or self._executor.is_closed)
 
     def check_owner(self, executor: Executor) -> None:
         """Raise OptionError if this session belongs to another model than the executor."""
@@ -159,6 +158,21 @@ class Session:
             return logits
 
         return Session._use([self], append)
+
+    def append_at_last(self, token: int) -> None:
+        """Append a token, or have it appended after the step that this thread is in the midst of.
+
+        There the garbage collector may call, or a signal handler. Until then the session counts as undefined.
+        """
+        self._check_room(1)
+        self._is_broken = True
+
+        def append() -> None:
+            self._is_broken = False
+            if not self.is_closed:
+                self.prefill([token])
+
+        self._executor.when_free(append)
 
     @staticmethod
     def decode_together(sessions: "Sequence[Session]", tokens: Sequence[int]) -> Logits:
