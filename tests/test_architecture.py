@@ -26,9 +26,6 @@ BASE = {
     "fields",
     "strictjson",
     "config",
-    "hf_config",
-    "hf_keys",
-    "family",
     "version",
     "__version__",
 }
