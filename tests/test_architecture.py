@@ -65,8 +65,9 @@ ROOMS: dict[str, set[str]] = {
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
     "artifact": {"layouts", "numpy", "safetensors"},
     "runtime": {
-        "artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe", "runtime.chat", "runtime.tokenizer",
+        "artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe", "runtime.chat", "runtime.tokenizer", "runtime.cpu",
     },
+    "runtime.cpu": {"runtime", "artifact", "layouts", "numpy"},
     "runtime.chat": {"runtime", "jinja2", "markupsafe", "numpy"},
     "runtime.tokenizer": {"runtime", "tokenizers"},
 }  # fmt: skip

@@ -43,7 +43,7 @@ def describe_roofline(manifest: Any, prompts: Sequence[int], depths: Sequence[in
     Without `prompts`, one of 512 tokens, or of as many as the context has room for.
     """
     from q35c.roofline import cached_limits, predict_tests, report_text
-    from q35c.runtime.cpu import choose_threads
+    from q35c.runtime.cpu.machine import choose_threads
 
     threads = choose_threads(None, manifest.max_threads)
     limits = cached_limits(manifest.target.name, threads)

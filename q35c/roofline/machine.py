@@ -31,7 +31,7 @@ from q35c.user_cache import cache_directory
 if TYPE_CHECKING:
     from q35c.artifact.manifest import Probe
     from q35c.runtime import Model
-    from q35c.runtime.memory import Region
+    from q35c.runtime.cpu.blocks import Region
 
 Progress = Callable[[str, float], None]
 
@@ -106,7 +106,8 @@ def cache_path() -> Path:
 
 def measure_limits(model: Model, progress: Progress | None = None) -> Limits:
     """Run every probe of a model's code for a while. Raises MemoryRefused without 512 MiB free."""
-    from q35c.runtime.memory import Region, available_memory, check_allocation
+    from q35c.runtime.cpu.blocks import Region
+    from q35c.runtime.memory import available_memory, check_allocation
 
     check_allocation("measuring the memory bandwidth", READ_BYTES, available_memory())
     region = Region(READ_BYTES, huge_bytes=READ_BYTES)
@@ -169,7 +170,7 @@ def _stamps(region: Region, parts: int, part_bytes: int) -> NDArray[np.int64]:
 
 def seconds_per_cycle(model: Model) -> float:
     """Compare the code's cycle counter with the clock. Raises ExecutionError if the code keeps none."""
-    from q35c.runtime.memory import Region
+    from q35c.runtime.cpu.blocks import Region
 
     probe = next((probe for probe in model.manifest.probes if probe.name == "clock"), None)
     if probe is None:

@@ -23,9 +23,9 @@ from q35c.artifact.manifest import Entry as EntryPlan
 from q35c.artifact.manifest import Probe
 from q35c.errors import InternalError, OptionError, Q35CError
 from q35c.layouts import blobs
-from q35c.runtime.library import Arguments, Entry, Library, Workers
-from q35c.runtime.memory import Region, WeightBlock
-from q35c.runtime.pace import Pace
+from q35c.runtime.cpu.blocks import Region, WeightBlock
+from q35c.runtime.cpu.library import Arguments, Entry, Library, Workers
+from q35c.runtime.cpu.pace import Pace
 from q35c.runtime.process import Origin
 
 Logits = NDArray[np.float32]

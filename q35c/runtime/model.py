@@ -14,7 +14,9 @@ from q35c import arguments, strictjson
 from q35c.artifact import Artifact, Manifest, read_artifact
 from q35c.artifact.manifest import Probe
 from q35c.errors import MemoryRefused, OptionError, PromptError, TokenizerError
-from q35c.runtime.cpu import THREADS, check_target, choose_threads
+from q35c.runtime.cpu.blocks import WeightBlock
+from q35c.runtime.cpu.library import Library
+from q35c.runtime.cpu.machine import THREADS, check_target, choose_threads
 from q35c.runtime.executor import Executor, Logits, Recording
 from q35c.runtime.generate import (
     Row,
@@ -22,8 +24,7 @@ from q35c.runtime.generate import (
     resolve_options,
     run_rows,
 )
-from q35c.runtime.library import Library
-from q35c.runtime.memory import StateBudget, WeightBlock, available_memory, check_memory
+from q35c.runtime.memory import StateBudget, available_memory, check_memory
 from q35c.runtime.prompts import encode_prompt, split_prompts
 from q35c.runtime.sampling import MAX_SEED
 from q35c.runtime.session import Progress, Session

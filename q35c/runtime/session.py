@@ -17,14 +17,9 @@ from q35c import arguments
 from q35c.artifact.manifest import Entry, StateTensor
 from q35c.errors import OptionError, PromptError
 from q35c.layouts.blobs import GRID
+from q35c.runtime.cpu.blocks import Region
 from q35c.runtime.executor import Executor, Logits
-from q35c.runtime.memory import (
-    Region,
-    StateBudget,
-    available_memory,
-    check_allocation,
-    used_cells,
-)
+from q35c.runtime.memory import StateBudget, available_memory, check_allocation, used_cells
 from q35c.runtime.prompts import check_ids
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)

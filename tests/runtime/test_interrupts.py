@@ -17,7 +17,7 @@ import pytest
 
 import q35c
 from q35c.errors import OptionError
-from q35c.runtime.library import Arguments, Workers
+from q35c.runtime.cpu.library import Arguments, Workers
 from q35c.runtime.session import Session
 from tests.fake_artifact import write_fake
 from tests.shares import StandIn

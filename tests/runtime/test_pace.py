@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import q35c
-from q35c.runtime.pace import Pace
+from q35c.runtime.cpu.pace import Pace
 
 
 class Machine:
@@ -106,7 +106,7 @@ def test_only_the_default_gives_way(tmp_path, monkeypatch: pytest.MonkeyPatch) -
     from tests.fake_artifact import write_fake
 
     write_fake(tmp_path / "m")
-    monkeypatch.setattr("q35c.runtime.cpu.default_threads", lambda: 2)
+    monkeypatch.setattr("q35c.runtime.cpu.machine.default_threads", lambda: 2)
     monkeypatch.delenv("Q35C_THREADS", raising=False)
     with q35c.load(tmp_path / "m") as model:
         assert model._executor._pace is not None
