@@ -194,18 +194,19 @@ class StateBudget:
     Closing one takes no lock: the garbage collector may do it at any instant, on the thread that holds it.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, available: Callable[[], Available]) -> None:
         self._manifest = manifest
+        self._available = available
         self._lock = threading.RLock()  # a signal handler may open a session, too
         self._live: weakref.WeakSet[HasState] = weakref.WeakSet()
 
-    def admit(self, session: HasState, have: Available | None = None) -> None:
+    def admit(self, session: HasState) -> None:
         """Register a new session. Raises MemoryRefused if its context does not fit any more."""
         with self._lock:
             self._live.add(
                 session
             )  # so that one admitted meanwhile, by a signal handler, counts it
-            have = have or available_memory()
+            have = self._available()
             # State is committed when it is touched, so what live sessions still lack is not
             # missing from the kernel's figure yet.
             others = (other for other in self._live if other is not session and not other.is_closed)

@@ -25,7 +25,7 @@ from q35c.errors import (
     UnsupportedMachine,
 )
 from q35c.runtime import model
-from q35c.runtime.cpu import machine
+from q35c.runtime.cpu import device, machine
 from q35c.runtime.cpu.blocks import Region
 from q35c.runtime.cpu.machine import check_target, choose_threads, default_threads
 from q35c.runtime.executor import Executor
@@ -85,7 +85,7 @@ def test_code_is_mapped_only_after_every_check(
         def __init__(self, code: bytes) -> None:
             raise AssertionError("code was loaded")
 
-    monkeypatch.setattr(model, "Library", Forbidden)
+    monkeypatch.setattr(device, "Library", Forbidden)
     with pytest.raises(AssertionError):
         q35c.load(path)
     with pytest.raises(ArtifactError):

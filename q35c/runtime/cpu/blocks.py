@@ -2,14 +2,18 @@
 
 import contextlib
 import mmap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from q35c.artifact import Artifact
+from q35c.artifact import Artifact, Manifest
+from q35c.artifact.manifest import StateTensor
 from q35c.errors import MemoryRefused
 from q35c.layouts import blobs
+from q35c.runtime.device import Saved
+from q35c.runtime.memory import used_cells
 
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.12 on
 
@@ -58,6 +62,44 @@ class Region:
                 self._map.madvise(mmap.MADV_HUGEPAGE, 0, border)
             if border < self.bytes:
                 self._map.madvise(mmap.MADV_NOHUGEPAGE, border)
+
+
+class StateBlock:
+    """The state of one sequence, as `device.State`."""
+
+    def __init__(self, manifest: Manifest, context: int) -> None:
+        """Reserve the state of up to `context` tokens: one for all is used whole, of others what does not grow."""
+        state = manifest.state
+        is_full = context == manifest.context
+        self._manifest = manifest
+        self._region = Region(
+            state.bytes, huge_bytes=state.bytes if is_full else _fixed_prefix(state.tensors)
+        )
+        self.address = self._region.address
+
+    def zero(self) -> None:
+        self._region.zero()
+
+    def save(self, tokens: int) -> Saved:
+        return tuple(part.copy() for part in self._parts(tokens))
+
+    def restore(self, saved: Saved, tokens: int) -> None:
+        for part, copy in zip(self._parts(tokens), saved, strict=True):
+            part[...] = copy
+
+    def _parts(self, tokens: int) -> Iterator[NDArray[Any]]:
+        """Yield views of the state that so many tokens use: along axis 1 where it grows."""
+        for tensor in self._manifest.state.tensors:
+            view = self._region.view(tensor.dtype, tensor.shape, tensor.offset)
+            if tensor.growth == "context":
+                view = view[:, : used_cells(tensor.shape, self._manifest.context, tokens)]
+            yield view
+
+
+def _fixed_prefix(tensors: Sequence[StateTensor]) -> int:
+    """Return the bytes of the leading tensors that do not grow: they are used whole from the start."""
+    growing = (tensor.offset for tensor in tensors if tensor.growth == "context")
+    return next(growing, 0)
 
 
 # bfloat16 has no numpy type of its own: its bits are handled as uint16.
