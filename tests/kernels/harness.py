@@ -25,7 +25,7 @@ from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.isa.x86 import V3, detect
 from q35c.codegen.cpu.kernels.rows.round_int8 import row_layout
 from q35c.codegen.cpu.program import Parameters, as_pointer, call_kernel, entry_function
-from q35c.runtime.library import Arguments, Library, Workers
+from q35c.runtime.cpu.library import Arguments, Library, Workers
 
 ISA = V3  # runs on every machine that runs these tests
 BEST = detect()
