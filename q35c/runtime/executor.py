@@ -152,10 +152,12 @@ class Executor:
                     "this thread is in the midst of a step of the model",
                     hint="let a signal handler or finalizer set a flag, and run the model after the step",
                 )
-            if self._is_closed:
-                raise self._closed()
-            self._is_running = True
+            self._is_running = (
+                True  # from here on a handler that closes the model waits for the step
+            )
             try:
+                if self._is_closed:
+                    raise self._closed()
                 return step()
             finally:
                 self._is_running = False

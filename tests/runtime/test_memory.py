@@ -156,8 +156,9 @@ def test_sessions_are_admitted_by_what_they_may_become(
     path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = manifest.state.bytes
-    monkeypatch.setattr(memory, "available_memory", lambda: Available(2 * full + full // 2, "test"))
     with q35c.load(path, threads=1) as loaded:
+        have = Available(2 * full + full // 2, "test")
+        monkeypatch.setattr(memory, "available_memory", lambda: have)
         first = loaded.session()
         second = loaded.session()
         with pytest.raises(MemoryRefused, match="context="):
