@@ -22,9 +22,12 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.build import build_shared, compile_kernel
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.isa.x86 import V3, detect
+from q35c.codegen.cpu.isa.x86 import ISAS, V3, detect
 from q35c.codegen.cpu.kernels.rows.round_int8 import row_layout
 from q35c.codegen.cpu.program import Parameters, as_pointer, call_kernel, entry_function
+from q35c.codegen.pack import PackedWeight
+from q35c.cpuinfo import processor_flags
+from q35c.formats import registry
 from q35c.runtime.cpu.library import Arguments, Library, Workers
 
 ISA = V3  # runs on every machine that runs these tests
@@ -33,6 +36,17 @@ EACH_ISA = [  # fixture parameters: AVX2, and the best that this processor has
     pytest.param(V3, id="v3"),
     pytest.param(BEST, id="best", marks=pytest.mark.skipif(BEST is V3, reason="needs AVX-512")),
 ]
+EVERY_ISA = [  # fixture parameters: each level has its own product of bytes
+    pytest.param(
+        isa,
+        id=name,
+        marks=pytest.mark.skipif(
+            not processor_flags().issuperset(isa.cpu_features), reason=f"needs {name}"
+        ),
+    )
+    for name, isa in ISAS.items()
+]
+FLOATS = ("f32", "bf16")  # formats whose packing and rounding are written here once more
 GUARD_BYTES = 256
 _PATTERN = np.uint8(0xFF)  # 0xFFFFFFFF is a NaN: what reads a guard shows it in its result
 
@@ -120,6 +134,18 @@ def from_bf16(array: np.ndarray) -> np.ndarray:
     return (array.astype(np.uint32) << 16).view(np.float32)
 
 
+def pack_formatted(weight: np.ndarray, dtype: str, layout: str = "linear") -> np.ndarray:
+    """Pack [N, K], gate over up, or experts by the compiler's own packer: tests/codegen/test_pack.py is its test.
+
+    Floats are packed by the functions below, which are written for tests alone.
+    """
+    parts = np.split(weight, 2) if layout == "swiglu" else [weight]
+    names = tuple(f"s{i}" for i in range(len(parts)))
+    packed = PackedWeight("w", layout, dtype, names, tuple(p.shape for p in parts))
+    chunks = packed.chunks(lambda name, start, stop: parts[int(name[1:])][start:stop])
+    return guard(np.concatenate([chunk.reshape(-1) for chunk in chunks]))
+
+
 def pack_rows(weight: np.ndarray, dtype: str) -> np.ndarray:
     """Pack f32 [N, K] into blocks of 32 output rows as the kernels read them: f32 [ceil(N/32), K, 32] or
     int32 [ceil(N/32), ceil(K/2), 32] of bf16 pairs, even k low."""
@@ -147,6 +173,8 @@ def pack_swiglu(gate: np.ndarray, up: np.ndarray, dtype: str) -> np.ndarray:
 def stored(weight: np.ndarray, dtype: str) -> np.ndarray:
     """Return the weight as float64 with the values that packing keeps."""
     weight = weight.astype(np.float32)
+    if dtype not in FLOATS:
+        return registry.stored(weight, dtype).astype(np.float64)
     return (from_bf16(to_bf16(weight)) if dtype == "bf16" else weight).astype(np.float64)
 
 

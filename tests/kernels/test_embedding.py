@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
-from harness import EACH_ISA, build_kernels, guard, pack_rows, stored
 
 from q35c.codegen.cpu.kernels.linear.embedding import embedding
+from tests.kernels.harness import (
+    EACH_ISA,
+    ISA,
+    build_kernels,
+    guard,
+    pack_formatted,
+    pack_rows,
+    stored,
+)
 
 SHAPES = ((1, 1), (5, 2), (31, 64), (32, 63), (33, 65), (100, 128), (997, 257), (64, 1024))
 TOKENS = (1, 2, 3, 7, 40)
@@ -42,3 +50,16 @@ def test_ids_outside_the_table_stay_inside_memory(kernels, dtype):
     y = guard(np.zeros((4, 257), np.float32))
     kernels.call(f"{dtype}_997_257", guard(pack_rows(table, dtype)), ids, y, 4, 257)
     np.testing.assert_array_equal(y, table[[0, 996, 996, 0]])
+
+
+@pytest.mark.parametrize("dtype", ["i4g32", "i4g128", "i5g32", "i5g64", "i8g64"])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 65), (100, 128), (97, 257), (64, 1024)], ids=str)
+def test_integer_tables(shape, dtype):
+    rows, width = shape
+    kernels = build_kernels({"embedding": embedding(rows, width, dtype, ISA)})
+    table = np.random.default_rng(rows).normal(size=shape).astype(np.float32)
+    ids = guard(np.array([rows - 1, 0, rows // 2], np.int32))
+    for threads in (1, 2):
+        y = guard(np.zeros((3, width), np.float32), poison=True)
+        kernels.call("embedding", pack_formatted(table, dtype), ids, y, 3, width, threads=threads)
+        np.testing.assert_array_equal(y, stored(table, dtype)[ids])

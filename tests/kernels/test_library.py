@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import ISA, guard
 from tvm.script import tirx as T
 
 from q35c.codegen.calls import Barrier, Call, Int, Nt, Pointer, Tid, Tokens
@@ -21,6 +20,7 @@ from q35c.codegen.cpu.program import check_calls, program_entry
 from q35c.errors import ExecutionError, LoweringError, OptionError, ToolchainError
 from q35c.runtime.cpu.library import Arguments, Library, Workers
 from tests.elf import dynamic_symbols
+from tests.kernels.harness import ISA, guard
 from tests.shares import StandIn
 
 ROOT = Path(__file__).parents[2]
@@ -308,14 +308,14 @@ def test_gcc_links_when_ld_is_missing(monkeypatch):
 
 BUILD_AGAIN = """
 import sys
-sys.path[:0] = [{tests!r}, {root!r}]
-import test_library
+sys.path.insert(0, {root!r})
+from tests.kernels import test_library
 sys.stdout.buffer.write(test_library.code.__wrapped__())
 """
 
 
 def test_the_same_kernels_give_the_same_bytes(code):
-    script = BUILD_AGAIN.format(tests=str(Path(__file__).parent), root=str(ROOT))
+    script = BUILD_AGAIN.format(root=str(ROOT))
     environment = {**os.environ, "PYTHONHASHSEED": "123", "Q35C_CACHE": "off"}
     run = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, check=True, cwd="/"

@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
-from harness import (
+
+from q35c.codegen.cpu.isa.x86 import V4
+from q35c.codegen.cpu.kernels.experts.products import expert_down, expert_gate_up
+from q35c.codegen.cpu.kernels.experts.routing import combine, group_by_expert, route
+from tests.kernels.harness import (
     EACH_ISA,
     assert_close,
     build_kernels,
@@ -12,10 +16,6 @@ from harness import (
     pack_swiglu,
     stored,
 )
-
-from q35c.codegen.cpu.isa.x86 import V4
-from q35c.codegen.cpu.kernels.experts.products import expert_down, expert_gate_up
-from q35c.codegen.cpu.kernels.experts.routing import combine, group_by_expert, route
 
 ROUTES = ((1, 1), (2, 2), (7, 3), (8, 8), (17, 2), (64, 4), (256, 8), (512, 10))
 EXPERTS = ((4, 16, 32, 2), (6, 17, 33, 3), (9, 40, 70, 4), (16, 64, 128, 8))  # E, I, H, top_k

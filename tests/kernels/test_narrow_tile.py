@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from harness import ISA, build_kernels, guard
 
 from q35c.codegen.cpu.kernels.linear.linear import linear
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import Tile
 from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows, row_layout
 from q35c.codegen.pack import PackedWeight
 from q35c.formats.registry import integer_format
+from tests.kernels.harness import ISA, build_kernels, guard
 
 # As if AVX2 had registers for them.
 STATEMENTS = replace(ISA, registers=32)

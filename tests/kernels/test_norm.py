@@ -2,11 +2,18 @@
 
 import numpy as np
 import pytest
-from harness import EACH_ISA, RoundedRows, assert_close, build_kernels, compile_only, guard
 
 from q35c.codegen.cpu.isa.x86 import V4
 from q35c.codegen.cpu.kernels.rows.norm import rms_norm
 from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows
+from tests.kernels.harness import (
+    EACH_ISA,
+    RoundedRows,
+    assert_close,
+    build_kernels,
+    compile_only,
+    guard,
+)
 
 WIDTHS = (1, 7, 16, 33, 64, 72, 128, 1000, 1024, 2048)
 ROUNDED = ((64, 32), (64, 64), (128, 32), (1024, 64), (2048, 128))  # widths and groups
