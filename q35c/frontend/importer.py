@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from operator import getitem
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -40,8 +41,9 @@ def _import_call(state: ImportState, node: Node) -> None:
         raise state.error(node, f"no import rule for op {name}")
     made = RULES[name](state, node)
     # The results of top-k are memory of their own, those of a split are not.
-    is_own = node.target is getitem and str(node.args[0].target) not in VIEWS
-    state.keep(node, made, node.args[0] if name in VIEWS and not is_own else None)
+    source: Any = node.args[0] if name in VIEWS else None  # of a view it is a node
+    is_own = node.target is getitem and str(source.target) not in VIEWS
+    state.keep(node, made, None if is_own else source)
 
 
 def _is_symbolic(node: Node) -> bool:
