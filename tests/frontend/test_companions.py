@@ -133,7 +133,8 @@ def test_a_template_is_as_large_as_the_runtime_takes(model: Path, name: str, let
     write(MAX_TEMPLATE_BYTES)
     made = read_companions(open_checkpoint(model)).segments["chat_template"]
     assert len(made) == most_segment_bytes("chat_template")
-    assert render_chat(made.decode(), []) == made.decode()
+    message = {"role": "user", "content": "hello"}
+    assert render_chat(made.decode(), [message]) == made.decode()
     write(MAX_TEMPLATE_BYTES + 2)
     with pytest.raises((CheckpointError, TokenizerError), match="is too large"):
         read_companions(open_checkpoint(model))
