@@ -19,9 +19,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from q35c import family
 from q35c.bench import peak_memory
 from q35c.cli.text import size_text, table_text
+from q35c.frontend import family
 
 DEFAULT_CASES = (("qwen3.5-0.8b", 0), ("qwen3.5-397b-a17b", 2))  # layers; 0: all
 COLUMNS = (

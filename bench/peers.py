@@ -38,7 +38,7 @@ from peer.systems import Maker, System, Test
 
 from q35c.ir.precision import POLICIES
 from q35c.progress import Progress
-from q35c.runtime.cpu import default_threads
+from q35c.runtime.cpu.machine import default_threads
 
 GROUPS = ("q35c", "llama", "ort", "eager")
 _CONTEXT_STEP = 256

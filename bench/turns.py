@@ -19,8 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from q35c import family
 from q35c.cli.text import table_text
+from q35c.frontend import family
 
 HERE = Path(__file__).resolve().parents[1]
 COLUMNS = ("test", "base, tok/s", "here, tok/s", "here / base", "middle half")

@@ -27,8 +27,8 @@ from q35c.ir.graph import Graph
 from q35c.ir.precision import find_policy
 from q35c.outputs import check_folder, check_output, check_space
 from q35c.passes.pipeline import Choices, run_pipeline
-from q35c.runtime.cpu import default_threads
-from q35c.runtime.library import Library
+from q35c.runtime.cpu.library import Library
+from q35c.runtime.cpu.machine import default_threads
 from q35c.runtime.memory import peak_memory
 
 Progress = Callable[[str, float], None]  # stage, fraction done

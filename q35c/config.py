@@ -1,20 +1,16 @@
 """The configuration of the text tower: everything that decides shapes or math, and nothing else.
 
-`ModelConfig.from_hf` reads a Hugging Face `config.json`. Every key of that document is either used,
-or has one supported value, or is known to be irrelevant; any other key that says something is refused by name, because an
-ignored key is a model that computes something else.
+It is written and read in one canonical form; what a checkpoint's `config.json` says is translated by the frontend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from q35c.errors import ConfigError, UnsupportedConfig
 from q35c.fields import Fields
 
-MAX_CONFIG_BYTES = 1 << 20
 MAX_CONTEXT = 1 << 22  # tokens that an artifact can hold
 MAX_STOP_IDS = 64
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -124,19 +120,6 @@ class ModelConfig:
         _check_supported(config, where)
         _check_consistent(config, where)
         return config
-
-    @classmethod
-    def from_hf(
-        cls, document: Any, where: str = "config.json", ignore: Collection[str] = ()
-    ) -> ModelConfig:
-        """Read a Hugging Face `config.json`: a text config, or a multimodal one's text tower.
-
-        `ignore` names keys that are read as if they were not there. Raises ConfigError where the document is malformed or
-        contradicts itself, UnsupportedConfig for every key or value that q35c does not implement.
-        """
-        from q35c.hf_config import canonical_form
-
-        return cls.from_dict(canonical_form(document, where, ignore), where)
 
 
 DENSE_ONLY = ("intermediate_size",)
@@ -281,14 +264,3 @@ def _check_supported(config: ModelConfig, where: str) -> None:
         "an even number of rotary dims, fewer than the head's",
         f"{factor} of head_dim {config.head_dim}",
     )
-
-
-def hf_text_config(config: ModelConfig) -> dict[str, Any]:
-    """Return the keyword arguments of Hugging Face's text config class for this model."""
-    items: Mapping[str, Any] = config.to_dict()
-    renamed = {
-        key: value for key, value in items.items() if key not in ("model_type", "eos_token_ids")
-    }
-    rope = dict(renamed["rope_parameters"], mrope_interleaved=True)
-    eos = list(config.eos_token_ids) or None
-    return {**renamed, "rope_parameters": rope, "eos_token_id": eos}

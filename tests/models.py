@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from q35c.config import ModelConfig
+from q35c.frontend.hf_config import read_hf_config
 from q35c.frontend.tensors import expected_tensors, parts_of
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -151,7 +152,7 @@ def write_checkpoint(
     """
     path.mkdir(parents=True, exist_ok=True)
     document = config_document(kind, **overrides)
-    config = ModelConfig.from_hf(document)
+    config = read_hf_config(document)
     is_multimodal = layout == "multimodal"
     prefix = "model.language_model." if is_multimodal else "model."
     tensors = stored_weights(config, random_weights(config, seed), prefix, is_split)

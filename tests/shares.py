@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from q35c.runtime.library import Frame
+from q35c.runtime.cpu.library import Frame
 
 _TID = 13  # of the sixteen words that a frame holds: each value behind its type
 

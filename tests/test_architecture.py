@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,10 @@ BASE = {
     "outputs",
     "temporary",
     "user_cache",
+    "limits",
     "fields",
     "strictjson",
     "config",
-    "hf_config",
-    "hf_keys",
-    "family",
     "version",
     "__version__",
 }
@@ -67,7 +66,10 @@ ROOMS: dict[str, set[str]] = {
     "artifact": {"layouts", "numpy", "safetensors"},
     "runtime": {
         "artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe", "runtime.chat", "runtime.tokenizer",
+        "runtime.targets",
     },
+    "runtime.targets": {"runtime", "runtime.cpu", "artifact"},
+    "runtime.cpu": {"runtime", "artifact", "layouts", "numpy"},
     "runtime.chat": {"runtime", "jinja2", "markupsafe", "numpy"},
     "runtime.tokenizer": {"runtime", "tokenizers"},
 }  # fmt: skip
@@ -95,27 +97,36 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports_of(tree: ast.AST, *, is_lazy_too: bool) -> Iterator[str]:
-    """Yield imported names in dotted form, those of `from x import y` as `x.y`."""
+def imports_of(tree: ast.AST, skip: Callable[[ast.AST], bool]) -> Iterator[str]:
+    """Yield imported names in dotted form, those of `from x import y` as `x.y`, but those within what is to be skipped."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the arrow"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif is_lazy_too or not (isinstance(node, ast.FunctionDef) or is_type_checking(node)):
-            yield from imports_of(node, is_lazy_too=is_lazy_too)
+        elif not skip(node):
+            yield from imports_of(node, skip)
+
+
+def is_nothing(node: ast.AST) -> bool:
+    return False
 
 
 def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
+def is_lazy(node: ast.AST) -> bool:
+    """Say whether an import below a node happens later than that of its file, or never."""
+    return isinstance(node, ast.FunctionDef) or is_type_checking(node)
+
+
 def forbidden_imports(source: str, room: str) -> list[str]:
     """Return what a module in that room imports against the arrows."""
     is_roof = room in ROOF
     allowed = LEAN_AT_IMPORT if is_roof else ROOMS[room] | {room}
-    names = imports_of(ast.parse(source), is_lazy_too=not is_roof)
+    names = imports_of(ast.parse(source), is_lazy if is_roof else is_nothing)
     return [name for name in names if not is_allowed(name, allowed)]
 
 
@@ -145,6 +156,8 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("runtime", "import torch"),
         ("runtime", "def f():\n    from q35c.codegen.targets import find_target"),
         ("runtime", "from q35c import ir"),
+        ("runtime", "from q35c.runtime.cpu.library import Workers"),
+        ("runtime.cpu", "from q35c.runtime.targets import find_machine"),
         ("ir", "from q35c.artifact import layout"),
         ("passes", "import numpy as np"),
         ("codegen", "from q35c.passes.pipeline import fuse"),
@@ -161,6 +174,32 @@ def test_imports_follow_the_arrows(path: Path) -> None:
 )
 def test_an_arrow_against_the_table_is_found(room: str, source: str) -> None:
     assert forbidden_imports(source, room)
+
+
+def module_of(name: str, known: Collection[str]) -> str:
+    """Return which of the known files an import below q35c reads, as a name of something within it or its own."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in known), "__init__")
+
+
+def order_of(sources: Mapping[str, str]) -> list[str]:
+    """Return files below q35c by name, each behind those that it imports, wherever it does. Raises CycleError."""
+    graph: dict[str, set[str]] = {}
+    for name, source in sources.items():
+        found = imports_of(ast.parse(source), is_type_checking)
+        own = (module.partition(".")[2] for module in found if module.split(".")[0] == "q35c")
+        graph[name] = {module_of(module, sources) for module in own} - {name}
+    return list(TopologicalSorter(graph).static_order())
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    sources = {name_of(path): path.read_text() for path in modules()}
+    order = order_of(sources)
+    assert order.index("errors") < order.index("runtime.session") < order.index("__init__")
+    sources["errors"] += "def f():\n    from q35c.runtime import Session\n"
+    with pytest.raises(CycleError):
+        order_of(sources)
 
 
 def test_no_file_is_too_long() -> None:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from q35c.config import ModelConfig, hf_text_config
+from q35c.config import ModelConfig
 from q35c.frontend.checkpoint import open_checkpoint
+from q35c.frontend.hf_config import hf_text_config
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}

@@ -12,8 +12,8 @@ from typing import Any
 from peer import sizes
 from peer.install import Cache, Unavailable, module_path, open_manifest
 from peer.machine import ChildError
-from q35c import family
 from q35c.config import ModelConfig
+from q35c.frontend import family
 from q35c.frontend.checkpoint import open_checkpoint
 
 START = "start"

@@ -4,12 +4,17 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from q35c import limits
 from q35c.layouts.blobs import ALIGNMENT, DTYPES, align, tensor_bytes
 
 MAX_HEADER_BYTES = 16 << 20
 
 _FIRST_SEGMENTS = ("code", "tokenizer")
-_MOST_BYTES = {"tokenizer": 64 << 20, "tokenizer_config": 4 << 20, "chat_template": 1 << 20}
+_MOST_BYTES = {
+    "tokenizer": limits.MAX_TOKENIZER_BYTES,
+    "tokenizer_config": limits.MAX_TOKENIZER_CONFIG_BYTES,
+    "chat_template": limits.MAX_TEMPLATE_BYTES,
+}
 _MOST_CODE_BYTES = 128 << 20  # ten times that of the largest model
 
 

@@ -43,9 +43,9 @@ def describe_roofline(manifest: Any, prompts: Sequence[int], depths: Sequence[in
     Without `prompts`, one of 512 tokens, or of as many as the context has room for.
     """
     from q35c.roofline import cached_limits, predict_tests, report_text
-    from q35c.runtime.cpu import choose_threads
+    from q35c.runtime.targets import find_machine
 
-    threads = choose_threads(None, manifest.max_threads)
+    threads = find_machine(manifest).threads
     limits = cached_limits(manifest.target.name, threads)
     prompts = prompts or (max(0, min(512, manifest.context - max(depths))),)
     tests = predict_tests(manifest, prompt_tokens=prompts, new_tokens=(1,), depths=depths)

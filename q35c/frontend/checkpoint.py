@@ -14,23 +14,24 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from q35c import arguments, family, strictjson
-from q35c.config import MAX_CONFIG_BYTES, ModelConfig
+from q35c import arguments, limits, strictjson
+from q35c.config import ModelConfig
 from q35c.errors import CheckpointError, ConfigError, InternalError
+from q35c.frontend import family
 from q35c.frontend.directory import ModelDirectory
 from q35c.frontend.dummy import DummyWeights
+from q35c.frontend.hf_config import MAX_CONFIG_BYTES, read_hf_config, sampling_keys
 from q35c.frontend.shards import Shards
-from q35c.hf_config import sampling_keys
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 # Files beside the weights, with the most bytes each may have.
 FILE_LIMITS = {
-    "tokenizer.json": 64 << 20,
-    "tokenizer_config.json": 4 << 20,
+    "tokenizer.json": limits.MAX_TOKENIZER_BYTES,
+    "tokenizer_config.json": limits.MAX_TOKENIZER_CONFIG_BYTES,
     "special_tokens_map.json": 1 << 20,
     "added_tokens.json": 4 << 20,
-    "chat_template.jinja": 1 << 20,
-    "chat_template.json": 1 << 20,
+    "chat_template.jinja": limits.MAX_TEMPLATE_BYTES,
+    "chat_template.json": 1 << 20,  # may hold several
     "generation_config.json": 1 << 20,
 }
 # What a tokenizer is made of where there is no tokenizer.json.
@@ -188,7 +189,7 @@ def _read_config(
     where = f"{directory.root}/config.json"
     data = directory.read("config.json", MAX_CONFIG_BYTES)
     document = strictjson.loads(data, where=where, limit=MAX_CONFIG_BYTES, error=ConfigError)
-    config = ModelConfig.from_hf(document, where, ignore)
+    config = read_hf_config(document, where, ignore)
     sampling = ", ".join(sampling_keys(document))
     is_note = sampling and "generation_config.json" not in directory.names()
     note = (

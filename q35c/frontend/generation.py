@@ -8,8 +8,8 @@ from q35c.config import MAX_STOP_IDS
 from q35c.errors import ConfigError
 from q35c.fields import Fields
 from q35c.frontend.checkpoint import Checkpoint
+from q35c.frontend.hf_config import token_ids
 from q35c.frontend.small_files import chat_template, open_tokenizer, read_document
-from q35c.hf_config import token_ids
 
 if TYPE_CHECKING:
     from q35c.runtime.tokenizer import Tokenizer

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from q35c.config import ModelConfig, hf_text_config
+from q35c.config import ModelConfig
+from q35c.frontend.hf_config import hf_text_config
 
 IMPLEMENTATION = "q35c"
 _EXAMPLE_TOKENS = 96

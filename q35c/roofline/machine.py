@@ -31,7 +31,7 @@ from q35c.user_cache import cache_directory
 if TYPE_CHECKING:
     from q35c.artifact.manifest import Probe
     from q35c.runtime import Model
-    from q35c.runtime.memory import Region
+    from q35c.runtime.device import Block
 
 Progress = Callable[[str, float], None]
 
@@ -106,12 +106,12 @@ def cache_path() -> Path:
 
 def measure_limits(model: Model, progress: Progress | None = None) -> Limits:
     """Run every probe of a model's code for a while. Raises MemoryRefused without 512 MiB free."""
-    from q35c.runtime.memory import Region, available_memory, check_allocation
+    from q35c.runtime.memory import available_memory, check_allocation
 
     check_allocation("measuring the memory bandwidth", READ_BYTES, available_memory())
-    region = Region(READ_BYTES, huge_bytes=READ_BYTES)
+    block = model.probe_memory(READ_BYTES)
     # Ordinary numbers as f32 and no runs of equal pages, which a hypervisor may merge.
-    words = region.view("f32", (READ_BYTES // 4,))
+    words = block.view("f32", (READ_BYTES // 4,))
     words.reshape(-1, 1 << 20)[:] = np.random.default_rng(0).uniform(0.5, 0.9, 1 << 20)
     words[::1024] = np.arange(len(words) // 1024)
     found: dict[str, float] = {}
@@ -124,58 +124,56 @@ def measure_limits(model: Model, progress: Progress | None = None) -> Limits:
         if progress is not None:
             progress(f"measure {name}", number / len(_MEASURED))
         sample = _reading if name == "read" else _repeating
-        found[name] = sample(model, probe, region) / period
+        found[name] = sample(model, probe, block) / period
     if missing := {*_MEASURED} - {*found, "bf16"}:
         raise ExecutionError("the compiled code lacks probes", expected=sorted(missing))
     f32 = found["f32"]  # a target without bf16 products computes them in f32
     return Limits(found["read"], found["cache"], found["int8"], found.get("bf16", f32), f32)
 
 
-def _reading(model: Model, probe: Probe, region: Region) -> float:
+def _reading(model: Model, probe: Probe, block: Block) -> float:
     """Return the bytes per cycle over slices of the block, in turn, so that none is left in a cache."""
     amount = max(1, _SLICE_BYTES // (probe.work * model.threads))
     step = amount * probe.work * model.threads
-    slices = region.bytes // step
-    stamps = _stamps(region, slices * model.threads, amount * probe.work)
+    slices = block.bytes // step
+    stamps = _stamps(block, slices * model.threads, amount * probe.work)
     stamps = stamps.reshape(slices, model.threads, 2)
     cycles: list[int] = []
     end = time.perf_counter() + 2 * _PROBE_SECONDS
     while len(cycles) < slices or time.perf_counter() < end:
         number = len(cycles) % slices
-        model.run_probe(probe, region.address + number * step, amount)
+        model.run_probe(probe, block.address + number * step, amount)
         cycles.append(int(stamps[number, :, 1].max() - stamps[number, :, 0].min()))
     return step / min(cycles)
 
 
-def _repeating(model: Model, probe: Probe, region: Region) -> float:
+def _repeating(model: Model, probe: Probe, block: Block) -> float:
     """Return the work per cycle of a probe that leaves memory alone, summed over the threads."""
     amount = 64
-    while min(model.run_probe(probe, region.address, amount) for _ in range(3)) < _SAMPLE_SECONDS:
+    while min(model.run_probe(probe, block.address, amount) for _ in range(3)) < _SAMPLE_SECONDS:
         amount *= 2
-    stamps = _stamps(region, model.threads, probe.work if probe.name == "cache" else _PAGE_BYTES)
+    stamps = _stamps(block, model.threads, probe.work if probe.name == "cache" else _PAGE_BYTES)
     cycles: list[NDArray[np.int64]] = []
     end = time.perf_counter() + _PROBE_SECONDS
     while not cycles or time.perf_counter() < end:
-        model.run_probe(probe, region.address, amount)
+        model.run_probe(probe, block.address, amount)
         cycles.append(stamps[:, 1] - stamps[:, 0])
     return float((amount * probe.work / np.percentile(cycles, _PERCENT, axis=0)).sum())
 
 
-def _stamps(region: Region, parts: int, part_bytes: int) -> NDArray[np.int64]:
+def _stamps(block: Block, parts: int, part_bytes: int) -> NDArray[np.int64]:
     """Return the cycle counts, begin and end, that a probe leaves in each thread's part of the block."""
-    words = region.view("i64", (parts, part_bytes // 8))
+    words = block.view("i64", (parts, part_bytes // 8))
     return words[:, _STAMP_WORD : _STAMP_WORD + 2]
 
 
 def seconds_per_cycle(model: Model) -> float:
     """Compare the code's cycle counter with the clock. Raises ExecutionError if the code keeps none."""
-    from q35c.runtime.memory import Region
-
     probe = next((probe for probe in model.manifest.probes if probe.name == "clock"), None)
     if probe is None:
         raise ExecutionError("the compiled code lacks a probe", expected="clock")
-    region = Region(4096)
-    words = region.view("i64", (2,))
+    block = model.probe_memory(4096)
+    words = block.view("i64", (2,))
     words[0] = 1
 
     def read() -> tuple[float, int]:
@@ -183,7 +181,7 @@ def seconds_per_cycle(model: Model) -> float:
         found: list[tuple[float, float, int]] = []
         for _ in range(20):
             begin = time.perf_counter()
-            seconds = model.run_probe(probe, region.address, 1)
+            seconds = model.run_probe(probe, block.address, 1)
             found.append((seconds, begin + seconds / 2, int(words[1])))
         return min(found)[1:]
 

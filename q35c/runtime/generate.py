@@ -20,7 +20,7 @@ from typing import Any, Literal
 from q35c import arguments
 from q35c.artifact.manifest import Generation as Defaults
 from q35c.errors import MemoryRefused, OptionError
-from q35c.runtime.executor import Logits
+from q35c.runtime.device import Logits
 from q35c.runtime.sampling import MAX_SEED, Sampler, SamplingOptions
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import StopScanner, TextStream, Tokenizer, check_stops
@@ -205,7 +205,7 @@ class Row:
         if not self._keeps_session:
             session.close()
         elif self._ids and session.is_usable and session.length < session.context:
-            session.prefill([self.last_token])
+            session.append_at_last(self.last_token)
 
     def abandon(self) -> None:
         """End the row after an error, at which nobody knows what its session holds."""

@@ -1,29 +1,23 @@
-"""Memory: how much there is, how much a model needs, and blocks of it.
+"""Memory: how much there is, and how much a model needs.
 
 The check comes before the first byte of a weight is read: what the plan needs is compared with what the
 kernel says is available and with the limits of every cgroup (v1 and v2) that this process is in.
 """
 
-import contextlib
-import mmap
 import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from q35c.artifact import Artifact, Manifest
+from q35c.artifact import Manifest
 from q35c.errors import MemoryRefused
 from q35c.layouts import blobs
 from q35c.layouts.cache import CELLS
 
 _SYSTEM = Path("/")
-_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.12 on
 _RUNTIME_BYTES = 2 << 20  # beside the plan, 0.6 to 1.5 MB measured: manifest, threads, objects
 _NO_LIMIT = 2**60  # cgroup v1 says "no limit" with a huge number
 
@@ -190,25 +184,36 @@ class HasState(Protocol):
     def context(self) -> int: ...
     @property
     def high_water(self) -> int: ...
+    @property
+    def is_closed(self) -> bool: ...
 
 
 class StateBudget:
-    """Admit sessions only while all of them could grow to their context. Thread-safe."""
+    """Admit sessions only while all of them could grow to their context. Thread-safe.
 
-    def __init__(self, manifest: Manifest) -> None:
+    Closing one takes no lock: the garbage collector may do it at any instant, on the thread that holds it.
+    """
+
+    def __init__(self, manifest: Manifest, available: Callable[[], Available]) -> None:
         self._manifest = manifest
-        self._lock = threading.Lock()
+        self._available = available
+        self._lock = threading.RLock()  # a signal handler may open a session, too
         self._live: weakref.WeakSet[HasState] = weakref.WeakSet()
 
-    def admit(self, session: HasState, have: Available | None = None) -> None:
+    def admit(self, session: HasState) -> None:
         """Register a new session. Raises MemoryRefused if its context does not fit any more."""
         with self._lock:
-            have = have or available_memory()
+            self._live.add(
+                session
+            )  # so that one admitted meanwhile, by a signal handler, counts it
+            have = self._available()
             # State is committed when it is touched, so what live sessions still lack is not
             # missing from the kernel's figure yet.
-            promised = sum(self._lacking(other) for other in self._live)
+            others = (other for other in self._live if other is not session and not other.is_closed)
+            promised = sum(map(self._lacking, others))
             need = promised + self._lacking(session)
             if need > have.bytes:
+                self._live.discard(session)
                 largest = _largest_context(
                     session.context,
                     lambda tokens: promised + state_bytes(self._manifest, tokens),
@@ -216,107 +221,11 @@ class StateBudget:
                 )
                 hint = f"ask for context={largest} or less" if largest else "close other sessions"
                 raise _refusal(f"a session of {session.context} tokens", need, have, hint)
-            self._live.add(session)
-
-    def release(self, session: HasState) -> None:
-        """Forget a session."""
-        with self._lock:
-            self._live.discard(session)
 
     def _lacking(self, session: HasState) -> int:
         manifest = self._manifest
         touched = state_bytes(manifest, session.high_water) if session.high_water else 0
         return state_bytes(manifest, session.context) - touched
-
-
-class Region:
-    """A zeroed block of private memory, page aligned, committed on touch.
-
-    It lives as long as something refers to it or to a view of it: there is no explicit close, so that
-    no thread can be left with an address that is gone.
-    """
-
-    def __init__(self, size: int, *, huge_bytes: int = 0) -> None:
-        """Reserve `size` bytes; ask for huge pages in the first `huge_bytes`, for none in the rest.
-
-        Raises MemoryRefused if the address space does not suffice.
-        """
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        try:
-            self._map = mmap.mmap(-1, size, flags=flags)
-        except (OSError, ValueError, OverflowError) as error:
-            raise MemoryRefused(
-                f"cannot reserve memory: {error}", expected=f"{size} bytes of address space"
-            ) from None
-        self.bytes = size
-        self._advise_huge(huge_bytes)
-        self._array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
-        self.address: int = self._array.__array_interface__["data"][0]
-
-    def view(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
-        """Return a writable array over a part of the block; `dtype` is the manifest's name."""
-        size = blobs.tensor_bytes(dtype, shape)
-        return self._array[offset : offset + size].view(NUMPY_TYPES[dtype]).reshape(shape)
-
-    def memory(self) -> memoryview:
-        """Return the whole block as writable bytes."""
-        return memoryview(self._map)
-
-    def zero(self) -> None:
-        """Make the block zero and give its memory back."""
-        self._map.madvise(mmap.MADV_DONTNEED)
-
-    def _advise_huge(self, huge_bytes: int) -> None:
-        border = min(huge_bytes, self.bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
-            if border:
-                self._map.madvise(mmap.MADV_HUGEPAGE, 0, border)
-            if border < self.bytes:
-                self._map.madvise(mmap.MADV_NOHUGEPAGE, border)
-
-
-# bfloat16 has no numpy type of its own: its bits are handled as uint16.
-NUMPY_TYPES = {
-    "f32": np.dtype("<f4"),
-    "bf16": np.dtype("<u2"),
-    "i64": np.dtype("<i8"),
-    "i32": np.dtype("<i4"),
-    "i8": np.dtype("i1"),
-    "u8": np.dtype("u1"),
-}
-
-
-class WeightBlock:
-    """The weights in memory, read-only: mapped from the file, or a private copy."""
-
-    def __init__(self, artifact: Artifact, *, mapped: bool) -> None:
-        """Map or copy the weights. Raises MemoryRefused where the address space does not suffice."""
-        size = artifact.manifest.weights_bytes
-        self._weights = {weight.name: weight for weight in artifact.manifest.weights}
-        if mapped:
-            try:
-                block, delta = artifact.map_weights()
-            except (OSError, ValueError) as error:
-                raise MemoryRefused(f"cannot map the weights: {error}") from None
-            self._bytes: NDArray[np.uint8] = np.frombuffer(block, dtype=np.uint8)[
-                delta : delta + size
-            ]
-        else:
-            region = Region(size, huge_bytes=size)
-            artifact.read_weights_into(region.memory())
-            self._bytes = region.view("u8", (size,))
-            self._bytes.flags.writeable = False
-        self.address: int = self._bytes.__array_interface__["data"][0]
-
-    def buffer(self) -> memoryview:
-        """Return all weights as read-only bytes."""
-        return self._bytes.data
-
-    def array(self, name: str) -> NDArray[Any]:
-        """Return one packed weight, read-only; KeyError if there is none of that name."""
-        weight = self._weights[name]
-        data = self._bytes[weight.offset : weight.offset + weight.bytes]
-        return data.view(NUMPY_TYPES[weight.dtype]).reshape(weight.shape)
 
 
 def peak_memory(status: Path = Path("/proc/self/status")) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Sequence
@@ -14,19 +13,19 @@ from q35c import arguments, strictjson
 from q35c.artifact import Artifact, Manifest, read_artifact
 from q35c.artifact.manifest import Probe
 from q35c.errors import MemoryRefused, OptionError, PromptError, TokenizerError
-from q35c.runtime.cpu import THREADS, check_target, choose_threads
-from q35c.runtime.executor import Executor, Logits, Recording
+from q35c.runtime.device import Block, Logits
+from q35c.runtime.executor import Executor, Recording
 from q35c.runtime.generate import (
     Row,
     Stream,
     resolve_options,
     run_rows,
 )
-from q35c.runtime.library import Library
-from q35c.runtime.memory import StateBudget, WeightBlock, available_memory, check_memory
+from q35c.runtime.memory import StateBudget, check_memory
 from q35c.runtime.prompts import encode_prompt, split_prompts
 from q35c.runtime.sampling import MAX_SEED
 from q35c.runtime.session import Progress, Session
+from q35c.runtime.targets import find_machine
 from q35c.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -67,16 +66,15 @@ def load_model(
         manifest = artifact.manifest
         context = _choose("context", context, manifest.context)
         batch = _choose("batch", batch, manifest.batch)
-        count = choose_threads(threads, manifest.max_threads)
-        is_default = threads is None and THREADS not in os.environ
-        check_target(manifest.target)
-        check_memory(manifest, context, batch, available_memory())
+        machine = find_machine(manifest, threads)
+        machine.check(manifest.target)
+        check_memory(manifest, context, batch, machine.available_memory())
         artifact.verify_segments()
         if verify is None:
             verify = manifest.weights_bytes <= VERIFY_BYTES
-        weights = _load_weights(artifact, verify=verify, mapped=mapped)
-        executor = Executor(manifest, Library(artifact.code()), weights, count, yields=is_default)
-        return Model(artifact, executor, context, batch, count)
+        device = machine.load(artifact, mapped=mapped, is_verified=verify)
+        budget = StateBudget(manifest, machine.available_memory)
+        return Model(artifact, Executor(manifest, device), budget, context, batch)
     except BaseException as error:
         artifact.close()
         if isinstance(error, MemoryError):
@@ -88,16 +86,21 @@ class Model:
     """A model ready to run. Safe to share between threads; sessions are not."""
 
     def __init__(
-        self, artifact: Artifact, executor: Executor, context: int, batch: int, threads: int
+        self,
+        artifact: Artifact,
+        executor: Executor,
+        budget: StateBudget,
+        context: int,
+        batch: int,
     ) -> None:
         """Made by `load_model`."""
         self.context = context
         self.batch = batch
-        self.threads = threads
+        self.threads = executor.device.threads
         self._artifact = artifact
         self._executor = executor
-        self._budget = StateBudget(artifact.manifest)
-        self._lazy = threading.Lock()
+        self._budget = budget
+        self._lazy = threading.RLock()  # a signal handler may need the same
         self._tokenizer: Tokenizer | None = None
         self._template: tuple[str, dict[str, str]] | None = None
 
@@ -159,6 +162,10 @@ class Model:
     def record(self) -> AbstractContextManager[list[Recording]]:
         """Return a context in which the times of every kernel are added to the list that it yields."""
         return self._executor.record()
+
+    def probe_memory(self, size: int) -> Block:
+        """Return memory that probes may use. Raises MemoryRefused if the address space does not suffice."""
+        return self._executor.device.block(arguments.integer("size", size, 1, 2**62))
 
     def run_probe(self, probe: Probe, address: int, amount: int) -> float:
         """Return the seconds that all threads take for `amount` units of a probe's work.
@@ -314,17 +321,6 @@ def _choose(name: str, asked: int | None, limit: int) -> int:
     if asked is None:
         return limit
     return arguments.integer(name, asked, 1, limit, expected=f"1 to {limit}, as compiled")
-
-
-def _load_weights(artifact: Artifact, *, verify: bool, mapped: bool) -> WeightBlock:
-    if mapped:
-        if verify:
-            artifact.verify_weights()
-        return WeightBlock(artifact, mapped=True)
-    weights = WeightBlock(artifact, mapped=False)
-    if verify:  # what is in memory, so that nothing can change after the check
-        artifact.check_weights_hash(hashlib.sha256(weights.buffer()).hexdigest())
-    return weights
 
 
 def _readable(messages: Any) -> list[Any]:

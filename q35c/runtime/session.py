@@ -8,23 +8,17 @@ them differently.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from q35c import arguments
-from q35c.artifact.manifest import Entry, StateTensor
+from q35c.artifact.manifest import Entry
 from q35c.errors import OptionError, PromptError
 from q35c.layouts.blobs import GRID
-from q35c.runtime.executor import Executor, Logits
-from q35c.runtime.memory import (
-    Region,
-    StateBudget,
-    available_memory,
-    check_allocation,
-    used_cells,
-)
+from q35c.runtime.device import Logits, Saved, State
+from q35c.runtime.executor import Executor
+from q35c.runtime.memory import StateBudget, available_memory, check_allocation
 from q35c.runtime.prompts import check_ids
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
@@ -38,7 +32,7 @@ class Snapshot:
     digest: str
     length: int
     position: int
-    tensors: tuple[NDArray[Any], ...]
+    tensors: Saved
 
     @property
     def bytes(self) -> int:
@@ -63,18 +57,14 @@ class Session:
         self.length = 0
         self.position = 0
         self.high_water = 0
+        self.is_closed = False
         self._executor = executor
-        self._budget = budget
         self._digest = digest
         self._is_broken = False
         self._claim = _Claim()
         self._claim.is_over = True
         budget.admit(self)
-        state = executor.manifest.state
-        is_full = context == executor.manifest.context
-        self._region: Region | None = Region(
-            state.bytes, huge_bytes=state.bytes if is_full else _fixed_prefix(state.tensors)
-        )
+        self._state: State | None = executor.device.reserve(context)
 
     def __enter__(self) -> "Session":
         return self
@@ -89,14 +79,13 @@ class Session:
 
     def close(self) -> None:
         """Give the state's memory back. Closing twice is harmless."""
-        self._region = None
-        if not self._executor.origin.is_elsewhere:
-            self._budget.release(self)
+        self.is_closed = True
+        self._state = None
 
     @property
     def is_usable(self) -> bool:
         """Say whether a step can be made: the session is open and its last step has succeeded."""
-        return self._region is not None and not self._is_broken and not self._executor.is_closed
+        return not (self.is_closed or self._is_broken or self._executor.is_closed)
 
     def check_owner(self, executor: Executor) -> None:
         """Raise OptionError if this session belongs to another model than the executor."""
@@ -104,11 +93,11 @@ class Session:
             raise OptionError("the session belongs to another model", where="session")
 
     @property
-    def region(self) -> Region:
+    def state(self) -> State:
         """Return the state's memory. Raises OptionError if the session is closed."""
-        if self._region is None:
+        if self._state is None:
             raise OptionError("the session is closed")
-        return self._region
+        return self._state
 
     def prefill(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[V] after the last. May be called at any point.
@@ -160,6 +149,21 @@ class Session:
 
         return Session._use([self], append)
 
+    def append_at_last(self, token: int) -> None:
+        """Append a token, or have it appended after the step that this thread is in the midst of.
+
+        There the garbage collector may call, or a signal handler. Until then the session counts as undefined.
+        """
+        self._check_room(1)
+        self._is_broken = True
+
+        def append() -> None:
+            self._is_broken = False
+            if not self.is_closed:
+                self.prefill([token])
+
+        self._executor.when_free(append)
+
     @staticmethod
     def decode_together(sessions: "Sequence[Session]", tokens: Sequence[int]) -> Logits:
         """Append one token to each of up to `batch` sessions of one model; return logits f32[B, V].
@@ -187,7 +191,7 @@ class Session:
                 session._check_room(1)
             for session in sessions:
                 session._is_broken = True
-            logits = executor.run_batch(executor.entry("decode"), sessions, ids)
+            logits = executor.run(executor.entry("decode"), sessions, ids)
             for session in sessions:
                 session._advance(1)
             return logits
@@ -199,8 +203,8 @@ class Session:
 
         def copy() -> Snapshot:
             self._check_usable()
-            parts = tuple(part.copy() for part in self._parts(self.length))
-            return Snapshot(self._digest, self.length, self.position, parts)
+            saved = self.state.save(self.length)
+            return Snapshot(self._digest, self.length, self.position, saved)
 
         return Session._use([self], copy)
 
@@ -221,8 +225,7 @@ class Session:
 
         def fill() -> None:
             self._is_broken = True
-            for part, copy in zip(self._parts(snapshot.length), snapshot.tensors, strict=True):
-                part[...] = copy
+            self.state.restore(snapshot.tensors, snapshot.length)
             self.length, self.position = snapshot.length, snapshot.position
             self.high_water = max(self.high_water, self.length)
             self._is_broken = False
@@ -234,24 +237,15 @@ class Session:
 
         def clear() -> None:
             self._is_broken = True
-            self.region.zero()
+            self.state.zero()
             self.length = self.position = self.high_water = 0
             self._is_broken = False
 
         Session._use([self], clear)
 
-    def _parts(self, length: int) -> Iterator[NDArray[Any]]:
-        """Yield views of the state that `length` tokens use: along axis 1 where it grows."""
-        manifest = self._executor.manifest
-        for tensor in manifest.state.tensors:
-            view = self.region.view(tensor.dtype, tensor.shape, tensor.offset)
-            if tensor.growth == "context":
-                view = view[:, : used_cells(tensor.shape, manifest.context, length)]
-            yield view
-
     def _append(self, entry: Entry, chunk: Sequence[int]) -> Logits:
         self._is_broken = True  # until the step has ended
-        logits = self._executor.run_sequence(entry, self, chunk)
+        logits = self._executor.run(entry, [self], chunk)
         self._advance(len(chunk))
         return logits
 
@@ -276,7 +270,7 @@ class Session:
             )
 
     def _check_usable(self) -> None:
-        if self._region is None:
+        if self._state is None:
             raise OptionError("the session is closed")
         if self._is_broken:
             raise OptionError(
@@ -320,9 +314,3 @@ def pieces(before: int, count: int, most: int) -> Iterator[tuple[int, int]]:
             end = on_grid
         yield start, end
         start = end
-
-
-def _fixed_prefix(tensors: Sequence[StateTensor]) -> int:
-    """Return the bytes of the leading tensors that do not grow: they are used whole from the start."""
-    growing = (tensor.offset for tensor in tensors if tensor.growth == "context")
-    return next(growing, 0)

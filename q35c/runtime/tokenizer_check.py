@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 from q35c.errors import TokenizerError
+from q35c.limits import MAX_TOKENIZER_BYTES
 
-MAX_DOCUMENT_BYTES = 64 << 20
 MAX_GROWTH = 16  # of a text, by all steps of a part together
 MAX_STEPS = 16  # of a part, nested ones included
 MAX_ADDED_BYTES = 256 << 10
@@ -34,8 +34,8 @@ _MAX_COUNT = 100
 
 def check_tokenizer(document: bytes) -> None:
     """Raise TokenizerError for a file that could take memory or time out of proportion."""
-    if len(document) > MAX_DOCUMENT_BYTES:
-        raise _refused("is too large", f"at most {MAX_DOCUMENT_BYTES} bytes", len(document))
+    if len(document) > MAX_TOKENIZER_BYTES:
+        raise _refused("is too large", f"at most {MAX_TOKENIZER_BYTES} bytes", len(document))
     try:
         tree = json.loads(document)
     except (ValueError, RecursionError) as error:

@@ -86,7 +86,7 @@ def test_damage_is_refused_before_code_is_loaded(
     def forbidden(_code: bytes) -> None:
         raise AssertionError("code was loaded")
 
-    monkeypatch.setattr("q35c.runtime.model.Library", forbidden)
+    monkeypatch.setattr("q35c.runtime.cpu.device.Library", forbidden)
     header = 8 + int.from_bytes(data[:8], "little")
     chosen = random.Random(SEED)
     bits = chosen.sample(range(8 * len(data)), FLIPS // 2)

@@ -112,7 +112,7 @@ ATTACKS: dict[str, Change] = {
     "duplicate metadata": text_header(lambda t: t[:-1] + ',"__metadata__":{}}'),
     "not an object": text_header(lambda t: f"[{t}]"),
     "trailing text": text_header(lambda t: t + "x"),
-    "tab as padding": lambda data: data.replace(b" " * 4, b"\t" * 4, 1),
+    "tab as padding": text_header(lambda t: t + "\t"),
     "byte order mark": text_header(lambda t: "\ufeff" + t),
     "escaped key": text_header(lambda t: t.replace('"code"', '"c\\u006fde"')),
     "escaped manifest": text_header(lambda t: t.replace("arena_bytes", "arena\\u005fbytes")),

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from q35c.artifact import layout, read_artifact
 from q35c.artifact.manifest import FORMAT
 from q35c.errors import ArtifactError, ArtifactVersionError
-from q35c.runtime.memory import WeightBlock
+from q35c.runtime.cpu.blocks import WeightBlock
 from tests.fake_artifact import rebuild, write_fake, write_small
 
 

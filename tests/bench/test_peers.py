@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from q35c import family
+from q35c.frontend import family
 
 BENCH = Path(__file__).parents[2] / "bench"
 GOOD = (30e9, 900e9)

@@ -11,13 +11,13 @@ from functools import partial
 
 import pytest
 
-from q35c import family
 from q35c.codegen.cpu.families import FAMILIES
 from q35c.codegen.cpu.lower import lower
 from q35c.codegen.generate import Limits, barrier_bytes, describe_entries, describe_state
 from q35c.codegen.requests import Shared, spread
 from q35c.codegen.targets import find_target
 from q35c.errors import LoweringError
+from q35c.frontend import family
 from q35c.frontend.tensors import expected_tensors
 from q35c.ir.graph import Attrs, Module, Op, Value, producers
 from q35c.ir.precision import POLICIES

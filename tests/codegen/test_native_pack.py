@@ -7,7 +7,7 @@ from q35c.codegen.cpu.native_pack import packer
 from q35c.codegen.pack import PackedWeight, pack_blocks
 from q35c.formats.registry import integer_format, largest_value, stored
 from q35c.layouts.weights import block_shape
-from q35c.runtime.library import Library
+from q35c.runtime.cpu.library import Library
 
 LENGTHS = (1, 31, 32, 64, 100, 129, 320)
 FORMATS = ("i4g32", "i4g128", "i5g32", "i5g64", "i8g64")

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from q35c.config import ModelConfig
 from q35c.errors import CheckpointError, InternalError, OptionError
 from q35c.frontend.checkpoint import Checkpoint, open_checkpoint
+from q35c.frontend.hf_config import read_hf_config
 from q35c.frontend.tensors import expected_tensors
 from tests.models import config_document, random_weights, write_checkpoint
 
@@ -17,7 +17,7 @@ SEED = 5
 
 
 def weights_of(kind: str, dtype: torch.dtype = torch.float32, **overrides) -> dict[str, np.ndarray]:
-    config = ModelConfig.from_hf(config_document(kind, **overrides))
+    config = read_hf_config(config_document(kind, **overrides))
     drawn = random_weights(config, SEED)
     return {name: tensor.to(dtype).float().numpy() for name, tensor in drawn.items()}
 
@@ -48,7 +48,7 @@ def assert_holds(checkpoint: Checkpoint, weights: dict[str, np.ndarray]) -> None
 )
 def test_every_form_reads_the_same(tmp_path: Path, kind: str, form: dict) -> None:
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "m", kind, SEED, **form))
-    assert checkpoint.config == ModelConfig.from_hf(config_document(kind))
+    assert checkpoint.config == read_hf_config(config_document(kind))
     assert_holds(checkpoint, weights_of(kind, form.get("dtype", torch.float32)))
 
 

@@ -9,15 +9,20 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from q35c.errors import ConfigError, TokenizerError
+from q35c.artifact.layout import most_segment_bytes
+from q35c.errors import CheckpointError, ConfigError, TokenizerError
 from q35c.frontend.checkpoint import open_checkpoint
 from q35c.frontend.companions import read_companions
 from q35c.frontend.generation import generation_defaults
+from q35c.limits import MAX_TEMPLATE_BYTES
+from q35c.runtime.chat import render_chat
 from tests.models import (
     SPECIAL_TOKENS,
     edit_json,
     write_checkpoint,
 )
+
+TEMPLATE_HOLDERS = ["tokenizer_config.json", "chat_template.json"]
 
 
 @pytest.fixture
@@ -98,7 +103,7 @@ def test_what_generation_does_not_do_is_said(model: Path) -> None:
     assert "config.json: temperature not taken" in notes_of(model)
 
 
-@pytest.mark.parametrize("holder", ["tokenizer_config.json", "chat_template.json"])
+@pytest.mark.parametrize("holder", TEMPLATE_HOLDERS)
 @pytest.mark.parametrize("is_list", [False, True])
 def test_templates_stand_in_several_places(model: Path, holder: str, is_list: bool) -> None:
     text = (model / "chat_template.jinja").read_text()
@@ -111,6 +116,28 @@ def test_templates_stand_in_several_places(model: Path, holder: str, is_list: bo
     said = "\n".join(companions.notes)
     assert ("chat templates tool_use not taken" in said) == is_list
     assert "additional_chat_templates: only the default" in said
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", *TEMPLATE_HOLDERS])
+@pytest.mark.parametrize("letter", ["x", "ä"])
+def test_a_template_is_as_large_as_the_runtime_takes(model: Path, name: str, letter: str) -> None:
+    (model / "chat_template.jinja").unlink()
+
+    def write(size: int) -> None:
+        text = letter * (size // len(letter.encode()))
+        if name.endswith(".json"):
+            edit_json(model / name, chat_template=text)
+        else:
+            (model / name).write_text(text)
+
+    write(MAX_TEMPLATE_BYTES)
+    made = read_companions(open_checkpoint(model)).segments["chat_template"]
+    assert len(made) == most_segment_bytes("chat_template")
+    message = {"role": "user", "content": "hello"}
+    assert render_chat(made.decode(), [message]) == made.decode()
+    write(MAX_TEMPLATE_BYTES + 2)
+    with pytest.raises((CheckpointError, TokenizerError), match="is too large"):
+        read_companions(open_checkpoint(model))
 
 
 def test_a_slow_tokenizer_is_built(model: Path) -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from q35c import strictjson
-from q35c.config import MAX_CONFIG_BYTES, ModelConfig
+from q35c.config import ModelConfig
 from q35c.errors import ConfigError
 from q35c.frontend.generation import generation_defaults
-from q35c.hf_keys import FIXED, is_irrelevant
+from q35c.frontend.hf_config import MAX_CONFIG_BYTES, read_hf_config
+from q35c.frontend.hf_keys import FIXED, is_irrelevant
 from tests.models import config_document, multimodal_document
 
 VALUES = ("0", "1", "-1", "1.5", "-0.0", str(2**31), str(2**53), str(2**63), "1e999", "NaN",
@@ -86,7 +87,7 @@ def read(text: bytes) -> ModelConfig | None:
         document = strictjson.loads(
             text, where="config.json", limit=MAX_CONFIG_BYTES, error=ConfigError
         )
-        return ModelConfig.from_hf(document)
+        return read_hf_config(document)
     except ConfigError:
         return None
 
@@ -152,7 +153,7 @@ GENERATION = {
 
 
 def test_every_generation_default_with_every_value() -> None:
-    config = ModelConfig.from_hf(config_document())
+    config = read_hf_config(config_document())
 
     def defaults(text: bytes) -> dict[str, Any] | None:
         checkpoint: Any = SimpleNamespace(config=config, files={"generation_config.json": text})

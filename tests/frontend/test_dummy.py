@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from q35c import family
-from q35c.config import ModelConfig
+from q35c.frontend import family
 from q35c.frontend.dummy import DummyWeights
+from q35c.frontend.hf_config import read_hf_config
 from tests.models import config_document
 
 BIG = DummyWeights(family.load("qwen3.5-35b-a3b"), seed=3)
-SMALL = DummyWeights(ModelConfig.from_hf(config_document("moe")), seed=3)
+SMALL = DummyWeights(read_hf_config(config_document("moe")), seed=3)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_any_slicing_gives_equal_rows(
 
 
 def test_seed_name_and_row_decide() -> None:
-    config = ModelConfig.from_hf(config_document())
+    config = read_hf_config(config_document())
     first, again, other = (DummyWeights(config, seed) for seed in (1, 1, 2))
     name, sibling = "layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight"
     rows = first.rows(name, 0, 112)

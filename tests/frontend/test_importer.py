@@ -223,11 +223,11 @@ def test_refusals_name_the_reason(name: str) -> None:
 
 
 def test_a_refusal_names_the_layer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from q35c.frontend import aten
+    from q35c.frontend import aten_rules
 
     checkpoint = open_checkpoint(write_checkpoint(tmp_path, num_hidden_layers=1))
     program = trace_model(checkpoint.config)
-    monkeypatch.delitem(aten.RULES, "aten.softplus.default")
+    monkeypatch.delitem(aten_rules.RULES, "aten.softplus.default")
     with pytest.raises(InternalError) as caught:
         import_program(program)
     assert "layers.0.linear_attn" in str(caught.value) and "aten.softplus" in str(caught.value)

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from q35c import family
-from q35c.config import FULL, LINEAR, ModelConfig, hf_text_config
+from q35c.config import FULL, LINEAR, ModelConfig
 from q35c.errors import ConfigError, OptionError, UnsupportedConfig
+from q35c.frontend import family
+from q35c.frontend.hf_config import hf_text_config, read_hf_config
 from q35c.frontend.tensors import expected_tensors
 from q35c.frontend.trace import causal_lm_class, hf_config
 from tests.models import config_document, multimodal_document
@@ -97,13 +98,13 @@ MALFORMED = {
 @pytest.mark.parametrize("key", UNSUPPORTED)
 def test_unsupported_is_refused_by_name(key: str) -> None:
     with pytest.raises(UnsupportedConfig, match=key.strip()):
-        ModelConfig.from_hf(config_document(**UNSUPPORTED[key]))
+        read_hf_config(config_document(**UNSUPPORTED[key]))
 
 
 @pytest.mark.parametrize("key", MALFORMED)
 def test_malformed_or_contradictory_is_refused_by_name(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_hf(config_document(**MALFORMED[key]))
+        read_hf_config(config_document(**MALFORMED[key]))
     assert key.strip() in str(caught.value)
     assert type(caught.value) is ConfigError
 
@@ -122,7 +123,7 @@ def test_malformed_or_contradictory_is_refused_by_name(key: str) -> None:
 )
 def test_expert_fields_are_checked(changes: dict[str, Any], kind: type[Exception]) -> None:
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_hf(config_document("moe", **changes))
+        read_hf_config(config_document("moe", **changes))
     assert type(caught.value) is kind
     assert next(iter(changes)) in str(caught.value)
 
@@ -130,13 +131,13 @@ def test_expert_fields_are_checked(changes: dict[str, Any], kind: type[Exception
 @pytest.mark.parametrize("document", [None, [], "x", 1, {}, {"model_type": 3}], ids=repr)
 def test_a_document_of_another_kind_is_malformed(document: Any) -> None:
     with pytest.raises(ConfigError):
-        ModelConfig.from_hf(document)
+        read_hf_config(document)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_multimodal_document_gives_the_same_text_tower(kind: str) -> None:
     text = config_document(kind)
-    assert ModelConfig.from_hf(multimodal_document(text)) == ModelConfig.from_hf(text)
+    assert read_hf_config(multimodal_document(text)) == read_hf_config(text)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +156,14 @@ def test_outer_document_is_checked(
     outer: dict[str, Any], kind: type[Exception], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        ModelConfig.from_hf({**multimodal_document(config_document()), **outer})
+        read_hf_config({**multimodal_document(config_document()), **outer})
     assert type(caught.value) is kind
 
 
 def test_outer_document_may_hold_the_tie_and_the_end_token() -> None:
     text = config_document(tie_word_embeddings=None, eos_token_id=None)
     outer = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": True}
-    config = ModelConfig.from_hf({**outer, "eos_token_id": [3, 4]})
+    config = read_hf_config({**outer, "eos_token_id": [3, 4]})
     assert config.tie_word_embeddings and config.eos_token_ids == (3, 4)
 
 
@@ -180,19 +181,19 @@ def test_irrelevant_keys_change_nothing() -> None:
         "mlp_only_layers": [],
         "use_cache": False,
     }
-    assert ModelConfig.from_hf(config_document() | noise) == ModelConfig.from_hf(config_document())
+    assert read_hf_config(config_document() | noise) == read_hf_config(config_document())
 
 
 def test_layer_types_may_be_listed_or_implied() -> None:
     listed = [LINEAR, LINEAR, LINEAR, FULL]
-    implied = ModelConfig.from_hf(config_document())
+    implied = read_hf_config(config_document())
     assert implied.layer_types == tuple(listed)
     both = config_document(layer_types=listed)
-    assert ModelConfig.from_hf(both) == implied
+    assert read_hf_config(both) == implied
     neither = config_document(full_attention_interval=None)
-    assert ModelConfig.from_hf(neither) == implied
+    assert read_hf_config(neither) == implied
     free = config_document(layer_types=[FULL, LINEAR] * 2, full_attention_interval=None)
-    assert ModelConfig.from_hf(free).layer_types == (FULL, LINEAR, FULL, LINEAR)
+    assert read_hf_config(free).layer_types == (FULL, LINEAR, FULL, LINEAR)
 
 
 def test_rope_parameters_may_stand_in_their_older_places() -> None:
@@ -201,11 +202,11 @@ def test_rope_parameters_may_stand_in_their_older_places() -> None:
         rope_parameters=None, rope_theta=1e4, partial_rotary_factor=0.25,
         rope_scaling={"type": "default", **inner},
     )  # fmt: skip
-    assert ModelConfig.from_hf(document) == ModelConfig.from_hf(config_document())
+    assert read_hf_config(document) == read_hf_config(config_document())
 
 
 def test_yarn_is_read() -> None:
-    config = ModelConfig.from_hf(config_document(**rope(**YARN, beta_fast=16, truncate=False)))
+    config = read_hf_config(config_document(**rope(**YARN, beta_fast=16, truncate=False)))
     read = config.rope_parameters
     assert (read.factor, read.beta_fast, read.truncate, read.mscale) == (4.0, 16.0, False, None)
     assert read.original_max_position_embeddings == 1024
@@ -213,15 +214,15 @@ def test_yarn_is_read() -> None:
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_canonical_form_round_trips_through_json(kind: str) -> None:
-    config = ModelConfig.from_hf(config_document(kind, **rope(**YARN)))
+    config = read_hf_config(config_document(kind, **rope(**YARN)))
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(UnsupportedConfig, match="surplus"):
         ModelConfig.from_dict(config.to_dict() | {"surplus": 1})
 
 
-@pytest.mark.parametrize("key", ModelConfig.from_hf(config_document("moe")).to_dict())
+@pytest.mark.parametrize("key", read_hf_config(config_document("moe")).to_dict())
 def test_canonical_form_needs_every_key(key: str) -> None:
-    document = ModelConfig.from_hf(config_document("moe")).to_dict()
+    document = read_hf_config(config_document("moe")).to_dict()
     del document[key]
     with pytest.raises(ConfigError, match=key):
         ModelConfig.from_dict(document)
@@ -257,7 +258,7 @@ def size(shape: tuple[int, ...]) -> int:
 
 
 def test_transformers_gets_every_field() -> None:
-    config = ModelConfig.from_hf(config_document("moe", **rope(**YARN)))
+    config = read_hf_config(config_document("moe", **rope(**YARN)))
     made = hf_config(config)
     for key, value in hf_text_config(config).items():
         assert getattr(made, key) == value, key

@@ -10,11 +10,11 @@ import pytest
 from transformers import GenerationConfig, PreTrainedConfig
 
 from q35c.compile import check_limits
-from q35c.config import ModelConfig
 from q35c.errors import OptionError, UnsupportedConfig
 from q35c.frontend.checkpoint import open_checkpoint
+from q35c.frontend.hf_config import read_hf_config
+from q35c.frontend.hf_keys import FIXED, is_irrelevant
 from q35c.frontend.trace import hf_config
-from q35c.hf_keys import FIXED, is_irrelevant
 from tests.models import (
     config_document,
     edit_json,
@@ -49,10 +49,10 @@ from tests.models import (
     ids=lambda keys: next(iter(keys)),
 )
 def test_keys_that_cannot_matter(keys: dict[str, Any]) -> None:
-    plain = ModelConfig.from_hf(config_document())
-    assert ModelConfig.from_hf({**config_document(), **keys}) == plain
+    plain = read_hf_config(config_document())
+    assert read_hf_config({**config_document(), **keys}) == plain
     outer = multimodal_document({**config_document(), **keys})
-    assert ModelConfig.from_hf({**keys, **outer}) == plain
+    assert read_hf_config({**keys, **outer}) == plain
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_keys_that_cannot_matter(keys: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_keys_that_may_change_the_numbers_need_consent(key: str, value: Any) -> None:
     with pytest.raises(UnsupportedConfig, match=key):
-        ModelConfig.from_hf({**config_document(), key: value})
-    config = ModelConfig.from_hf({**config_document(), key: value}, ignore=[key])
-    assert config == ModelConfig.from_hf(config_document())
+        read_hf_config({**config_document(), key: value})
+    config = read_hf_config({**config_document(), key: value}, ignore=[key])
+    assert config == read_hf_config(config_document())
 
 
 def test_consent_reaches_nested_keys_and_names_its_own_mistakes(
@@ -85,7 +85,7 @@ def test_every_key_of_the_reference_is_classified() -> None:
     used = set(config_document()) | set(config_document("moe")) | {"layer_types", "rope_parameters"}
     written = set(PreTrainedConfig().to_dict()) | set(GenerationConfig().to_dict())
     for kind in ("dense", "moe"):
-        written |= set(hf_config(ModelConfig.from_hf(config_document(kind))).to_dict())
+        written |= set(hf_config(read_hf_config(config_document(kind))).to_dict())
     assert {
         key for key in written if not (key in used or key in FIXED or is_irrelevant(key))
     } == set()
@@ -96,22 +96,22 @@ def test_the_text_type_may_lack_its_suffix_and_rope_may_lie_flat() -> None:
     flat = {key: value for key, value in text.items() if key != "rope_parameters"}
     flat |= text["rope_parameters"] | {"model_type": "qwen3_5_moe"}
     outer = multimodal_document(text) | {"text_config": flat}
-    assert ModelConfig.from_hf(outer) == ModelConfig.from_hf(text)
+    assert read_hf_config(outer) == read_hf_config(text)
 
 
 def test_null_on_one_level_takes_the_other_and_end_tokens_add_up() -> None:
     text = config_document() | {"tie_word_embeddings": None, "eos_token_id": [3]}
     outer = multimodal_document(config_document()) | {"text_config": text, "eos_token_id": [4, 3]}
-    config = ModelConfig.from_hf(outer | {"tie_word_embeddings": True})
+    config = read_hf_config(outer | {"tie_word_embeddings": True})
     assert config.tie_word_embeddings and config.eos_token_ids == (3, 4)
 
 
 def test_yarn_stretches_the_context() -> None:
     rope = config_document()["rope_parameters"]
     yarn = {**rope, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
-    config = ModelConfig.from_hf(config_document(rope_parameters=yarn))
+    config = read_hf_config(config_document(rope_parameters=yarn))
     assert check_limits(config, 16_384, 1).context == 16_384
     with pytest.raises(OptionError, match="1 to 16384"):
         check_limits(config, 16_385, 1)
     with pytest.raises(OptionError, match="1 to 4096"):
-        check_limits(ModelConfig.from_hf(config_document()), 4097, 1)
+        check_limits(read_hf_config(config_document()), 4097, 1)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from q35c import family
 from q35c.config import LINEAR, ModelConfig
+from q35c.frontend import family
+from q35c.frontend.hf_config import read_hf_config
 from q35c.frontend.importer import import_program
 from q35c.frontend.tensors import expected_tensors
 from q35c.frontend.trace import composites, modeling_module, trace_model
@@ -35,7 +36,7 @@ def test_every_size_traces(name: str) -> None:
 
 
 def tiny(kind: str, **overrides) -> ModelConfig:
-    return ModelConfig.from_hf(config_document(kind, num_hidden_layers=1, **overrides))
+    return read_hf_config(config_document(kind, num_hidden_layers=1, **overrides))
 
 
 def attention_registries() -> tuple[set[str], set[str]]:

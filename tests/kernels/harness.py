@@ -28,7 +28,7 @@ from q35c.codegen.cpu.program import Parameters, as_pointer, call_kernel, entry_
 from q35c.codegen.pack import PackedWeight
 from q35c.cpuinfo import processor_flags
 from q35c.formats import registry
-from q35c.runtime.library import Arguments, Library, Workers
+from q35c.runtime.cpu.library import Arguments, Library, Workers
 
 ISA = V3  # runs on every machine that runs these tests
 BEST = detect()

@@ -12,7 +12,7 @@ from q35c.codegen.cpu.division import FEWEST_PARTS, PART_BYTES, PARTS_PER_THREAD
 from q35c.codegen.cpu.program import program_entry
 from q35c.codegen.targets import find_target
 from q35c.layouts.blobs import BARRIER_BYTES, DIVIDED_CALLS, PART_COUNTERS
-from q35c.runtime.library import Arguments, Library, Workers
+from q35c.runtime.cpu.library import Arguments, Library, Workers
 from tests.kernels.harness import ISA, guard
 
 ALL_ROWS = Tokens()

@@ -18,7 +18,7 @@ from q35c.codegen.cpu.build import build_shared
 from q35c.codegen.cpu.kernels.vectors import share
 from q35c.codegen.cpu.program import check_calls, program_entry
 from q35c.errors import ExecutionError, LoweringError, OptionError, ToolchainError
-from q35c.runtime.library import Arguments, Library, Workers
+from q35c.runtime.cpu.library import Arguments, Library, Workers
 from tests.elf import dynamic_symbols
 from tests.kernels.harness import ISA, guard
 from tests.shares import StandIn
@@ -338,7 +338,7 @@ def test_shared_object_needs_nothing(code, tmp_path):
 RUN_LEAN = """
 import ctypes, sys
 sys.path.insert(0, {root!r})
-from q35c.runtime.library import Arguments, Library, Workers
+from q35c.runtime.cpu.library import Arguments, Library, Workers
 memory = ctypes.create_string_buffer(4096)
 base = -(-ctypes.addressof(memory) // 64) * 64
 library = Library(open({code!r}, "rb").read())

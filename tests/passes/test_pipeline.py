@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from q35c.config import ModelConfig
+from q35c.frontend.hf_config import read_hf_config
 from q35c.ir import Graph
 from q35c.ir.interpret import Weights, run
 from q35c.ir.ops import OPS
@@ -60,7 +61,7 @@ FUSED["dense_other_heads"] = FUSED["dense"]
 def config_of(name: str) -> ModelConfig:
     kind, overrides = MODELS[name]
     document = config_document(kind, full_attention_interval=None, **LAYERS, **overrides)
-    return ModelConfig.from_hf(document)
+    return read_hf_config(document)
 
 
 @cache

@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def clock(model: Any) -> np.ndarray:
-    return model._executor._fields["clock"]
+    return model._executor.device._fields["clock"]
 
 
 def test_the_clock_is_written_only_while_recording(model: Any) -> None:
@@ -189,14 +189,21 @@ def test_code_without_probes_is_refused(model: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(machine, "READ_BYTES", 4 << 20)
     few = tuple(probe for probe in model.manifest.probes if probe.name == "clock")
     manifest = replace(model.manifest, probes=few)
-    bare: Any = SimpleNamespace(manifest=manifest, threads=2, run_probe=model.run_probe)
+    bare: Any = SimpleNamespace(
+        manifest=manifest,
+        threads=2,
+        run_probe=model.run_probe,
+        probe_memory=model.probe_memory,
+    )
     with pytest.raises(ExecutionError, match="lacks probes"):
         machine.measure_limits(bare)
 
 
 def test_a_clock_that_stands_still(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_CALIBRATION_SECONDS", 0.0)
-    still: Any = SimpleNamespace(manifest=model.manifest, run_probe=lambda *_: 0.0)
+    still: Any = SimpleNamespace(
+        manifest=model.manifest, run_probe=lambda *_: 0.0, probe_memory=model.probe_memory
+    )
     with pytest.raises(ExecutionError, match="stands still"):
         machine.seconds_per_cycle(still)
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from q35c.errors import OptionError, Q35CError, TokenizerError
-from q35c.runtime.chat import MAX_TEMPLATE_BYTES, compile_template, render_chat
+from q35c.limits import MAX_TEMPLATE_BYTES
+from q35c.runtime.chat import compile_template, render_chat
 from q35c.runtime.chat.budget import Budget, TooMuch
 from tests.runtime.hostile_templates import REFUSED
 

@@ -76,7 +76,7 @@ def use(model: Any, session: Session, snapshot: Any) -> dict[str, Callable[[], o
         "tokenizer": lambda: model.tokenizer,
         "apply_chat_template": lambda: model.apply_chat_template([]),
         "record": lambda: record(model),
-        "run_probe": lambda: model.run_probe(probe, session.region.address, 1),
+        "run_probe": lambda: model.run_probe(probe, session.state.address, 1),
     }
 
 
@@ -89,7 +89,12 @@ def test_every_use_is_refused_though_all_locks_are_held(path: Path, threads: int
     ):
         snapshot = session.snapshot()
         executor = model._executor
-        for lock in (executor._lock, executor._workers._lock, model._budget._lock, model._lazy):
+        for lock in (
+            executor._lock,
+            executor.device._workers._lock,
+            model._budget._lock,
+            model._lazy,
+        ):
             held.enter_context(lock)
         for name, call in use(model, session, snapshot).items():
             ended = in_child(call)

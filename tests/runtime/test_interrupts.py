@@ -17,7 +17,7 @@ import pytest
 
 import q35c
 from q35c.errors import OptionError
-from q35c.runtime.library import Arguments, Workers
+from q35c.runtime.cpu.library import Arguments, Workers
 from q35c.runtime.session import Session
 from tests.fake_artifact import write_fake
 from tests.shares import StandIn
@@ -105,7 +105,7 @@ def test_memory_stays_while_a_step_runs(path: Path, entry: str, count: int) -> N
     """Whoever closes a session that another thread's step uses takes nothing from under it."""
     with q35c.load(path, threads=2) as model:
         sessions = [model.session(64) for _ in range(count)]
-        regions = [weakref.ref(session.region) for session in sessions]
+        regions = [weakref.ref(session.state) for session in sessions]
         alive: list[bool] = []
 
         def close_all(tid: int) -> int:
@@ -116,7 +116,7 @@ def test_memory_stays_while_a_step_runs(path: Path, entry: str, count: int) -> N
                 alive.extend(region() is not None for region in regions)
             return 0
 
-        model._executor._entries[entry] = StandIn(close_all)  # type: ignore[assignment]
+        model._executor.device._entries[entry] = StandIn(close_all)  # type: ignore[assignment]
         if entry == "prefill":
             sessions[0].prefill([1])
         else:
@@ -128,7 +128,7 @@ def test_memory_stays_while_a_step_runs(path: Path, entry: str, count: int) -> N
 def test_an_interrupted_session_is_undefined_until_it_is_mended(path: Path, alarm: None) -> None:
     with q35c.load(path, threads=1) as model, model.session(64) as session:
         session.prefill([1, 2])
-        saved, good = session.snapshot(), model._executor._entries["decode"]
+        saved, good = session.snapshot(), model._executor.device._entries["decode"]
         want = session.decode(3)
 
         def strike(tid: int) -> int:
@@ -137,10 +137,10 @@ def test_an_interrupted_session_is_undefined_until_it_is_mended(path: Path, alar
 
         for mend in (lambda: session.restore(saved), session.reset):
             session.restore(saved)
-            model._executor._entries["decode"] = StandIn(strike)  # type: ignore[assignment]
+            model._executor.device._entries["decode"] = StandIn(strike)  # type: ignore[assignment]
             with pytest.raises(KeyboardInterrupt):
                 session.decode(3)
-            model._executor._entries["decode"] = good
+            model._executor.device._entries["decode"] = good
             for call in (lambda: session.decode(3), session.snapshot):
                 with pytest.raises(OptionError, match="undefined"):
                     call()

@@ -24,10 +24,11 @@ from q35c.errors import (
     Q35CWarning,
     UnsupportedMachine,
 )
-from q35c.runtime import cpu, model
-from q35c.runtime.cpu import check_target, choose_threads, default_threads
+from q35c.runtime import model
+from q35c.runtime.cpu import device, machine
+from q35c.runtime.cpu.blocks import Region
+from q35c.runtime.cpu.machine import check_target, choose_threads, default_threads
 from q35c.runtime.executor import Executor
-from q35c.runtime.memory import Region
 from tests.fake_artifact import manifest_fields, script, weight_entries, write_fake
 
 REPOSITORY = Path(__file__).parents[2]
@@ -84,7 +85,7 @@ def test_code_is_mapped_only_after_every_check(
         def __init__(self, code: bytes) -> None:
             raise AssertionError("code was loaded")
 
-    monkeypatch.setattr(model, "Library", Forbidden)
+    monkeypatch.setattr(device, "Library", Forbidden)
     with pytest.raises(AssertionError):
         q35c.load(path)
     with pytest.raises(ArtifactError):
@@ -95,7 +96,7 @@ def test_code_is_mapped_only_after_every_check(
         (tmp_path / "code").write_bytes(data[:at] + b"?" + data[at + 1 :])
         with pytest.raises(ArtifactError):
             q35c.load(tmp_path / "code")
-    monkeypatch.setattr(cpu, "processor_flags", lambda: frozenset())
+    monkeypatch.setattr(machine, "processor_flags", lambda: frozenset())
     with pytest.raises(IncompatibleCPU):
         q35c.load(path)
 
@@ -123,7 +124,7 @@ def test_cpu_features_of_a_system(tmp_path: Path) -> None:
 def test_a_machine_that_does_not_tell_is_not_one_that_lacks(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "processor_flags", lambda: processor_flags(tmp_path / "cpuinfo"))
+    monkeypatch.setattr(machine, "processor_flags", lambda: processor_flags(tmp_path / "cpuinfo"))
     with pytest.raises(UnsupportedMachine, match=r"cpuinfo: .*No such file") as caught:
         q35c.load(path)
     assert not isinstance(caught.value, IncompatibleCPU)

@@ -9,7 +9,7 @@ import pytest
 import q35c
 from q35c.artifact import Artifact, Manifest
 from q35c.errors import MemoryRefused
-from q35c.runtime import memory, model
+from q35c.runtime import memory
 from q35c.runtime.memory import Available, available_memory, check_memory, needed_bytes, state_bytes
 from tests.fake_artifact import BATCH, CONTEXT, write_fake
 
@@ -134,7 +134,7 @@ def test_load_refuses_before_a_weight_is_read(
     for name in ("verify_weights", "map_weights", "read_weights_into", "segment"):
         monkeypatch.setattr(Artifact, name, forbidden)
     have = Available(manifest.memory.peak - 1, "test")
-    monkeypatch.setattr(model, "available_memory", lambda: have)
+    monkeypatch.setattr(memory, "available_memory", lambda: have)
     with pytest.raises(MemoryRefused):
         q35c.load(path)
 
@@ -143,7 +143,7 @@ def test_a_smaller_context_or_batch_loads(
     path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     have = Available(needed_bytes(manifest, 96, BATCH), "test")
-    monkeypatch.setattr(model, "available_memory", lambda: have)
+    monkeypatch.setattr(memory, "available_memory", lambda: have)
     with q35c.load(path, threads=1, context=96) as loaded:
         assert loaded.context == 96
         with loaded.session() as session:
@@ -156,8 +156,9 @@ def test_sessions_are_admitted_by_what_they_may_become(
     path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = manifest.state.bytes
-    monkeypatch.setattr(memory, "available_memory", lambda: Available(2 * full + full // 2, "test"))
     with q35c.load(path, threads=1) as loaded:
+        have = Available(2 * full + full // 2, "test")
+        monkeypatch.setattr(memory, "available_memory", lambda: have)
         first = loaded.session()
         second = loaded.session()
         with pytest.raises(MemoryRefused, match="context="):

@@ -13,8 +13,8 @@ import pytest
 
 import q35c
 from q35c.errors import ArtifactError, ExecutionError, InputError, OptionError
-from q35c.runtime import library as library_module
-from q35c.runtime.library import Library
+from q35c.runtime.cpu import library as library_module
+from q35c.runtime.cpu.library import Library
 from tests.fake_artifact import write_fake
 
 TIMES = 5

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import q35c
-from q35c.runtime.pace import Pace
+from q35c.runtime.cpu.pace import Pace
 
 
 class Machine:
@@ -114,15 +114,15 @@ def test_only_the_default_gives_way(tmp_path, monkeypatch: pytest.MonkeyPatch) -
     from tests.fake_artifact import write_fake
 
     write_fake(tmp_path / "m")
-    monkeypatch.setattr("q35c.runtime.cpu.default_threads", lambda: 2)
+    monkeypatch.setattr("q35c.runtime.cpu.machine.default_threads", lambda: 2)
     monkeypatch.delenv("Q35C_THREADS", raising=False)
     with q35c.load(tmp_path / "m") as model:
-        assert model._executor._pace is not None
+        assert model._executor.device._pace is not None
         want = model.score([1, 2, 3])
         monkeypatch.setattr(Pace, "threads", 1)
         assert np.array_equal(model.score([1, 2, 3]), want)
     with q35c.load(tmp_path / "m", threads=2) as model:
-        assert model._executor._pace is None
+        assert model._executor.device._pace is None
     monkeypatch.setenv("Q35C_THREADS", "2")
     with q35c.load(tmp_path / "m") as model:
-        assert model._executor._pace is None
+        assert model._executor.device._pace is None

@@ -30,7 +30,7 @@ with q35c.runtime.model.read_artifact(path) as artifact:
     need = memory.needed_bytes(manifest, manifest.context, manifest.batch)
 if part:
     have = memory.Available((need - 1) // part, "test")
-    model.available_memory = lambda: have
+    memory.available_memory = lambda: have
 before = peak()
 try:
     q35c.load(path)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from q35c.errors import OptionError, TokenizerError
+from q35c.limits import MAX_TEMPLATE_BYTES
 from q35c.runtime.chat.budget import Budget, TooMuch
 from q35c.runtime.chat.control import Guard
 from q35c.runtime.chat.environment import environment
@@ -25,9 +26,7 @@ from q35c.runtime.chat.messages import (
     leave_open,
 )
 
-MAX_TEMPLATE_BYTES = 64 << 10  # published ones have 5 to 20 KB
-
-__all__ = ["MAX_TEMPLATE_BYTES", "Message", "render_chat", "render_guarded"]
+__all__ = ["Message", "render_chat", "render_guarded"]
 
 
 def render_chat(
@@ -115,11 +114,12 @@ def _copy(data: PlainData, messages: Any, options: dict[str, Any]) -> dict[str, 
 @functools.lru_cache(maxsize=16)
 def compile_template(template: str) -> Any:
     """Return a template ready to render. Raises TokenizerError if it is malformed or too large."""
-    if len(template) > MAX_TEMPLATE_BYTES:
+    size = len(template.encode("utf-8", "surrogatepass"))
+    if size > MAX_TEMPLATE_BYTES:
         raise TokenizerError(
             "chat template is too large",
-            expected=f"at most {MAX_TEMPLATE_BYTES} characters",
-            got=len(template),
+            expected=f"at most {MAX_TEMPLATE_BYTES} bytes",
+            got=size,
         )
     try:
         made: Any = environment().from_string(template)

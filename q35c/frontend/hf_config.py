@@ -1,17 +1,19 @@
-"""Translate a Hugging Face `config.json` into the canonical form of `ModelConfig`.
+"""Read a Hugging Face `config.json`: translate it into the canonical form of `ModelConfig`.
 
-Every key is used here, or has one supported value, or is irrelevant (`hf_keys`), or is refused. null is "not given".
+Every key is used here, or has one supported value, or is irrelevant (`hf_keys`); any other key that says something is refused
+by name, because an ignored key is a model that computes something else. null is "not given".
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from q35c.config import DENSE_ONLY, FULL, LINEAR, MOE_ONLY, SIZES
+from q35c.config import DENSE_ONLY, FULL, LINEAR, MOE_ONLY, SIZES, ModelConfig
 from q35c.errors import ConfigError, OptionError, UnsupportedConfig
-from q35c.hf_keys import FIXED, REFUSED, SAMPLING, is_absent, is_irrelevant
+from q35c.frontend.hf_keys import FIXED, REFUSED, SAMPLING, is_absent, is_irrelevant
 
+MAX_CONFIG_BYTES = 1 << 20
 TEXT_TYPES = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
 
 # Rotary parameters that may also stand beside the others of the text config.
@@ -35,12 +37,31 @@ _ROPE_DEFAULTS: dict[str, Any] = {
 }
 
 
-def canonical_form(document: Any, where: str, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """Return the dict that `ModelConfig.from_dict` checks; refuse keys it would not know.
+def read_hf_config(
+    document: Any, where: str = "config.json", ignore: Collection[str] = ()
+) -> ModelConfig:
+    """Return what a `config.json` says: a text config, or a multimodal one's text tower.
 
-    Keys named in `ignore` are left out wherever they stand. Raises ConfigError for contradictions, UnsupportedConfig for
-    unknown keys and values, OptionError for a key to ignore that is not there.
+    `ignore` names keys that are read as if they were not there. Raises ConfigError where the document is malformed or
+    contradicts itself, UnsupportedConfig for every key or value that q35c does not implement, OptionError for a key to ignore
+    that is not there.
     """
+    return ModelConfig.from_dict(_canonical_form(document, where, ignore), where)
+
+
+def hf_text_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the keyword arguments of Hugging Face's text config class for this model."""
+    items: Mapping[str, Any] = config.to_dict()
+    renamed = {
+        key: value for key, value in items.items() if key not in ("model_type", "eos_token_ids")
+    }
+    rope = dict(renamed["rope_parameters"], mrope_interleaved=True)
+    eos = list(config.eos_token_ids) or None
+    return {**renamed, "rope_parameters": rope, "eos_token_id": eos}
+
+
+def _canonical_form(document: Any, where: str, ignore: Collection[str]) -> dict[str, Any]:
+    """Return the dict that `ModelConfig.from_dict` checks; refuse keys it would not know."""
     if not isinstance(document, dict):
         raise ConfigError("must be a JSON object", where=where)
     for key in sorted(set(ignore) - set(_keys(document))):

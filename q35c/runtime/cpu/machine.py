@@ -61,7 +61,7 @@ def choose_threads(asked: int | None, max_threads: int) -> int:
             f"{source} {asked} is too many: {limit} are used "
             f"({cpus} CPUs for this process, compiled for at most {max_threads} threads)",
             Q35CWarning,
-            stacklevel=4,  # whoever called q35c.load
+            stacklevel=6,  # whoever called q35c.load
         )
     return min(asked, limit)
 

@@ -7,8 +7,9 @@ from functools import cache
 from importlib import resources
 
 from q35c import strictjson
-from q35c.config import MAX_CONFIG_BYTES, ModelConfig
+from q35c.config import ModelConfig
 from q35c.errors import ConfigError, OptionError
+from q35c.frontend.hf_config import MAX_CONFIG_BYTES, read_hf_config
 
 
 @cache
@@ -25,7 +26,7 @@ def load(name: str) -> ModelConfig:
         raise OptionError(f"no model {name!r:.80} in the family", expected=", ".join(names()))
     data = (resources.files(__name__) / f"{name}.json").read_bytes()
     document = strictjson.loads(data, where=name, limit=MAX_CONFIG_BYTES, error=ConfigError)
-    return ModelConfig.from_hf(document, where=name)
+    return read_hf_config(document, where=name)
 
 
 def _billions(name: str) -> float:

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch.fx import Node
 
-from q35c.frontend.importer import Importer, Item
+from q35c.frontend.import_state import ImportState, Item, Made
 from q35c.ir import Attrs, Value
 from q35c.ir.ops import symbolic_product
 from q35c.ir.types import Dim, Shape, SymDim
 
-Rule = Callable[[Importer, Node], Item | tuple[Item, ...] | None]
+Rule = Callable[[ImportState, Node], Made]
 RULES: dict[str, Rule] = {}
 VIEWS: set[str] = set()  # results share memory with the first operand
 IGNORED = {
@@ -48,7 +48,7 @@ def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
 # --- shapes ---------------------------------------------------------------------------------------
 
 
-def reshaped(imp: Importer, value: Value, shape: Shape) -> Value:
+def reshaped(imp: ImportState, value: Value, shape: Shape) -> Value:
     """Reshape unless the shape is already right."""
     return value if value.type.shape == shape else imp.emit("reshape", value, shape=shape)
 
@@ -76,14 +76,14 @@ def batch_after_reshape(item: Item, shape: Shape) -> int | None:
     *("aten.unsqueeze.default", "aten.squeeze.dim", "aten.flatten.using_ints"),
     view=True,
 )
-def import_reshape(imp: Importer, node: Node) -> Item:
+def import_reshape(imp: ImportState, node: Node) -> Item:
     item, shape = imp.item(arguments(node)[0], node), imp.shape(node)
     batch = batch_after_reshape(item, shape)
     return Item(reshaped(imp, item.value, without(shape, batch)), batch)
 
 
 @rule("aten.expand.default", view=True)
-def import_expand(imp: Importer, node: Node) -> Item:
+def import_expand(imp: ImportState, node: Node) -> Item:
     item = imp.item(arguments(node)[0], node)
     if item.shape != imp.shape(node):
         raise imp.error(node, "expand that repeats data")
@@ -91,7 +91,7 @@ def import_expand(imp: Importer, node: Node) -> Item:
 
 
 @rule("aten.transpose.int", "aten.permute.default", view=True)
-def import_transpose(imp: Importer, node: Node) -> Item:
+def import_transpose(imp: ImportState, node: Node) -> Item:
     item = imp.item(arguments(node)[0], node)
     if str(node.target) == "aten.permute.default":
         order = [dim % item.rank for dim in arguments(node)[1]]
@@ -106,7 +106,7 @@ def import_transpose(imp: Importer, node: Node) -> Item:
     return Item(imp.emit("transpose", item.value, perm=perm), batch)
 
 
-def sliced(imp: Importer, node: Node, item: Item, dim: int, bounds: tuple[Any, ...]) -> Item:
+def sliced(imp: ImportState, node: Node, item: Item, dim: int, bounds: tuple[Any, ...]) -> Item:
     """Take start:stop:step of one dim; the whole of a dim is the item itself."""
     size, axis = item.shape[dim % item.rank], item.axis(dim)
     start, stop, step = bounds
@@ -130,7 +130,7 @@ def slice_bounds(node: Node, size: Dim) -> tuple[int, Dim, Dim, int]:
 
 
 @rule("aten.slice.Tensor", view=True)
-def import_slice(imp: Importer, node: Node) -> Item:
+def import_slice(imp: ImportState, node: Node) -> Item:
     item = imp.item(arguments(node)[0], node)
     size = item.shape[argument(node, 1, "dim", 0) % item.rank]
     dim, *bounds = slice_bounds(node, size)
@@ -138,7 +138,7 @@ def import_slice(imp: Importer, node: Node) -> Item:
 
 
 @rule("aten.select.int", view=True)
-def import_select(imp: Importer, node: Node) -> Item:
+def import_select(imp: ImportState, node: Node) -> Item:
     item = imp.item(arguments(node)[0], node)
     dim, index = arguments(node)[1] % item.rank, arguments(node)[2]
     if item.axis(dim) is None:
@@ -152,7 +152,7 @@ def import_select(imp: Importer, node: Node) -> Item:
 
 
 @rule("aten.split_with_sizes.default", "aten.split.Tensor", "aten.chunk.default", view=True)
-def import_split(imp: Importer, node: Node) -> tuple[Item, ...]:
+def import_split(imp: ImportState, node: Node) -> tuple[Item, ...]:
     item = imp.item(arguments(node)[0], node)
     dim = argument(node, 2, "dim", 0)
     axis = dim % item.rank
@@ -167,13 +167,13 @@ def import_split(imp: Importer, node: Node) -> tuple[Item, ...]:
 
 
 @rule("<built-in function getitem>", view=True)
-def import_getitem(imp: Importer, node: Node) -> Item:
+def import_getitem(imp: ImportState, node: Node) -> Item:
     source, index = arguments(node)
     return imp.items(source)[index]
 
 
 @rule("aten.cat.default")
-def import_cat(imp: Importer, node: Node) -> Item:
+def import_cat(imp: ImportState, node: Node) -> Item:
     items = [imp.item(part, node) for part in arguments(node)[0]]
     axis = items[0].axis(argument(node, 1, "dim", 0))
     if axis is None or len({item.batch for item in items}) != 1:
@@ -184,7 +184,7 @@ def import_cat(imp: Importer, node: Node) -> Item:
 # --- elementwise ----------------------------------------------------------------------------------
 
 
-def aligned(imp: Importer, a: Item, b: Item) -> tuple[Value, Value, int | None]:
+def aligned(imp: ImportState, a: Item, b: Item) -> tuple[Value, Value, int | None]:
     """Return two operands without batch axes that still broadcast, and the result's batch axis."""
     rank = max(a.rank, b.rank)
     places = {item.rank - item.batch for item in (a, b) if item.batch is not None}
@@ -204,7 +204,7 @@ def aligned(imp: Importer, a: Item, b: Item) -> tuple[Value, Value, int | None]:
 
 
 def import_binary(kind: str) -> Rule:
-    def import_op(imp: Importer, node: Node) -> Item:
+    def import_op(imp: ImportState, node: Node) -> Item:
         if node.kwargs:
             raise imp.error(node, f"options {dict(node.kwargs)}")
         a, b = arguments(node)[:2]
@@ -218,7 +218,7 @@ def import_binary(kind: str) -> Rule:
 
 
 def import_unary(kind: str) -> Rule:
-    def import_op(imp: Importer, node: Node) -> Item:
+    def import_op(imp: ImportState, node: Node) -> Item:
         if len(node.args) > 1 or node.kwargs:
             raise imp.error(node, f"options {arguments(node)[1:]} {dict(node.kwargs)}")
         item = imp.item(arguments(node)[0], node)
@@ -234,7 +234,7 @@ for _kind in ("neg", "exp", "sigmoid", "silu", "softplus", "rsqrt", "cos", "sin"
 
 
 @rule("aten.pow.Tensor_Scalar")
-def import_pow(imp: Importer, node: Node) -> Item:
+def import_pow(imp: ImportState, node: Node) -> Item:
     item = imp.item(arguments(node)[0], node)
     return Item(imp.emit("pow_scalar", item.value, exponent=float(arguments(node)[1])), item.batch)
 
@@ -245,7 +245,7 @@ def import_pow(imp: Importer, node: Node) -> Item:
     view=True,
 )
 @rule("aten._to_copy.default", "aten.clone.default")
-def import_cast(imp: Importer, node: Node) -> Item:
+def import_cast(imp: ImportState, node: Node) -> Item:
     item, dtype = imp.item(arguments(node)[0], node), imp.dtype(node)
     if item.value.type.dtype == dtype:
         return item
@@ -253,7 +253,7 @@ def import_cast(imp: Importer, node: Node) -> Item:
 
 
 @rule("aten.div_.Tensor")
-def import_div_in_place(imp: Importer, node: Node) -> Item:
+def import_div_in_place(imp: ImportState, node: Node) -> Item:
     made = import_binary("div")(imp, node)
     assert isinstance(made, Item)
     imp.rebind(arguments(node)[0], made, node)
@@ -261,7 +261,7 @@ def import_div_in_place(imp: Importer, node: Node) -> Item:
 
 
 @rule("aten.copy_.default")
-def import_copy_in_place(imp: Importer, node: Node) -> None:
+def import_copy_in_place(imp: ImportState, node: Node) -> None:
     """Write into a slice: the tensor it was taken from becomes a new value."""
     target, source = arguments(node)[:2]
     if str(target.target) != "aten.slice.Tensor":
@@ -281,7 +281,7 @@ def import_copy_in_place(imp: Importer, node: Node) -> None:
 
 
 @rule("aten.mean.dim", "aten.sum.dim_IntList")
-def import_reduction(imp: Importer, node: Node) -> Item:
+def import_reduction(imp: ImportState, node: Node) -> Item:
     item, dims = imp.item(arguments(node)[0], node), arguments(node)[1]
     axis = item.axis(dims[0]) if len(dims) == 1 else None
     if axis is None or node.kwargs:
@@ -296,7 +296,7 @@ def import_reduction(imp: Importer, node: Node) -> Item:
 
 
 @rule("aten.softmax.int")
-def import_softmax(imp: Importer, node: Node) -> Item:
+def import_softmax(imp: ImportState, node: Node) -> Item:
     item = imp.item(arguments(node)[0], node)
     axis = item.axis(arguments(node)[1])
     if axis is None or imp.dtype(node) != item.value.type.dtype:
@@ -305,7 +305,7 @@ def import_softmax(imp: Importer, node: Node) -> Item:
 
 
 @rule("aten.topk.default")
-def import_topk(imp: Importer, node: Node) -> tuple[Item, ...]:
+def import_topk(imp: ImportState, node: Node) -> tuple[Item, ...]:
     item, k = imp.item(arguments(node)[0], node), arguments(node)[1]
     is_plain = argument(node, 3, "largest", True) and argument(node, 4, "sorted", True)
     if item.axis(argument(node, 2, "dim", -1)) != item.value.type.rank - 1 or not is_plain:
@@ -315,20 +315,20 @@ def import_topk(imp: Importer, node: Node) -> tuple[Item, ...]:
 
 
 @rule("aten.embedding.default")
-def import_embedding(imp: Importer, node: Node) -> Item:
+def import_embedding(imp: ImportState, node: Node) -> Item:
     table, tokens = (imp.item(operand, node) for operand in arguments(node)[:2])
     return Item(imp.emit("embedding", tokens.value, table.value), tokens.batch)
 
 
 @rule("aten.linear.default")
-def import_linear(imp: Importer, node: Node) -> Item:
+def import_linear(imp: ImportState, node: Node) -> Item:
     if argument(node, 2, "bias") is not None:
         raise imp.error(node, "linear with a bias")
     item, weight = (imp.item(operand, node) for operand in arguments(node)[:2])
     return Item(imp.emit("linear", item.value, weight.value), item.batch)
 
 
-def batchless(imp: Importer, node: Node, index: int) -> Value:
+def batchless(imp: ImportState, node: Node, index: int) -> Value:
     """Return an operand whose leading batch axis is gone."""
     item = imp.item(arguments(node)[index], node)
     if item.shape[0] != 1:
@@ -337,25 +337,25 @@ def batchless(imp: Importer, node: Node, index: int) -> Value:
 
 
 @rule("q35c.causal_conv.default")
-def import_causal_conv(imp: Importer, node: Node) -> Item:
+def import_causal_conv(imp: ImportState, node: Node) -> Item:
     weight = imp.item(arguments(node)[1], node).value
     return Item(imp.emit("causal_conv", batchless(imp, node, 0), weight), 0)
 
 
 @rule("q35c.delta_rule.default")
-def import_delta_rule(imp: Importer, node: Node) -> Item:
+def import_delta_rule(imp: ImportState, node: Node) -> Item:
     operands = [batchless(imp, node, index) for index in range(5)]
     return Item(imp.emit("delta_rule", *operands), 0)
 
 
 @rule("q35c.attention.default")
-def import_attention(imp: Importer, node: Node) -> Item:
+def import_attention(imp: ImportState, node: Node) -> Item:
     operands = [batchless(imp, node, index) for index in range(3)]
     return Item(imp.emit("attention", *operands, scale=float(arguments(node)[3])), 0)
 
 
 @rule("q35c.experts.default")
-def import_experts(imp: Importer, node: Node) -> Item:
+def import_experts(imp: ImportState, node: Node) -> Item:
     operands = [imp.item(operand, node) for operand in arguments(node)]
     if any(item.batch is not None for item in operands):
         raise imp.error(node, "experts of a batched tensor")

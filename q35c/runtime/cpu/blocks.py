@@ -1,0 +1,146 @@
+"""Blocks of host memory: what programs write to, and the weights."""
+
+import contextlib
+import mmap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from q35c.artifact import Artifact, Manifest
+from q35c.artifact.manifest import StateTensor
+from q35c.errors import MemoryRefused
+from q35c.layouts import blobs
+from q35c.runtime.device import Saved
+from q35c.runtime.memory import used_cells
+
+_MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.12 on
+
+
+class Region:
+    """A zeroed block of private memory, page aligned, committed on touch.
+
+    It lives as long as something refers to it or to a view of it: there is no explicit close, so that
+    no thread can be left with an address that is gone.
+    """
+
+    def __init__(self, size: int, *, huge_bytes: int = 0) -> None:
+        """Reserve `size` bytes; ask for huge pages in the first `huge_bytes`, for none in the rest.
+
+        Raises MemoryRefused if the address space does not suffice.
+        """
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        try:
+            self._map = mmap.mmap(-1, size, flags=flags)
+        except (OSError, ValueError, OverflowError) as error:
+            raise MemoryRefused(
+                f"cannot reserve memory: {error}", expected=f"{size} bytes of address space"
+            ) from None
+        self.bytes = size
+        self._advise_huge(huge_bytes)
+        self._array: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        self.address: int = self._array.__array_interface__["data"][0]
+
+    def view(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> NDArray[Any]:
+        """Return a writable array over a part of the block; `dtype` is the manifest's name."""
+        size = blobs.tensor_bytes(dtype, shape)
+        return self._array[offset : offset + size].view(NUMPY_TYPES[dtype]).reshape(shape)
+
+    def memory(self) -> memoryview:
+        """Return the whole block as writable bytes."""
+        return memoryview(self._map)
+
+    def zero(self) -> None:
+        """Make the block zero and give its memory back."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def _advise_huge(self, huge_bytes: int) -> None:
+        border = min(huge_bytes, self.bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            if border:
+                self._map.madvise(mmap.MADV_HUGEPAGE, 0, border)
+            if border < self.bytes:
+                self._map.madvise(mmap.MADV_NOHUGEPAGE, border)
+
+
+class StateBlock:
+    """The state of one sequence, as `device.State`."""
+
+    def __init__(self, manifest: Manifest, context: int) -> None:
+        """Reserve the state of up to `context` tokens: one for all is used whole, of others what does not grow."""
+        state = manifest.state
+        is_full = context == manifest.context
+        self._manifest = manifest
+        self._region = Region(
+            state.bytes, huge_bytes=state.bytes if is_full else _fixed_prefix(state.tensors)
+        )
+        self.address = self._region.address
+
+    def zero(self) -> None:
+        self._region.zero()
+
+    def save(self, tokens: int) -> Saved:
+        return tuple(part.copy() for part in self._parts(tokens))
+
+    def restore(self, saved: Saved, tokens: int) -> None:
+        for part, copy in zip(self._parts(tokens), saved, strict=True):
+            part[...] = copy
+
+    def _parts(self, tokens: int) -> Iterator[NDArray[Any]]:
+        """Yield views of the state that so many tokens use: along axis 1 where it grows."""
+        for tensor in self._manifest.state.tensors:
+            view = self._region.view(tensor.dtype, tensor.shape, tensor.offset)
+            if tensor.growth == "context":
+                view = view[:, : used_cells(tensor.shape, self._manifest.context, tokens)]
+            yield view
+
+
+def _fixed_prefix(tensors: Sequence[StateTensor]) -> int:
+    """Return the bytes of the leading tensors that do not grow: they are used whole from the start."""
+    growing = (tensor.offset for tensor in tensors if tensor.growth == "context")
+    return next(growing, 0)
+
+
+# bfloat16 has no numpy type of its own: its bits are handled as uint16.
+NUMPY_TYPES = {
+    "f32": np.dtype("<f4"),
+    "bf16": np.dtype("<u2"),
+    "i64": np.dtype("<i8"),
+    "i32": np.dtype("<i4"),
+    "i8": np.dtype("i1"),
+    "u8": np.dtype("u1"),
+}
+
+
+class WeightBlock:
+    """The weights in memory, read-only: mapped from the file, or a private copy."""
+
+    def __init__(self, artifact: Artifact, *, mapped: bool) -> None:
+        """Map or copy the weights. Raises MemoryRefused where the address space does not suffice."""
+        size = artifact.manifest.weights_bytes
+        self._weights = {weight.name: weight for weight in artifact.manifest.weights}
+        if mapped:
+            try:
+                block, delta = artifact.map_weights()
+            except (OSError, ValueError) as error:
+                raise MemoryRefused(f"cannot map the weights: {error}") from None
+            self._bytes: NDArray[np.uint8] = np.frombuffer(block, dtype=np.uint8)[
+                delta : delta + size
+            ]
+        else:
+            region = Region(size, huge_bytes=size)
+            artifact.read_weights_into(region.memory())
+            self._bytes = region.view("u8", (size,))
+            self._bytes.flags.writeable = False
+        self.address: int = self._bytes.__array_interface__["data"][0]
+
+    def buffer(self) -> memoryview:
+        """Return all weights as read-only bytes."""
+        return self._bytes.data
+
+    def array(self, name: str) -> NDArray[Any]:
+        """Return one packed weight, read-only; KeyError if there is none of that name."""
+        weight = self._weights[name]
+        data = self._bytes[weight.offset : weight.offset + weight.bytes]
+        return data.view(NUMPY_TYPES[weight.dtype]).reshape(weight.shape)
