@@ -142,6 +142,14 @@ class PromptError(InputError):
     """A prompt is empty, too long for the context, or holds ids outside the vocabulary."""
 
 
+class RequestError(InputError):
+    """A request over HTTP is refused with this status; `where` names its field."""
+
+    def __init__(self, what: str, *, status: int = 400, code: str | None = None, **parts: Any):
+        super().__init__(what, **parts)
+        self.status, self.code = status, code
+
+
 class Unavailable(InputError):
     """The server takes no more requests: it is about to end."""
 
