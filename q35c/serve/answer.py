@@ -9,7 +9,6 @@ from typing import Literal
 from q35c.runtime.chat.answer import (
     AnswerParser,
     CallArguments,
-    CallEnd,
     CallStart,
     ContentDelta,
     Part,
@@ -32,22 +31,30 @@ class Call:
 
 
 class Choice:
-    """One row's answer. `reasoning`, `content`, `calls` and `tokens` hold all that came so far."""
+    """One row's answer. `reasoning`, `content` and `calls` hold all that came so far."""
 
-    def __init__(self, parser: AnswerParser | None, stops: tuple[str, ...]) -> None:
-        """Without a parser all text is content."""
+    def __init__(
+        self,
+        parser: AnswerParser | None = None,
+        stops: tuple[str, ...] = (),
+        *,
+        is_thinking: bool = False,
+        is_parallel: bool = True,
+    ) -> None:
+        """Without a parser all text is content; unless `is_parallel`, the answer ends behind its first call."""
         self.reasoning = self.content = ""
         self.calls: list[Call] = []
-        self.tokens: list[Token] = []
-        self.prompt: tuple[Token, ...] = ()
         self.reason: Reason | None = None
         self.stop: str | None = None
         self.usage = Usage(0)
         self.reasoning_tokens = 0
         self._parser = parser
         self._scanner = StopScanner(stops)
+        self._is_parallel = is_parallel
+        self._tokens: list[Token] = []
         self._unreported = 0
-        self._has_left_reasoning = parser is None
+        self._prompt: tuple[Token, ...] = ()
+        self._is_reasoning = is_thinking
 
     def start(self, event: Started, prompt_tokens: int) -> None:
         """Note what of the prompt was cached."""
@@ -55,17 +62,16 @@ class Choice:
 
     def score(self, event: Scored) -> None:
         """Note the prompt's logprobs."""
-        self.prompt = event.tokens
+        self._prompt = event.tokens
 
     def push(self, token: Token) -> list[Part]:
-        """Add a token; return what is certain now. A stop string sets `reason`."""
-        self.tokens.append(token)
-        if not self._has_left_reasoning:
-            self.reasoning_tokens += 1
+        """Add a token; return what is certain now. Sets `reason` where the answer ends by what it says."""
+        self._tokens.append(token)
+        self.reasoning_tokens += self._is_reasoning
         parts = list(self._feed(token.text))
-        if self.reason is not None:  # a stop string: the engine has not counted yet
+        if self.reason is not None:  # the engine has not counted yet
             self.usage = Usage(
-                self.usage.prompt_tokens, self.usage.cached_tokens, len(self.tokens)
+                self.usage.prompt_tokens, self.usage.cached_tokens, len(self._tokens)
             )
         return parts
 
@@ -83,10 +89,15 @@ class Choice:
                 self.stop = event.stop
         return parts
 
+    def take_prompt(self) -> tuple[Token, ...]:
+        """Return the prompt's tokens with their logprobs, once."""
+        taken, self._prompt = self._prompt, ()
+        return taken
+
     def take_tokens(self) -> list[Token]:
         """Return the tokens since the last call, for their logprobs."""
-        taken = self.tokens[self._unreported :]
-        self._unreported = len(self.tokens)
+        taken = self._tokens[self._unreported :]
+        self._unreported = len(self._tokens)
         return taken
 
     def _reason_of(self, event: Finished) -> Reason:
@@ -114,7 +125,7 @@ class Choice:
             self.reasoning += part.text
             yield part
             return
-        self._has_left_reasoning = True
+        self._is_reasoning = False
         if isinstance(part, ContentDelta):
             yield from self._scan(part.text)
             return
@@ -122,9 +133,11 @@ class Choice:
             yield from self._keep_content(self._scanner.finish())
             self.calls.append(Call(part.id, part.name))
         elif isinstance(part, CallArguments):
-            self.calls[-1].arguments += part.text
-        elif isinstance(part, CallEnd):
-            self.calls[-1].is_complete = True
+            self.calls[part.index].arguments += part.text
+        else:
+            self.calls[part.index].is_complete = True
+            if not self._is_parallel:
+                self.reason = "tool_calls"
         yield part
 
     def _scan(self, text: str) -> Iterator[Part]:

@@ -81,10 +81,11 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Rows ready for the engine."""
+    """Rows ready for the engine. `stops` are the stop strings that no engine looks for: those of content alone."""
 
     requests: tuple[Request, ...]
     is_thinking: bool = False
+    stops: tuple[str, ...] = ()
 
 
 def encode(model: TextModel, ask: Ask) -> list[int]:
@@ -105,13 +106,12 @@ def prepare(model: TextModel, engine: Serving, ask: Ask, queue_seconds: float) -
     constraint = None
     if structure is not None:
         constraint = engine.compile(replace(structure, is_thinking=is_thinking))
-    # Stop strings are looked for in what the user reads, not in reasoning or calls: `answer` does that.
-    texts, stop_ids = model.tokenizer.split_stops(ask.sampling.stop)
-    del texts
+    stops, stop_ids = model.tokenizer.split_stops(ask.sampling.stop)
     requests = make_requests(
         model, ids, ask.sampling, ask.caller, queue_seconds, constraint, ask.where
     )
-    return Prepared(tuple(_with_stop_ids(request, stop_ids) for request in requests), is_thinking)
+    requests = [with_stops(request, (), stop_ids) for request in requests]
+    return Prepared(tuple(requests), is_thinking, stops)
 
 
 def make_requests(
@@ -164,10 +164,10 @@ def _options(model: TextModel, sampling: Sampling, room: int) -> GenerationOptio
     return replace(options, max_new_tokens=min(asked, room))
 
 
-def _with_stop_ids(request: Request, stop_ids: frozenset[int]) -> Request:
-    if not stop_ids:
-        return request
-    options = replace(request.options, stop_ids=request.options.stop_ids | stop_ids)
+def with_stops(request: Request, stops: tuple[str, ...], stop_ids: frozenset[int]) -> Request:
+    """Return a request that also ends at these texts, wherever they occur, and tokens."""
+    options = request.options
+    options = replace(options, stop=stops, stop_ids=options.stop_ids | stop_ids)
     return replace(request, options=options)
 
 

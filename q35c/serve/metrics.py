@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from q35c.serve.errors import describe
-from q35c.serve.request import Serving, Statistics, Usage
+from q35c.serve.request import Serving, Statistics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -37,7 +37,9 @@ class Metrics:
         self._rejected = Counter(
             "q35c_rejected", "Requests refused.", ("reason",), registry=registry
         )
-        self._failed = Counter("q35c_stream_failures", "Streams ended by an error.", registry=registry)
+        self._failed = Counter(
+            "q35c_stream_failures", "Streams ended by an error.", registry=registry
+        )
         self._unknown = Counter(
             "q35c_unknown_fields", "Fields of requests that were ignored.", registry=registry
         )
@@ -55,14 +57,14 @@ class Metrics:
         registry.register(_EngineNumbers(engine))
 
     def answered(self, route: str, status: int) -> None:
-        """Count a request; an unknown path is one route whatever it says."""
+        """Count a request; an unknown path is one route whatever it says. Status 0: the client had gone."""
         self._requests.labels(route if route in self._routes else "other", str(status)).inc()
 
     def count_unknown_fields(self, count: int) -> None:
         self._unknown.inc(count)
 
-    def count_rejected(self, error: BaseException, status: int) -> None:
-        """Count a refusal by its kind."""
+    def count_rejected(self, status: int) -> None:
+        """Count a refusal by its kind; what failed by our own fault is none."""
         reasons = {429: "overloaded", 503: "draining", 401: "key", 421: "host"}
         if status < 500 or status == 503:
             self._rejected.labels(reasons.get(status, "invalid")).inc()
@@ -85,7 +87,7 @@ class Metrics:
     def next_token(self, seconds: float) -> None:
         self._itl.observe(seconds)
 
-    def finished(self, reason: str, usage: Usage, seconds: float) -> None:
+    def finished(self, reason: str, seconds: float) -> None:
         self._finished.labels(reason).inc()
         self._e2e.observe(seconds)
 

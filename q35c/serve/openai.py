@@ -6,14 +6,18 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from starlette.responses import Response
+
 from q35c.errors import OptionError
 from q35c.runtime.chat.answer import CallArguments, CallStart, ContentDelta, Part, ReasoningDelta
 from q35c.runtime.tokenizer import Tokenizer
 from q35c.serve import sse
 from q35c.serve.answer import Choice
 from q35c.serve.conversation import Ask, Sampling
+from q35c.serve.desk import Desk, new_id
 from q35c.serve.errors import Dialect, Failure, error_body
 from q35c.serve.fields import Fields
+from q35c.serve.incoming import Incoming
 from q35c.serve.options import (
     MOST_CHOICES,
     MOST_LOGPROBS,
@@ -32,14 +36,31 @@ from q35c.serve.options import (
 )
 from q35c.serve.request import Token, Usage
 
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not know
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+async def answer_chat(desk: Desk, incoming: Incoming) -> Response:
+    """Answer a conversation."""
+    fields = await incoming.fields()
+    name = desk.check_model(fields)
+    ask = read_chat(fields, desk.model.vocab_size, incoming.key)
+    is_stream, wants_usage = read_stream(fields)
+    desk.metrics.count_unknown_fields(fields.count_unread())
+    writer = ChatWriter(
+        new_id("chatcmpl-"),
+        name,
+        desk.model.tokenizer,
+        reasoning_field=desk.settings.reasoning_field,
+        wants_logprobs=ask.sampling.logprobs is not None,
+        wants_usage=wants_usage,
+    )
+    return desk.reply_to(incoming, ask, await desk.prepare(ask), writer, is_stream)
 
 
 def read_chat(fields: Fields, vocab: int, key: int) -> Ask:
     """Return the conversation of a chat request. Raises OptionError, RequestError."""
-    messages = fields.require("messages", fields.items("messages", MOST_MESSAGES))
-    if not messages:
-        raise OptionError("the conversation is empty", where="messages", expected="1 message")
+    messages = read_messages(fields)
     tools = read_tools(fields)
     names = tuple(tool["function"]["name"] for tool in tools)
     is_offered, forced = read_choice_of_tools(_tool_choice(fields), names, "tool_choice")
@@ -54,6 +75,14 @@ def read_chat(fields: Fields, vocab: int, key: int) -> Ask:
         is_continued=fields.flag("continue_final_message") is True,
         caller=read_caller(fields, key, fields.text("user", 1024)),
     )
+
+
+def read_messages(fields: Fields) -> list[Any]:
+    """Return the messages as they are; the normaliser looks at each. Raises OptionError."""
+    messages = fields.require("messages", fields.items("messages", MOST_MESSAGES))
+    if not messages:
+        raise OptionError("the conversation is empty", where="messages", expected="1 message")
+    return messages
 
 
 def read_stream(fields: Fields) -> tuple[bool, bool]:
@@ -97,7 +126,9 @@ def _tool_choice(fields: Fields) -> Any:
     named = fields.nested("tool_choice")
     function = named.nested("function") if named else None
     if function is None:
-        raise OptionError("not a choice of tools", where="tool_choice.function", expected='{"name": ...}')
+        raise OptionError(
+            "not a choice of tools", where="tool_choice.function", expected='{"name": ...}'
+        )
     return check_tool_name(function.value("name"), "tool_choice.function.name")
 
 
@@ -120,14 +151,13 @@ class ChatWriter:
         self._tokenizer = tokenizer
         self._reasoning_field = reasoning_field
         self._wants_logprobs, self._wants_usage = wants_logprobs, wants_usage
-        self._calls: dict[int, int] = {}  # calls begun so far, by row
 
     def open(self, index: int, choice: Choice) -> Iterable[bytes]:
         yield self._chunk(index, choice, {"role": "assistant", "content": ""})
 
     def write(self, index: int, choice: Choice, parts: list[Part]) -> Iterable[bytes]:
         for part in parts:
-            if (delta := self._delta(index, part)) is not None:
+            if (delta := self._delta(part)) is not None:
                 yield self._chunk(index, choice, delta)
 
     def close(self, index: int, choice: Choice) -> Iterable[bytes]:
@@ -170,20 +200,23 @@ class ChatWriter:
             "finish_reason": choice.reason,
         }
 
-    def _delta(self, index: int, part: Part) -> dict[str, Any] | None:
+    def _delta(self, part: Part) -> dict[str, Any] | None:
         if isinstance(part, ReasoningDelta):
             return {self._reasoning_field: part.text}
         if isinstance(part, ContentDelta):
             return {"content": part.text}
         call: dict[str, Any]
         if isinstance(part, CallStart):
-            self._calls[index] = self._calls.get(index, 0) + 1
-            call = {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}}
+            call = {
+                "id": part.id,
+                "type": "function",
+                "function": {"name": part.name, "arguments": ""},
+            }
         elif isinstance(part, CallArguments):
             call = {"function": {"arguments": part.text}}
         else:
             return None
-        return {"tool_calls": [{"index": self._calls[index] - 1, **call}]}
+        return {"tool_calls": [{"index": part.index, **call}]}
 
     def _chunk_head(self) -> dict[str, Any]:
         return {**self._head, "object": "chat.completion.chunk"}
@@ -211,7 +244,7 @@ class ChatWriter:
         is_whole = "\ufffd" not in text  # a part of a character has no text of its own
         return {
             "token": text,
-            "logprob": max(logprob, -9999.0),
+            "logprob": max(logprob, LEAST_LOGPROB),
             "bytes": list(text.encode()) if is_whole else None,
         }
 

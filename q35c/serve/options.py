@@ -111,7 +111,9 @@ def read_template(fields: Fields, effort: str | None) -> dict[str, Any]:
 def check_tool_name(name: Any, where: str) -> str:
     """Return a tool's name. Raises OptionError if it could not stand in a prompt."""
     if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
-        raise OptionError("not a tool's name", where=where, expected="1 to 128 of A-Z a-z 0-9 _ . : -")
+        raise OptionError(
+            "not a tool's name", where=where, expected="1 to 128 of A-Z a-z 0-9 _ . : -"
+        )
     return name
 
 
@@ -127,7 +129,9 @@ def make_tool(name: str, description: str | None, parameters: Any, where: str) -
     return {"type": "function", "function": function}
 
 
-def read_choice_of_tools(value: Any, names: tuple[str, ...], where: str) -> tuple[bool, tuple[str, ...]]:
+def read_choice_of_tools(
+    value: Any, names: tuple[str, ...], where: str
+) -> tuple[bool, tuple[str, ...]]:
     """Return whether tools are offered at all, and those of which one must be called."""
     if value is None or value == "auto":
         return True, ()
@@ -139,7 +143,9 @@ def read_choice_of_tools(value: Any, names: tuple[str, ...], where: str) -> tupl
         return True, names
     if isinstance(value, str) and value in names:
         return True, (value,)
-    raise OptionError("not a choice of tools", where=where, expected="auto, none, required, or a tool's name")
+    raise OptionError(
+        "not a choice of tools", where=where, expected="auto, none, required, or a tool's name"
+    )
 
 
 def read_structure(fields: Fields) -> Structure | None:
@@ -169,7 +175,9 @@ def read_response_format(fields: Fields | None, where: str) -> Structure | None:
     holder.flag("strict")
     schema = holder.value("schema")
     if not isinstance(schema, (dict, bool)):
-        raise OptionError("the schema is missing", where=holder.path("schema"), expected="a JSON schema")
+        raise OptionError(
+            "the schema is missing", where=holder.path("schema"), expected="a JSON schema"
+        )
     return Structure("schema", schema, where)
 
 
@@ -196,9 +204,15 @@ def check_model(name: Any, names: tuple[str, ...], any_name: str) -> str:
     if name is None or name == "":
         raise OptionError("the field is missing", where="model")
     if not isinstance(name, str) or len(name) > 256:
-        raise OptionError("value is not allowed", where="model", expected="a text of 1 to 256 characters")
+        raise OptionError(
+            "value is not allowed", where="model", expected="a text of 1 to 256 characters"
+        )
     if name not in names and any_name not in names:
         raise RequestError(
-            "no such model", status=404, where="model", code="model_not_found", hint="GET /v1/models lists them"
+            "no such model",
+            status=404,
+            where="model",
+            code="model_not_found",
+            hint="GET /v1/models lists them",
         )
     return name

@@ -48,7 +48,7 @@ class Rows:
 
     def __init__(self, engine: Serving, inbox: Inbox, requests: Sequence[Request]) -> None:
         self._engine, self._inbox = engine, inbox
-        self._requests = requests
+        self.requests = requests
         self._open: dict[int, Ticket] = {}
         self._arrived: deque[tuple[int, Event]] = deque()
         self._has_arrived = asyncio.Event()
@@ -58,7 +58,7 @@ class Rows:
     def submit(self) -> None:
         """Hand all requests to the engine, or none. Raises Overloaded, Unavailable."""
         try:
-            for index, request in enumerate(self._requests):
+            for index, request in enumerate(self.requests):
                 post = functools.partial(self._post, index)
                 self._open[index] = self._engine.submit(request, post)
         except BaseException:
@@ -69,10 +69,13 @@ class Rows:
         """Take events of a row, in the event loop."""
         if self._is_ended:
             return
+        is_unread = (
+            len(self._arrived) > self._most
+        )  # since earlier turns of the loop, in which it could be read
         self._arrived.extend((index, event) for event in events)
         if events and isinstance(events[-1], (Finished, Failed)):
             self._open.pop(index, None)
-        if len(self._arrived) > self._most:
+        if is_unread:
             self.cancel()
             self._arrived.clear()
             self._arrived.append((index, Failed(RequestError("nobody reads this answer"))))

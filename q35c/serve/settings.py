@@ -8,13 +8,15 @@ from q35c import arguments
 from q35c.errors import OptionError
 
 MAX_BODY_BYTES, MAX_BODY_VALUES, MAX_BODY_DEPTH = 32 << 20, 1 << 20, 64
+MAX_BODIES_BYTES = 256 << 20  # of all that are being read
+MAX_PREPARING = 64  # requests being turned into ids
 BODY_SECONDS, HEAD_SECONDS, WRITE_SECONDS, PING_SECONDS = 60.0, 10.0, 30.0, 10.0
 MAX_HEAD_BYTES, MAX_HEAD_LINES = 16 << 10, 100
 MAX_CONNECTIONS = 2048
 MAX_WAITING_EVENTS = 256  # of one row, while its client does not read
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 REASONING_FIELDS = ("reasoning_content", "reasoning")
-ANY_MODEL = "*"
+ANY = "*"  # any model name, host or origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +56,4 @@ class Settings:
     @property
     def main_name(self) -> str:
         """Return the name that answers bear where the request's own is none of the model's."""
-        return next((name for name in self.names if name != ANY_MODEL), None)  # type: ignore[return-value]
+        return next((name for name in self.names if name != ANY), None)  # type: ignore[return-value]
