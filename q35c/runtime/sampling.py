@@ -149,8 +149,9 @@ class Sampler:
     def _draw(self, ids: Ids | None, weights: Logits) -> int:
         """Return the id whose share of the cumulated weights holds the drawn number."""
         number = self._random.random()
-        if ids is None and len(weights) >= _COLUMNS**2:
-            return _draw_by_blocks(weights, number)
+        if len(weights) >= _COLUMNS**2:
+            at = _draw_by_blocks(weights, number)
+            return at if ids is None else int(ids[at])
         cumulated: Doubles = np.cumsum(weights, dtype=np.float64)
         at = int(cumulated.searchsorted(number * float(cumulated[-1]), side="right"))
         at = min(at, len(cumulated) - 1)
@@ -263,8 +264,7 @@ def _top_p(weights: Logits, top_p: float) -> Ids:
     """
     total = float(weights.sum(dtype=np.float64))
     spare = (1.0 - top_p) * total
-    candidates = np.flatnonzero(weights >= spare / len(weights))
-    found = weights[candidates]
+    found = weights[np.flatnonzero(weights >= spare / len(weights))]
     tail = total - float(found.sum(dtype=np.float64))
     border = found
     if len(found) > _MOST_SORTED:
@@ -274,7 +274,7 @@ def _top_p(weights: Logits, top_p: float) -> Ids:
     dropped = int(cumulated.searchsorted(spare, side="right"))
     dropped = min(dropped, len(ordered) - 1)  # the largest always survives
     least = ordered[dropped]
-    kept = candidates[found >= least]
+    kept = np.flatnonzero(weights >= least)
     surplus = int(np.count_nonzero(ordered[:dropped] == least))  # equal to it, but below the border
     ties = np.flatnonzero(weights[kept] == least)[:surplus]
     return np.delete(kept, ties)
