@@ -277,7 +277,7 @@ def _top_p(weights: Logits, top_p: float) -> Ids:
     kept = np.flatnonzero(weights >= least)
     surplus = int(np.count_nonzero(ordered[:dropped] == least))  # equal to it, but below the border
     ties = np.flatnonzero(weights[kept] == least)[:surplus]
-    return np.delete(kept, ties)
+    return np.delete(kept, ties) if surplus else kept
 
 
 def _border(weights: Logits, tail: float, spare: float) -> tuple[Logits, float]:
