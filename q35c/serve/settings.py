@@ -13,6 +13,8 @@ MAX_PREPARING = 64  # requests being turned into ids
 BODY_SECONDS, HEAD_SECONDS, WRITE_SECONDS, PING_SECONDS = 60.0, 10.0, 30.0, 10.0
 MAX_HEAD_BYTES, MAX_HEAD_LINES = 16 << 10, 100
 MAX_CONNECTIONS = 2048
+KEEP_ALIVE_SECONDS = 30
+MAX_DRAIN_SECONDS = 86400.0
 MAX_WAITING_EVENTS = 256  # of one row, while its client does not read
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 REASONING_FIELDS = ("reasoning_content", "reasoning")
@@ -50,10 +52,5 @@ class Settings:
                 raise OptionError(
                     "not a model's name", where="names", expected="1 to 256 printable characters"
                 )
-        if self.main_name is None:
+        if all(name == ANY for name in self.names):
             raise OptionError("no name for the model", where="names", expected="one beside *")
-
-    @property
-    def main_name(self) -> str:
-        """Return the name that answers bear where the request's own is none of the model's."""
-        return next((name for name in self.names if name != ANY), None)  # type: ignore[return-value]
