@@ -13,6 +13,7 @@ import os
 import reprlib
 from collections.abc import Iterator
 from numbers import Number
+from typing import Any
 
 _MOST_CHARACTERS = 1500  # of one part: a list of known names fits, a file does not
 
@@ -139,6 +140,26 @@ class IncompatibleCPU(ArtifactError, UnsupportedMachine):
 
 class PromptError(InputError):
     """A prompt is empty, too long for the context, or holds ids outside the vocabulary."""
+
+
+class RequestError(InputError):
+    """A request over HTTP is refused with this status; `where` names its field."""
+
+    def __init__(self, what: str, *, status: int = 400, code: str | None = None, **parts: Any):
+        super().__init__(what, **parts)
+        self.status, self.code = status, code
+
+
+class Unavailable(InputError):
+    """The server takes no more requests: it is about to end."""
+
+
+class Overloaded(InputError):
+    """The server holds as many requests as it may; the client should try again later."""
+
+    def __init__(self, what: str, *, retry_after_seconds: float, **parts: Any) -> None:
+        super().__init__(what, **parts)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class MemoryRefused(InputError):

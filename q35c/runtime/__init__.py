@@ -6,10 +6,12 @@ It never imports torch, transformers, tvm or the compiler's packages.
 from q35c.runtime.generate import Generation, Stream, Timings
 from q35c.runtime.model import Model, load_model
 from q35c.runtime.sampling import Sampler, SamplingOptions
-from q35c.runtime.session import Session, Snapshot
+from q35c.runtime.saved import Checkpoint, Snapshot
+from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import Tokenizer
 
 __all__ = [
+    "Checkpoint",
     "Generation",
     "Model",
     "Sampler",

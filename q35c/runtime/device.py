@@ -46,6 +46,22 @@ class State(Protocol):
         """Bring a copy back, which `save` made for so many tokens."""
         ...
 
+    def save_fixed(self) -> Saved:
+        """Return a copy of what does not grow with the tokens."""
+        ...
+
+    def restore_fixed(self, saved: Saved) -> None:
+        """Bring a copy back that `save_fixed` made."""
+        ...
+
+    def save_cells(self, start: int, end: int) -> Saved:
+        """Return a copy of what grows, for a range of tokens whose ends are multiples of 32."""
+        ...
+
+    def restore_cells(self, saved: Saved, start: int, end: int) -> None:
+        """Bring a copy back that `save_cells` made for the same range."""
+        ...
+
 
 class HasState(Protocol):
     """A sequence: its state, its length in tokens, and the rotary position of the next one."""

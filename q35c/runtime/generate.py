@@ -96,7 +96,8 @@ def resolve_options(
     top_p and min_p, else as the artifact's defaults say. Raises OptionError.
     """
     shaping = ("temperature", "top_k", "top_p", "min_p")
-    known = (*shaping, "repetition_penalty", "presence_penalty")
+    stored = (*shaping, "repetition_penalty", "presence_penalty")
+    known = (*stored, "frequency_penalty", "logit_bias")
     given = {name: value for name, value in sampling.items() if value is not None}
     for name in given.keys() - set(known):
         raise OptionError("unknown option", where=name, expected=", ".join(known))
@@ -104,7 +105,7 @@ def resolve_options(
         do_sample = arguments.flag("do_sample", do_sample)
     else:
         do_sample = defaults.do_sample or any(name in given for name in shaping)
-    values = {name: getattr(defaults, name) for name in known} | given
+    values = {name: getattr(defaults, name) for name in stored} | given
     if not do_sample:
         values["temperature"] = 0.0
     seed = secrets.randbits(63) if seed is None else arguments.integer("seed", seed, 0, MAX_SEED)

@@ -201,8 +201,12 @@ class StateBudget:
         self._live: weakref.WeakSet[HasState] = weakref.WeakSet()
 
     def admit(self, session: HasState) -> None:
-        """Register a new session. Raises MemoryRefused if its context does not fit any more."""
+        """Register a session, new or of another context than before.
+
+        Raises MemoryRefused if its context does not fit any more; one that was registered stays so.
+        """
         with self._lock:
+            is_new = session not in self._live
             self._live.add(
                 session
             )  # so that one admitted meanwhile, by a signal handler, counts it
@@ -213,7 +217,8 @@ class StateBudget:
             promised = sum(map(self._lacking, others))
             need = promised + self._lacking(session)
             if need > have.bytes:
-                self._live.discard(session)
+                if is_new:
+                    self._live.discard(session)
                 largest = _largest_context(
                     session.context,
                     lambda tokens: promised + state_bytes(self._manifest, tokens),
@@ -225,7 +230,7 @@ class StateBudget:
     def _lacking(self, session: HasState) -> int:
         manifest = self._manifest
         touched = state_bytes(manifest, session.high_water) if session.high_water else 0
-        return state_bytes(manifest, session.context) - touched
+        return max(0, state_bytes(manifest, session.context) - touched)
 
 
 def peak_memory(status: Path = Path("/proc/self/status")) -> int:

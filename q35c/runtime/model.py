@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -196,6 +196,8 @@ class Model:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_ids: Sequence[int] | None = None,
@@ -210,6 +212,8 @@ class Model:
                             stream that was closed, but for a last token that found the context full
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty
                             how to sample, by default as the checkpoint says; temperature 0 is greedy
+        frequency_penalty   taken from a token's logit for each time it was generated
+        logit_bias          what is added to the logits of tokens, by id
         seed                0..2^64-1; prompt i uses seed + i; by default a random one
         stop, stop_ids      a text or a list of texts (or control tokens), and a list of token ids, that end the text; `stop_ids`
                             replaces the defaults
@@ -230,6 +234,8 @@ class Model:
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=_within_vocabulary(logit_bias, self.vocab_size),
             seed=seed,
             stop=stop,
             stop_ids=stop_ids,
@@ -321,6 +327,14 @@ def _choose(name: str, asked: int | None, limit: int) -> int:
     if asked is None:
         return limit
     return arguments.integer(name, asked, 1, limit, expected=f"1 to {limit}, as compiled")
+
+
+def _within_vocabulary(bias: Any, vocab: int) -> Any:
+    """Return biases as they are. Raises OptionError for one of a token that the model lacks."""
+    if isinstance(bias, Mapping):
+        for token in cast(Mapping[Any, Any], bias):
+            arguments.integer("logit_bias", token, 0, vocab - 1)
+    return cast(Any, bias)
 
 
 def _readable(messages: Any) -> list[Any]:

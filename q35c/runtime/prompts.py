@@ -5,11 +5,12 @@ Several prompts are a list of those, or an integer array of two axes: a prompt e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 from q35c import arguments
 from q35c.errors import PromptError
+from q35c.layouts.blobs import GRID
 from q35c.runtime.tokenizer import Tokenizer
 
 _IDS = "token ids: a list, tuple or integer array"
@@ -86,3 +87,18 @@ def _ids_only(items: list[Any]) -> list[Any]:
             hint="model.apply_chat_template(messages) makes a prompt of it",
         )
     return items
+
+
+def pieces(before: int, count: int, most: int) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each call that appends `count` tokens to `before`, up to `most` in one.
+
+    All but the last end on the grid, where a cut changes no bit, if `most` reaches so far.
+    """
+    start = 0
+    while start < count:
+        end = min(start + most, count)
+        on_grid = end - (before + end) % GRID
+        if end < count and on_grid > start:
+            end = on_grid
+        yield start, end
+        start = end

@@ -1,43 +1,31 @@
 """A session: the state of one sequence, and everything that may be done with it.
 
 The recurrent state of the linear-attention layers has no past: a session cannot be cut back, only
-restored from a snapshot. Cache length and rotary position are two counters, because an image advances
-them differently.
+restored from a snapshot, or rewound to a checkpoint, which is a snapshot without keys and values: those of
+earlier tokens stay where they are. Cache length and rotary position are two counters, because an image
+advances them differently.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from q35c import arguments
 from q35c.artifact.manifest import Entry
 from q35c.errors import OptionError, PromptError
-from q35c.layouts.blobs import GRID
-from q35c.runtime.device import Logits, Saved, State
+from q35c.layouts.cache import CELLS
+from q35c.runtime.device import Logits, State
 from q35c.runtime.executor import Executor
 from q35c.runtime.memory import StateBudget, available_memory, check_allocation
-from q35c.runtime.prompts import check_ids
+from q35c.runtime.prompts import check_ids, pieces
+from q35c.runtime.saved import Cells, Checkpoint, Snapshot, end_of
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A copy of a session's state: only the cells in use. Restorable into any session of the model."""
-
-    digest: str
-    length: int
-    position: int
-    tensors: Saved
-
-    @property
-    def bytes(self) -> int:
-        """Return the memory that the copy takes."""
-        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class _Claim:
@@ -60,6 +48,8 @@ class Session:
         self.is_closed = False
         self._executor = executor
         self._digest = digest
+        self._budget = budget
+        self._ids = array("i")
         self._is_broken = False
         self._claim = _Claim()
         self._claim.is_over = True
@@ -98,6 +88,38 @@ class Session:
         if self._state is None:
             raise OptionError("the session is closed")
         return self._state
+
+    @property
+    def ids(self) -> NDArray[np.int32]:
+        """Return a copy of the token ids that the state stands for."""
+        return np.array(self._ids, dtype=np.int32)
+
+    def resize(self, context: int) -> None:
+        """Change the number of tokens that memory is kept for; the state stays as it is.
+
+        Raises MemoryRefused if they would not fit beside other sessions; then nothing has changed. OptionError for
+        fewer than the session holds, or more than were compiled.
+        """
+        low, high = max(1, self.length), self._executor.manifest.context
+        context = arguments.integer("context", context, low, high)
+        before, self.context = self.context, context
+        try:
+            self._budget.admit(self)
+        except BaseException:
+            self.context = before
+            raise
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Append tokens without computing logits. Raises as `prefill`."""
+        tokens = self._check_ids(ids)
+        entry = self._executor.entry("extend")
+
+        def append() -> None:
+            self._check_room(len(tokens))
+            for start, end in pieces(self.length, len(tokens), entry.max_tokens):
+                self._append(entry, tokens[start:end])
+
+        Session._use([self], append)
 
     def prefill(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[V] after the last. May be called at any point.
@@ -192,8 +214,8 @@ class Session:
             for session in sessions:
                 session._is_broken = True
             logits = executor.run(executor.entry("decode"), sessions, ids)
-            for session in sessions:
-                session._advance(1)
+            for session, token in zip(sessions, ids, strict=True):
+                session._advance([token])
             return logits
 
         return Session._use(sessions, append)
@@ -204,7 +226,7 @@ class Session:
         def copy() -> Snapshot:
             self._check_usable()
             saved = self.state.save(self.length)
-            return Snapshot(self._digest, self.length, self.position, saved)
+            return Snapshot(self._digest, self.length, self.position, saved, self._ids.tobytes())
 
         return Session._use([self], copy)
 
@@ -214,21 +236,77 @@ class Session:
         Raises OptionError if it stems from another model or is longer than this session's context.
         """
         snapshot = arguments.instance("snapshot", snapshot, Snapshot)
-        if snapshot.digest != self._digest:
-            raise OptionError("the snapshot stems from another model")
-        if snapshot.length > self.context:
-            raise OptionError(
-                "the snapshot is longer than the session's context",
-                expected=f"at most {self.context} tokens",
-                got=snapshot.length,
-            )
+        self._check_origin("snapshot", snapshot)
 
         def fill() -> None:
             self._is_broken = True
             self.state.restore(snapshot.tensors, snapshot.length)
-            self.length, self.position = snapshot.length, snapshot.position
-            self.high_water = max(self.high_water, self.length)
-            self._is_broken = False
+            self._stand_at(snapshot)
+
+        Session._use([self], fill)
+
+    def checkpoint(self) -> Checkpoint:
+        """Copy what `rewind` needs to come back to this point: all but keys and values."""
+
+        def copy() -> Checkpoint:
+            self._check_usable()
+            saved = self.state.save_fixed()
+            return Checkpoint(self._digest, self.length, self.position, saved, self._ids.tobytes())
+
+        return Session._use([self], copy)
+
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Return to a checkpoint of this session, bit for bit, also after a failure.
+
+        Raises OptionError if the session's tokens up to there are others by now.
+        """
+        checkpoint = arguments.instance("checkpoint", checkpoint, Checkpoint)
+        self._check_origin("checkpoint", checkpoint)
+        if self._ids[: checkpoint.length].tobytes() != checkpoint.ids:
+            raise OptionError("the session's tokens are not those of the checkpoint")
+
+        def fill() -> None:
+            self._is_broken = True
+            self.state.restore_fixed(checkpoint.tensors)
+            self._stand_at(checkpoint)
+
+        Session._use([self], fill)
+
+    def export_kv(self, start: int, end: int) -> Cells:
+        """Copy keys and values of a range of tokens, of which both ends are multiples of 32. Raises OptionError."""
+        start = arguments.integer("start", start, 0, self.length)
+        end = arguments.integer("end", end, start, self.length)
+        if start % CELLS or end % CELLS:
+            expected = f"multiples of {CELLS}"
+            raise OptionError("the range ends inside a block", expected=expected, got=(start, end))
+
+        def copy() -> Cells:
+            return Cells(self._digest, start, end, self.state.save_cells(start, end))
+
+        return Session._use([self], copy)
+
+    def import_kv(self, cells: Iterable[Cells], checkpoint: Checkpoint) -> None:
+        """Become the sequence of a checkpoint, whose keys and values are given in ranges.
+
+        Raises OptionError if they are of another model, leave a gap, or do not fit the context.
+        """
+        checkpoint = arguments.instance("checkpoint", checkpoint, Checkpoint)
+        self._check_origin("checkpoint", checkpoint)
+        ranges = [arguments.instance("cells", item, Cells) for item in cells]
+        for item in ranges:
+            self._check_origin("cells", item)
+        reached = end_of(ranges)
+        if reached < checkpoint.length:
+            expected = f"keys and values of {checkpoint.length} tokens"
+            raise OptionError("tokens are missing", where="cells", expected=expected, got=reached)
+
+        def fill() -> None:
+            self._is_broken = True
+            for item in ranges:
+                self.state.restore_cells(item.tensors, item.start, item.end)
+            self.state.restore_fixed(checkpoint.tensors)
+            self._stand_at(checkpoint)
+            self.high_water = max(self.high_water, reached)
 
         Session._use([self], fill)
 
@@ -239,19 +317,39 @@ class Session:
             self._is_broken = True
             self.state.zero()
             self.length = self.position = self.high_water = 0
+            self._ids = array("i")
             self._is_broken = False
 
         Session._use([self], clear)
 
+    def _check_origin(self, name: str, saved: Snapshot | Checkpoint | Cells) -> None:
+        """Raise OptionError for what another model made, or what is longer than this session's context."""
+        if saved.digest != self._digest:
+            raise OptionError(f"the {name} stems from another model")
+        length = saved.end if isinstance(saved, Cells) else saved.length
+        if length > self.context:
+            raise OptionError(
+                f"the {name} is longer than the session's context",
+                expected=f"at most {self.context} tokens",
+                got=length,
+            )
+
+    def _stand_at(self, saved: Snapshot | Checkpoint) -> None:
+        self.length, self.position = saved.length, saved.position
+        self.high_water = max(self.high_water, self.length)
+        self._ids = array("i", saved.ids)
+        self._is_broken = False
+
     def _append(self, entry: Entry, chunk: Sequence[int]) -> Logits:
         self._is_broken = True  # until the step has ended
         logits = self._executor.run(entry, [self], chunk)
-        self._advance(len(chunk))
+        self._advance(chunk)
         return logits
 
-    def _advance(self, count: int) -> None:
-        self.length += count
-        self.position += count
+    def _advance(self, tokens: Sequence[int]) -> None:
+        self.length += len(tokens)
+        self.position += len(tokens)
+        self._ids.extend(tokens)
         self.high_water = max(self.high_water, self.length)
         self._is_broken = False
 
@@ -299,18 +397,3 @@ class Session:
             return action()
         finally:
             claim.is_over = True
-
-
-def pieces(before: int, count: int, most: int) -> Iterator[tuple[int, int]]:
-    """Yield start and end of each call that appends `count` tokens to `before`, up to `most` in one.
-
-    All but the last end on the grid, where a cut changes no bit, if `most` reaches so far.
-    """
-    start = 0
-    while start < count:
-        end = min(start + most, count)
-        on_grid = end - (before + end) % GRID
-        if end < count and on_grid > start:
-            end = on_grid
-        yield start, end
-        start = end

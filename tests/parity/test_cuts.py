@@ -11,7 +11,8 @@ import pytest
 
 import q35c
 from q35c.layouts.blobs import GRID
-from q35c.runtime.session import Session, pieces
+from q35c.runtime.prompts import pieces
+from q35c.runtime.session import Session
 from q35c.verify import row_kl
 from tests.compiled import BATCH, artifact, random_ids
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,16 +84,45 @@ class StateBlock:
         return tuple(part.copy() for part in self._parts(tokens))
 
     def restore(self, saved: Saved, tokens: int) -> None:
-        for part, copy in zip(self._parts(tokens), saved, strict=True):
-            part[...] = copy
+        _fill(self._parts(tokens), saved)
+
+    def save_fixed(self) -> Saved:
+        return tuple(view.copy() for tensor, view in self._views() if tensor.growth == "fixed")
+
+    def restore_fixed(self, saved: Saved) -> None:
+        _fill((view for tensor, view in self._views() if tensor.growth == "fixed"), saved)
+
+    def save_cells(self, start: int, end: int) -> Saved:
+        return tuple(part.copy() for part in self._cells(start, end))
+
+    def restore_cells(self, saved: Saved, start: int, end: int) -> None:
+        _fill(self._cells(start, end), saved)
+
+    def _views(self) -> Iterator[tuple[StateTensor, NDArray[Any]]]:
+        for tensor in self._manifest.state.tensors:
+            yield tensor, self._region.view(tensor.dtype, tensor.shape, tensor.offset)
 
     def _parts(self, tokens: int) -> Iterator[NDArray[Any]]:
         """Yield views of the state that so many tokens use: along axis 1 where it grows."""
-        for tensor in self._manifest.state.tensors:
-            view = self._region.view(tensor.dtype, tensor.shape, tensor.offset)
+        for tensor, view in self._views():
             if tensor.growth == "context":
                 view = view[:, : used_cells(tensor.shape, self._manifest.context, tokens)]
             yield view
+
+    def _cells(self, start: int, end: int) -> Iterator[NDArray[Any]]:
+        """Yield views of what grows, from one border of blocks to another."""
+        for tensor, view in self._views():
+            if tensor.growth == "context":
+                first, last = (
+                    used_cells(tensor.shape, self._manifest.context, tokens)
+                    for tokens in (start, end)
+                )
+                yield view[:, first:last]
+
+
+def _fill(parts: Iterable[NDArray[Any]], saved: Saved) -> None:
+    for part, copy in zip(parts, saved, strict=True):
+        part[...] = copy
 
 
 def _fixed_prefix(tensors: Sequence[StateTensor]) -> int:
