@@ -130,5 +130,5 @@ def test_random_tags_read_the_same_in_all_pieces() -> None:
 
 @pytest.mark.nightly
 def test_many_random_tags_read_the_same_in_all_pieces() -> None:
-    for seed in range(500, 50_000):
+    for seed in range(500, 10_000):
         check_random_answer(seed)
