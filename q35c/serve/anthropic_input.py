@@ -9,7 +9,6 @@ from q35c.serve.fields import Fields
 from q35c.serve.options import MOST_MESSAGES, MOST_PARTS, MOST_TOOLS, check_tool_name, make_tool
 
 _ROLES = ("user", "assistant", "system")
-_BILLING = "x-anthropic-billing-header:"  # changes with every request, and with it all that follows
 
 
 def read_messages(fields: Fields) -> list[dict[str, Any]]:
@@ -30,12 +29,13 @@ def read_messages(fields: Fields) -> list[dict[str, Any]]:
     return made
 
 
-def _system(fields: Fields) -> str:
+def _system(fields: Fields) -> Any:
+    """Return the content of the system's message, a text or parts."""
     value = fields.value("system")
     if value is None or isinstance(value, str):
-        return value or ""
-    texts = [_text(block) for block in fields.objects("system", MOST_PARTS) or ()]
-    return "\n\n".join(text for text in texts if text and not text.startswith(_BILLING))
+        return value
+    blocks = fields.objects("system", MOST_PARTS) or []
+    return [{"type": "text", "text": _text(block)} for block in blocks]
 
 
 def _assistant(blocks: list[Fields]) -> list[dict[str, Any]]:

@@ -79,10 +79,15 @@ def read_chat(fields: Fields, vocab: int, key: int) -> Ask:
 
 def read_messages(fields: Fields) -> list[Any]:
     """Return the messages as they are; the normaliser looks at each. Raises OptionError."""
-    messages = fields.require("messages", fields.items("messages", MOST_MESSAGES))
+    messages = fields.require("messages", fields.objects("messages", MOST_MESSAGES))
     if not messages:
         raise OptionError("the conversation is empty", where="messages", expected="1 message")
-    return messages
+    for message in messages:
+        if message.value("role") == "tool":
+            message.require("tool_call_id", message.text("tool_call_id", 256))
+        if message.value("role") != "assistant":
+            message.require("content", message.value("content"))
+    return [dict(message.document) for message in messages]
 
 
 def read_stream(fields: Fields) -> tuple[bool, bool]:

@@ -139,4 +139,5 @@ def is_local(host: str) -> bool:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False  # `listen` will say so
-    return all(address[0] == "::1" or address[0].startswith("127.") for *_, address in found)
+    names = [str(address[0]) for *_, address in found]
+    return all(name == "::1" or name.startswith("127.") for name in names)
