@@ -90,8 +90,7 @@ class Desk:
         """Return the response that runs rows and writes what comes of them."""
         if self._inbox is None:
             self._inbox = Inbox(asyncio.get_running_loop())
-        rows = Rows(self.engine, self._inbox, requests)
-        seconds = self.settings.ping_seconds
+        rows = Rows(self.engine, self._inbox, requests, self.settings.unread_seconds)
         return Reply(
             rows,
             choices,
@@ -99,7 +98,7 @@ class Desk:
             self.metrics,
             identity=incoming.id,
             is_stream=is_stream,
-            ping_seconds=seconds,
+            ping_seconds=self.settings.ping_seconds,
         )
 
 

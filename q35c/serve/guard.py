@@ -22,6 +22,7 @@ from q35c.serve.settings import (
 )
 
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n")
+_FOLDED = re.compile(rb"\n[ \t]")
 _LENGTH = re.compile(rb"\ncontent-length[ \t]*:", re.IGNORECASE)
 _CODING = re.compile(rb"\ntransfer-encoding[ \t]*:", re.IGNORECASE)
 
@@ -44,6 +45,8 @@ def _check_head(data: bytes) -> None:
         raise h11.RemoteProtocolError("too many header lines", error_status_hint=431)
     if _BARE_LINE_END.search(head):
         raise h11.RemoteProtocolError("a line ends without a carriage return")
+    if _FOLDED.search(head):
+        raise h11.RemoteProtocolError("a header goes on in the next line")
     lengths, codings = len(_LENGTH.findall(head)), len(_CODING.findall(head))
     if lengths + codings > 1:
         raise h11.RemoteProtocolError("the length is given more than once")

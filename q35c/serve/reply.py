@@ -86,9 +86,9 @@ class Reply(Response):
         try:
             self._rows.submit()
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
+            if not gone.done():
                 work.result()
-            else:
+            elif self._open:
                 self._metrics.count_cancelled("disconnect")
         finally:
             self._rows.cancel()
@@ -111,7 +111,7 @@ class Reply(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             while self._open:
-                await _send(send, self._written(arrived) or [self._writer.ping])
+                await _send(send, self._written(arrived) if arrived else [self._writer.ping])
                 if self._open:
                     arrived = await self._rows.next(self._ping_seconds)
             last = self._writer.end(self._choices)

@@ -1,7 +1,7 @@
 """Bring the engine's events into the event loop, for one reader that may be slow or gone.
 
 The engine thread never waits for a client: it posts, and the loop is woken once for all that was posted since it
-last looked. A reader that leaves too much unread has its rows cancelled.
+last looked. A reader that leaves too much unread for too long has its rows cancelled.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -46,13 +47,17 @@ class Inbox:
 class Rows:
     """The rows of one answer. Lives in the event loop; `cancel` when done, whatever happened."""
 
-    def __init__(self, engine: Serving, inbox: Inbox, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, engine: Serving, inbox: Inbox, requests: Sequence[Request], unread_seconds: float
+    ) -> None:
         self._engine, self._inbox = engine, inbox
         self.requests = requests
         self._open: dict[int, Ticket] = {}
         self._arrived: deque[tuple[int, Event]] = deque()
         self._has_arrived = asyncio.Event()
         self._most = MAX_WAITING_EVENTS * len(requests)
+        self._unread_seconds = unread_seconds
+        self._read_at = time.monotonic()
         self._is_ended = False
 
     def submit(self) -> None:
@@ -69,13 +74,11 @@ class Rows:
         """Take events of a row, in the event loop."""
         if self._is_ended:
             return
-        is_unread = (
-            len(self._arrived) > self._most
-        )  # since earlier turns of the loop, in which it could be read
         self._arrived.extend((index, event) for event in events)
         if events and isinstance(events[-1], (Finished, Failed)):
             self._open.pop(index, None)
-        if is_unread:
+        is_late = time.monotonic() - self._read_at > self._unread_seconds
+        if is_late and len(self._arrived) > self._most:
             self.cancel()
             self._arrived.clear()
             self._arrived.append((index, Failed(RequestError("nobody reads this answer"))))
@@ -90,6 +93,7 @@ class Rows:
             except TimeoutError:
                 return []
         self._has_arrived.clear()
+        self._read_at = time.monotonic()
         arrived = list(self._arrived)
         self._arrived.clear()
         return arrived

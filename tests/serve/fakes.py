@@ -35,6 +35,7 @@ from q35c.serve.request import (
 from tests import fake_artifact
 
 VOCAB, END, IM_START, IM_END = 270, 256, 257, 258
+TURN_SECONDS = 1e-4
 TEMPLATE = (
     "{%- if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{%- for m in messages %}"
@@ -173,6 +174,7 @@ class FakeEngine:
                 self._admit()
                 running = list(self._running)
             self.turns += 1
+            time.sleep(TURN_SECONDS)  # a step of a real engine leaves Python to others
             for row in running:
                 row.turn()
             with self._lock:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,15 @@ def running(
         thread.join(20)
         engine.close()
         assert not thread.is_alive()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    """Wait for what another thread is about to do; a test that waits in vain fails."""
+    for _ in range(2000):
+        if is_so():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it did not come about")
 
 
 def chat(content: Any = "hi", **fields: Any) -> dict[str, Any]:
