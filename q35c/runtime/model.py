@@ -235,7 +235,7 @@ class Model:
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
-            logit_bias=_within_vocabulary(logit_bias, self.vocab_size),
+            logit_bias=logit_bias,
             seed=seed,
             stop=stop,
             stop_ids=stop_ids,
@@ -266,6 +266,29 @@ class Model:
         for _ in pieces:
             pass
         return pieces.result if is_single else pieces.results
+
+    def chat(self, messages: Sequence[Message], *, stream: bool = False, **options: Any) -> Any:
+        """Answer a conversation: messages as clients of common APIs send them, with `role` and `content`.
+
+        tools               functions the model may call: JSON schemas, or functions with hints and a docstring
+        thinking            whether the model may reason first, where the template knows `enable_thinking`
+        template            further variables of the template
+        stream              return a `ChatStream` of parts (`q35c.runtime.chat.answer`) instead of the answer
+        max_new_tokens      by default until the context is full
+        stop                texts that end the answer where its content holds them; reasoning and calls may
+
+        Further options as in `generate`. Control tokens in messages are plain text. Returns a `ChatAnswer`, or a
+        `ChatStream`. Raises as `generate` and `apply_chat_template`. See `Conversation` for answers of many turns.
+        """
+        from q35c.runtime.answering import start_chat
+
+        is_stream = arguments.flag("stream", stream)
+        made = start_chat(self, messages, **options)
+        if is_stream:
+            return made
+        for _ in made:
+            pass
+        return made.result
 
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """Return the prompt text of a conversation: messages with `role` and `content`.
@@ -327,14 +350,6 @@ def _choose(name: str, asked: int | None, limit: int) -> int:
     if asked is None:
         return limit
     return arguments.integer(name, asked, 1, limit, expected=f"1 to {limit}, as compiled")
-
-
-def _within_vocabulary(bias: Any, vocab: int) -> Any:
-    """Return biases as they are. Raises OptionError for one of a token that the model lacks."""
-    if isinstance(bias, Mapping):
-        for token in cast(Mapping[Any, Any], bias):
-            arguments.integer("logit_bias", token, 0, vocab - 1)
-    return cast(Any, bias)
 
 
 def _readable(messages: Any) -> list[Any]:

@@ -88,6 +88,11 @@ class AnswerParser:
         self._is_line_start = True
         self._calls = 0
 
+    @property
+    def is_thinking(self) -> bool:
+        """Say whether the text so far ends inside reasoning."""
+        return self._is_thinking
+
     def feed(self, text: str) -> list[Part]:
         """Add text; return the parts that are certain now."""
         self._source.add(text)
