@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from q35c import arguments
 from q35c.errors import OptionError
@@ -59,3 +60,7 @@ class Settings:
                 )
         if all(name == ANY for name in self.names):
             raise OptionError("no name for the model", where="names", expected="one beside *")
+
+    def replace(self, **changes: Any) -> Settings:
+        """Return settings that differ in some fields."""
+        return replace(self, **changes)
