@@ -95,7 +95,8 @@ class App:
 
     async def _exchange(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = time.perf_counter()
-        incoming = Incoming(scope, receive, self._desk.bodies)
+        log_bodies = self._settings.log_prompts
+        incoming = Incoming(scope, receive, self._desk.bodies, log_bodies)
         route = find_route(incoming.path)
         origin = cors_headers(incoming.headers, self._settings.cors_origins)
         sender = _Sender(send, {"X-Request-Id": incoming.id, "Request-Id": incoming.id, **origin})

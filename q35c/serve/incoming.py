@@ -12,6 +12,7 @@ from q35c import strictjson
 from q35c.errors import Overloaded, RequestError
 from q35c.serve.access import request_id
 from q35c.serve.fields import Fields
+from q35c.serve.log import log
 from q35c.serve.settings import (
     BODY_SECONDS,
     MAX_BODIES_BYTES,
@@ -20,6 +21,7 @@ from q35c.serve.settings import (
     MAX_BODY_VALUES,
 )
 
+MOST_LOGGED_BYTES = 100_000
 _SMALL_BYTES = 64 << 10  # parsed at once; more would hold up the event loop
 
 
@@ -46,20 +48,24 @@ class Bodies:
 class Incoming:
     """One request. `key` is the number of its API key once that was checked."""
 
-    def __init__(self, scope: Scope, receive: Receive, bodies: Bodies) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, bodies: Bodies, log_bodies: bool = False
+    ) -> None:
         self.method: str = scope["method"]
         self.path: str = scope["path"]
         self.headers = Headers(scope=scope)
         self.id = request_id(self.headers)
         self.key = 0
         self._receive, self._bodies = receive, bodies
-        self._taken = 0
+        self._taken, self._log_bodies = 0, log_bodies
 
     async def fields(self, seconds: float = BODY_SECONDS) -> Fields:
         """Return the JSON object of the body. Raises RequestError, OptionError, Gone."""
         self._check_head()
         try:
             data = await self._body(seconds)
+            if self._log_bodies:
+                log.info("%s asks %s", self.id, ascii(data[:MOST_LOGGED_BYTES])[1:])
             if len(data) <= _SMALL_BYTES:
                 return Fields(_parse(data))
             return Fields(await asyncio.to_thread(_parse, data))

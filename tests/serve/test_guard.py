@@ -99,6 +99,15 @@ def test_nor_is_one_that_comes_byte_by_byte_or_behind_an_answer(impatient: Runni
         dripping.join()
 
 
+def test_no_event_waits_for_the_one_before_to_be_acknowledged(impatient: Running) -> None:
+    with connect(impatient.port) as made:
+        made.sendall(HEAD + b"\r\n")
+        read_until(made, b'{"status":"ok"}')
+        (connection,) = impatient.server.server_state.connections
+        accepted = connection.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_many_idle_connections_do_not_keep_others_out(impatient: Running) -> None:
     idle = [connect(impatient.port) for _ in range(60)]  # more than are let in
     for made in idle:
