@@ -137,10 +137,10 @@ def url_of(listener: socket.socket) -> str:
 
 
 def is_local(host: str) -> bool:
-    """Say whether only this machine can reach an address."""
+    """Say whether no other machine can reach an address."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
-        return False  # `listen` will say so
+        return True  # no address at all, which `listen` will say
     names = [str(address[0]) for *_, address in found]
     return all(name == "::1" or name.startswith("127.") for name in names)
