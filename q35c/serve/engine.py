@@ -13,8 +13,9 @@ from typing import Any
 from q35c import arguments
 from q35c.errors import Overloaded, TokenizerError, Unavailable
 from q35c.runtime.model import Model
-from q35c.runtime.prefix import SLICE, PrefixCache
+from q35c.runtime.prefix import MESSAGE_START, SLICE, PrefixCache
 from q35c.runtime.prompts import check_ids
+from q35c.runtime.recent import MISS_REASONS
 from q35c.serve.request import Post, Request, Statistics, Structure, Ticket
 from q35c.serve.schedule import Job, Pace
 from q35c.serve.turns import Turns
@@ -52,13 +53,13 @@ class Engine:
         self._max_queue = arguments.integer("max_queue", max_queue, 1, 1 << 20)
         self._max_queue_tokens = arguments.integer("max_queue_tokens", max_queue_tokens, 1, 1 << 40)
         self._pace = Pace(arguments.real("max_stall", max_stall, 0.001, 60.0))
-        self._cache = PrefixCache(
-            model.session, arguments.integer("cache_bytes", cache_bytes, 0, 1 << 60)
-        )
+        cache_bytes = arguments.integer("cache_bytes", cache_bytes, 0, 1 << 60)
         try:
             tokenizer = model.tokenizer
         except TokenizerError:
             tokenizer = None
+        start = None if tokenizer is None else tokenizer.token_id(MESSAGE_START)
+        self._cache = PrefixCache(model.session, model.manifest, cache_bytes, start)
         self._turns = Turns(
             model,
             tokenizer,
@@ -146,6 +147,13 @@ class Engine:
             grammar_seconds=turns.grammar_seconds,
             step_stall_ratio=self._pace.stall_ratio,
             rows=dict(turns.rows),
+            evictions=self._cache.evictions,
+            misses={reason: self._cache.misses[reason] for reason in MISS_REASONS},
+            state_bytes={
+                "running": turns.state_bytes,
+                "parked": self._cache.parked_bytes,
+                "cached": self._cache.cached_bytes,
+            },
         )
 
     def _check_queue(self, tokens: int) -> None:

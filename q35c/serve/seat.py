@@ -26,7 +26,7 @@ class Seat:
         request = job.request
         self.job, self.request, self.lease = job, request, lease
         self.events: list[Event] = [Started(lease.cached_tokens)]
-        self.is_prefilling, self.is_over = True, False
+        self.is_prefilling, self.is_over, self.has_failed = True, False, False
         self.stepped_at = 0  # the number of its last step among those of all rows
         self._row = Row(list(request.ids), request.options, request.options.seed, tokenizer)
         self._row.session = lease.session
@@ -98,7 +98,7 @@ class Seat:
     def fail(self, error: Exception) -> None:
         """End the row by an error of its own, or of a step that it was part of."""
         self.events.append(Failed(typed(error)))
-        self.is_over = True
+        self.is_over = self.has_failed = True
 
     def usage(self) -> Usage:
         """Return what the row has taken so far."""

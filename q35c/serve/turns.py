@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 from q35c.errors import MemoryRefused
 from q35c.runtime.device import Logits
+from q35c.runtime.memory import state_bytes
 from q35c.runtime.model import Model
-from q35c.runtime.prefix import Lease, PrefixCache
+from q35c.runtime.prefix import Branch, Lease, PrefixCache
 from q35c.runtime.saved import Snapshot
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import Tokenizer
@@ -61,6 +62,12 @@ class Turns:
         """Say whether there is nothing to compute."""
         return not self.seats and not len(self.queue)
 
+    @property
+    def state_bytes(self) -> int:
+        """Return the memory of the states of all seats; from any thread."""
+        sessions = [seat.session for seat in list(self.seats.values())]
+        return sum(state_bytes(self._model.manifest, session.high_water) for session in sessions)
+
     def add(self, job: Job) -> None:
         """Let a request wait for a seat."""
         self.queue_shares.enter(job.request.client)
@@ -95,17 +102,27 @@ class Turns:
 
     def settle(self) -> None:
         """Hand out events, all of a row at once, and clear the seats of rows that are over."""
-        for number, seat in list(self.seats.items()):
-            if seat.events:
-                events, seat.events = seat.events, []
-                if not self._post(seat.job, events) and not seat.is_over:
-                    seat.is_over = True  # nobody is there who could be told
+        for seat in list(self.seats.values()):
+            events, seat.events = seat.events, []
             if seat.is_over:
-                del self.seats[number]
-                self._ages.leave(number)
-                seat.lease.end()
-                self.grammar_seconds += seat.grammar_seconds
+                self._leave(
+                    seat
+                )  # first: when a client hears of the end, its next turn finds all that is kept
+            if events and not self._post(seat.job, events) and not seat.is_over:
+                seat.is_over = True  # nobody is there who could be told
+                self._leave(seat)
+            if seat.is_over:
                 self._end(seat.job)
+
+    def _leave(self, seat: Seat) -> None:
+        del self.seats[seat.job.number]
+        self._ages.leave(seat.job.number)
+        self.grammar_seconds += seat.grammar_seconds
+        try:
+            seat.lease.end(keeps=not seat.has_failed)
+        except Exception:
+            log.exception("a session could not be kept")
+            seat.session.close()
 
     def _post(self, job: Job, events: Sequence[Event]) -> bool:
         try:
@@ -151,6 +168,8 @@ class Turns:
         context = min(self._limit(request), len(request.ids) + RESERVED_TOKENS)
         while True:
             try:
+                if request.is_scoring:  # it needs the logits of all tokens
+                    return self._plain(self._model.session(context), request)
                 return self._cache.open(request.ids, context, request.salt)
             except MemoryRefused:
                 if not self._cache.shrink():
@@ -160,13 +179,19 @@ class Turns:
         try:
             seat = Seat(job, lease, self._tokenizer)
         except BaseException:
-            lease.end()
+            lease.end(keeps=False)
             raise
         self.queue.take(job.number)
         self.seats[job.number] = seat
         self._ages.enter(job.number)
         self.counts["prompt_tokens"] += len(job.request.ids)
         self.counts["cached_tokens"] += lease.cached_tokens
+        if lease.miss is not None:
+            log.info(
+                "request %d: %s",
+                job.number,
+                lease.miss.describe(len(job.request.ids), lease.cached_tokens),
+            )
         self._on_seat(job)
         return seat
 
@@ -276,9 +301,13 @@ class Turns:
         context = min(self._limit(request), len(request.ids) + RESERVED_TOKENS)
         session = self._model.session(context)
         session.restore(snapshot)
-        lease = Lease(session, request.ids)
+        lease = self._plain(session, request)
         lease.cached_tokens = cached_tokens
         return lease
+
+    @staticmethod
+    def _plain(session: Session, request: Request) -> Lease:
+        return Lease(Branch(session, request.salt), request.ids)
 
 
 def _are_alike(first: Request, second: Request) -> bool:

@@ -33,7 +33,7 @@ class Table:
         self.turns = Turns(
             model,
             model.tokenizer,
-            PrefixCache(model.session, 0),
+            PrefixCache(model.session, model.manifest, 0),
             Pace(max_stall),
             batch,
             on_seat=lambda job: self.seated.append(job.number),
@@ -230,7 +230,7 @@ class Memory:
 
 def test_requests_wait_for_memory(model: q35c.Model) -> None:
     table = Table(model)
-    table.turns._cache = PrefixCache(Memory(model, 250).session, 0)
+    table.turns._cache = PrefixCache(Memory(model, 250).session, model.manifest, 0)
     answers = table.ask(*(request(prompt(i, 100), 5) for i in range(5)))
     table.turn()
     assert len(table.turns.seats) == 2 and table.seated == [0, 1]
@@ -240,7 +240,7 @@ def test_requests_wait_for_memory(model: q35c.Model) -> None:
 
 def test_what_never_fits_is_refused(model: q35c.Model) -> None:
     table = Table(model)
-    table.turns._cache = PrefixCache(Memory(model, 250).session, 0)
+    table.turns._cache = PrefixCache(Memory(model, 250).session, model.manifest, 0)
     large, small = table.ask(request(prompt(1, 300), 5), request(prompt(2, 100), 5))
     table.finish()
     assert isinstance(large.last, Failed) and isinstance(large.last.error, MemoryRefused)
