@@ -73,6 +73,16 @@ class Typist:
                 return self.shown[begin : self._seen]
         raise AssertionError(f"ended without {text!r}: {self.shown[self._seen :]!r}")
 
+    def interrupt_line(self, text: str) -> None:
+        """Press Ctrl-C while a line is typed, until a text is shown.
+
+        Python overlooks it just before it waits for a key.
+        """
+        self.type("\x03")
+        while not select.select([self._master], [], [], 0.5)[0]:
+            self.type("\x03")
+        self.wait_for(text)
+
     def wait_for_end(self) -> int:
         """Return the exit code."""
         self.shown += "".join(self._read())

@@ -116,8 +116,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_program(endless: Path, tmp_path: Pat
         typist.wait_for(PROMPT)
         typist.type("half a line")
         typist.wait_for("half a line")
-        typist.type("\x03")  # a line is taken back
-        typist.wait_for(PROMPT)
+        typist.interrupt_line(PROMPT)  # the line is taken back
         typist.type(f"/save {path}\n")
         typist.wait_for("saved 2 messages")
         user, answer = json.loads(path.read_text())
