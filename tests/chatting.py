@@ -47,10 +47,20 @@ def bigram(*scripts: list[int], strength: float = 30.0) -> np.ndarray:
 
 
 def write_chat(
-    path: Path, *scripts: list[int], template: str = THINKING_TEMPLATE, **more: Any
+    path: Path,
+    *scripts: list[int],
+    is_endless: bool = False,
+    template: str = THINKING_TEMPLATE,
+    **more: Any,
 ) -> Path:
-    """Write a fake model that follows scripts, of which the first token is the prompt's last."""
+    """Write a fake model that follows scripts, of which the first token is the prompt's last.
+
+    An endless one begins a script again behind its end, with the second token.
+    """
+    table = bigram(*scripts) if scripts else None
+    for ids in scripts if table is not None and is_endless else ():
+        table[ids[-1]] = np.roll(table[ids[-1]], ids[1] - END)
     segments = {"tokenizer": chat_tokenizer(), "chat_template": template.encode()}
     more.setdefault("generation", {**GENERATION, "stop_ids": [END]})
-    write_fake(path, bigram=bigram(*scripts) if scripts else None, segments=segments, **more)
+    write_fake(path, bigram=table, segments=segments, **more)
     return path

@@ -11,6 +11,7 @@ import click
 
 from q35c import __version__
 from q35c.cli.bench import bench_command
+from q35c.cli.chat import chat_command
 from q35c.cli.compile import compile_command, export_command
 from q35c.cli.demo import demo_command
 from q35c.cli.generate import generate_command
@@ -43,6 +44,7 @@ def main(debug: bool) -> None:
 for _command in (
     compile_command,
     generate_command,
+    chat_command,
     serve_command,
     demo_command,
     bench_command,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -12,12 +11,12 @@ from typing import Any
 
 import click
 
+from q35c.cli.options import model_options, sampling_options
 from q35c.cli.streams import note, say
 from q35c.errors import InputError, PromptError
 
 MAX_PROMPT_BYTES = 64 << 20
 _DASH_HINT = "A prompt that begins with a dash goes behind -- at the end: -- '-5 degrees'"
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 class PromptCommand(click.Command):
@@ -45,32 +44,19 @@ class PromptCommand(click.Command):
     show_default=True,
     help="Tokens at most; -1: until the context is full.",
 )
-@click.option("--temperature", type=float, help="0 takes the likeliest token every time.")
-@click.option("--top-k", type=int, help="Sample among the k likeliest tokens; 0: off.")
-@click.option("--top-p", type=float, help="Sample among the likeliest that reach this share.")
-@click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest.")
-@click.option("--repetition-penalty", type=float, help="Above 1: avoid tokens already there.")
-@click.option("--presence-penalty", type=float, help="Above 0: avoid tokens already generated.")
-@click.option("--seed", type=int, help="Equal seeds give equal texts [random].")
-@click.option(
-    "--stop",
-    multiple=True,
-    help=r"End before this text; \n, \t, \r and \\ stand for newline, tab, return and backslash. May be given several times.",
-)
+@sampling_options
 @click.option(
     "--chat/--raw",
     default=False,
     help="Wrap the prompt in the model's chat template, or not [raw].",
 )
-@click.option("--threads", type=int, help="Worker threads [physical cores].")
-@click.option("--context", type=int, help="Most tokens of the sequence [as compiled].")
+@model_options
 def generate_command(
     artifact: Path,
     prompt: str,
     chat: bool,
     threads: int | None,
     context: int | None,
-    stop: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Continue PROMPT; without one, or with -, it is read from standard input. One that begins with a dash goes
@@ -94,8 +80,7 @@ def generate_command(
         load_seconds = time.perf_counter() - begin
         if chat:
             text = model.encode_chat([{"role": "user", "content": text}])
-        stops = [unescaped(text) for text in stop]
-        result = stream_text(model, text, stop=stops, **options)
+        result = stream_text(model, text, **options)
         note(describe_result(result, load_seconds, model.threads))
 
 
@@ -128,11 +113,6 @@ def describe_result(result: Any, load_seconds: float, threads: int) -> str:
         f"new {timings.new_tokens} tokens at {timings.decode_tokens_per_second:.1f} tok/s; "
         f"threads {threads}; seed {result.seed}]"
     )
-
-
-def unescaped(text: str) -> str:
-    """Return what someone means who types `\\n` in a shell; other backslashes stay."""
-    return re.sub(r"\\([ntr\\])", lambda found: _ESCAPES[found[1]], text)
 
 
 def read_prompt() -> str:
