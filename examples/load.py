@@ -5,6 +5,7 @@ python examples/load.py [http://127.0.0.1:8080 [clients [requests [tokens]]]]
 """
 
 import asyncio
+import itertools
 import json
 import statistics
 import sys
@@ -50,7 +51,7 @@ async def one_request(model, number):
             new_tokens = (event.get("usage") or {}).get("completion_tokens", new_tokens)
             if any(choice["delta"] for choice in event["choices"]):
                 times.append(time.perf_counter())
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     return times[min(1, len(times) - 1)] - begin, gaps[1:], new_tokens
 
 

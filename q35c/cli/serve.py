@@ -23,13 +23,13 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--context", type=int, help="Most tokens of a conversation [as compiled].")
 @click.option("--batch", type=int, help="Answers that are generated together [as compiled].")
 @click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that may wait; more are told to come back.")  # fmt: skip
-@click.option("--queue-timeout", type=float, default=300.0, show_default=True, help="Seconds that a request may wait.")  # fmt: skip
+@click.option("--queue-timeout", "queue_seconds", type=float, default=300.0, show_default=True, help="Seconds that a request may wait.")  # fmt: skip
 @click.option("--max-stall", type=float, default=200.0, show_default=True, help="Milliseconds that running answers may pause while a prompt is read.")  # fmt: skip
 @click.option("--prefix-cache", default="25%", show_default=True, help="Memory for the beginnings of prompts: 2GiB, a share of what is free, or 0.")  # fmt: skip
 @click.option("--reasoning-field", type=click.Choice(("reasoning_content", "reasoning")), default="reasoning_content", show_default=True, help="What thinking is called in chat answers.")  # fmt: skip
 @click.option("--allowed-hosts", multiple=True, help="Name of this server in a Host header, beside the local ones; may be given several times, '*' accepts any.")  # fmt: skip
 @click.option("--cors-origin", "cors_origins", multiple=True, help="Web page that may use the server, as https://page.example; may be given several times.")  # fmt: skip
-@click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds that running answers have left after the signal to end.")  # fmt: skip
+@click.option("--drain", "drain_seconds", type=float, default=30.0, show_default=True, help="Seconds that running answers have left after the signal to end.")  # fmt: skip
 @click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="What goes to standard error: info is a line for each request.")  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Also log what users write.")
 def serve_command(artifact: Path, **options: Any) -> None:
@@ -64,7 +64,7 @@ def serve_command(artifact: Path, **options: Any) -> None:
         reasoning_field=options["reasoning_field"],
         allowed_hosts=options["allowed_hosts"],
         cors_origins=options["cors_origins"],
-        queue_seconds=options["queue_timeout"],
+        queue_seconds=options["queue_seconds"],
         log_prompts=options["log_prompts"],
     )
     limits = Limits(
@@ -81,7 +81,7 @@ def serve_command(artifact: Path, **options: Any) -> None:
         limits,
         host=options["host"],
         port=options["port"],
-        drain_seconds=options["drain"],
+        drain_seconds=options["drain_seconds"],
         is_insecure=options["insecure"],
         on_ready=lambda url: say(f"serving {settings.names[0]} at {url}"),
         on_warning=lambda text: note(f"warning: {text}"),

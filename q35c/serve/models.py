@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.responses import Response
@@ -54,7 +55,7 @@ def _model(desk: Desk, name: str) -> dict[str, Any]:
         "object": "model",
         "type": "model",
         "created": desk.started_at,
-        "created_at": "1970-01-01T00:00:00Z",
+        "created_at": datetime.fromtimestamp(desk.started_at, UTC).isoformat(),
         "display_name": name,
         "owned_by": "q35c",
         "max_model_len": desk.model.context,

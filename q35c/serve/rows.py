@@ -31,10 +31,14 @@ class Inbox:
         """Take events of a row, from the engine thread."""
         with self._lock:
             self._posted.append((rows, index, events))
-            if self._is_woken or self._loop.is_closed():
+            if self._is_woken:
                 return
             self._is_woken = True
-        self._loop.call_soon_threadsafe(self._deliver)
+        try:
+            self._loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:
+            if not self._loop.is_closed():  # ended by force, and nobody is left to read
+                raise
 
     def _deliver(self) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from q35c.serve.incoming import Bodies
 from tests.serve.fakes import FakeEngine
 from tests.serve.harness import Running, chat, events, running, wait_until
 from tests.serve.raw import connect, post_bytes, read_until
@@ -169,3 +170,33 @@ def test_many_clients_at_once_are_all_answered() -> None:
         for thread in threads:
             thread.join()
         assert failures == []
+
+
+def test_what_waits_to_be_prepared_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("q35c.serve.desk.MAX_PREPARING", 2)
+    engine, may_go_on = FakeEngine(), threading.Event()
+    entered = threading.Semaphore(0)
+
+    def compile(structure: Any) -> None:
+        entered.release()
+        may_go_on.wait(20)
+
+    monkeypatch.setattr(engine, "compile", compile)
+    with running(engine) as server, ThreadPoolExecutor(2) as pool:
+        wanted = {"response_format": {"type": "json_object"}}
+        asked = [pool.submit(ask, server, **wanted) for _ in range(2)]
+        for _ in range(2):
+            assert entered.acquire(timeout=20)
+        refused = ask(server)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        may_go_on.set()
+        assert [a.result().status_code for a in asked] == [200, 200]
+        assert ask(server).status_code == 200
+
+
+def test_bodies_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Bodies.__init__, "__defaults__", (100_000,))
+    with running() as server, server.client() as client:
+        assert client.post(CHAT, json=chat("x" * 200_000)).status_code == 429
+        for _ in range(3):  # what was read before is given back
+            assert client.post(CHAT, json=chat("x" * 60_000)).status_code == 200
