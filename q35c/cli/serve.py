@@ -57,7 +57,7 @@ def serve_command(artifact: Path, **options: Any) -> None:
 
     level = options["log_level"].upper()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # it greets at each step of its life
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # the rest is not about requests
     settings = Settings(
         keys=read_keys(options["api_key_file"]),
         names=default_names(artifact, options["names"]),

@@ -123,7 +123,7 @@ _GAUGES = {
     "running": "Rows being answered.",
     "waiting": "Requests waiting for a row.",
     "waiting_tokens": "Prompt tokens of waiting requests.",
-    "step_stall_ratio": "Share of steps that took far longer than they should.",
+    "step_stall_ratio": "How much longer steps take than the best with as many rows.",
 }
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens of admitted requests.",
