@@ -72,6 +72,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime.cpu": {"runtime", "artifact", "layouts", "numpy"},
     "runtime.chat": {"runtime", "jinja2", "markupsafe", "numpy"},
     "runtime.tokenizer": {"runtime", "tokenizers"},
+    "serve": {"runtime", "runtime.chat", "runtime.tokenizer", "artifact", "numpy", "starlette", "uvicorn"},
 }  # fmt: skip
 # The roof: it calls every room, but imports only these before a command needs more.
 ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "roofline", "verify"}

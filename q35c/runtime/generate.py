@@ -21,7 +21,7 @@ from q35c import arguments
 from q35c.artifact.manifest import Generation as Defaults
 from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime.device import Logits
-from q35c.runtime.sampling import MAX_SEED, Sampler, SamplingOptions
+from q35c.runtime.sampling import MAX_SEED, Mask, Sampler, SamplingOptions
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import StopScanner, TextStream, Tokenizer, check_stops
 
@@ -169,7 +169,7 @@ class Row:
         self._scanner = StopScanner(options.stop)
         self._ids: list[int] = []
         self._pieces: list[str] = []
-        self._stop: int | str | None = None
+        self.stop: int | str | None = None
         self._prefill_seconds = 0.0
         self._first_at = self._last_at = 0.0
 
@@ -192,24 +192,24 @@ class Row:
         self._first_at = time.perf_counter()
         return self.accept(logits)
 
-    def accept(self, logits: Logits) -> str:
-        """Sample a token; return the text that is certain now. Sets `finish_reason` at the end."""
+    def accept(self, logits: Logits, mask: Mask | None = None) -> str:
+        """Sample a token that the mask allows; return the text that is certain now. Sets `finish_reason` at the end."""
         assert self.session is not None
-        token = self._sampler.sample(logits)
+        token = self._sampler.sample(logits, mask)
         self._ids.append(token)
         self._last_at = time.perf_counter()
         if token in self._options.stop_ids:
-            self._stop, self.finish_reason = token, "stop"
-            return self._keep(self._flush())
+            self.stop, self.finish_reason = token, "stop"
+            return self._keep(self.flush())
         piece = self._scanner.push(self._stream.push(token) if self._stream else "")
         if self._scanner.found is not None:
-            self._stop, self.finish_reason = self._scanner.found, "stop"
+            self.stop, self.finish_reason = self._scanner.found, "stop"
         elif len(self._ids) >= self._options.max_new_tokens:
             self.finish_reason = "length"
         elif self.session.length >= self.session.context:
             self.finish_reason = "context"
         if self.finish_reason in ("length", "context"):
-            piece += self._flush()
+            piece += self.flush()
         return self._keep(piece)
 
     def end(self) -> None:
@@ -243,7 +243,7 @@ class Row:
         made = Generation("".join(self._pieces))
         made.ids = tuple(self._ids)
         made.finish_reason = self.finish_reason or "cancelled"
-        made.stop = self._stop
+        made.stop = self.stop
         made.seed = self._seed
         made.timings = Timings(
             prompt_tokens=len(self.prompt),
@@ -253,12 +253,12 @@ class Row:
         )
         return made
 
-    def _flush(self) -> str:
+    def flush(self) -> str:
         """Return the text still held back; a stop string may yet complete in it."""
         text = self._scanner.push(self._stream.finish() if self._stream else "")
         if self._scanner.found is None:
             return text + self._scanner.finish()
-        self._stop, self.finish_reason = self._scanner.found, "stop"
+        self.stop, self.finish_reason = self._scanner.found, "stop"
         return text
 
     def _keep(self, piece: str) -> str:

@@ -4,6 +4,7 @@ The check comes before the first byte of a weight is read: what the plan needs i
 kernel says is available and with the limits of every cgroup (v1 and v2) that this process is in.
 """
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Callable
@@ -231,6 +232,13 @@ class StateBudget:
         manifest = self._manifest
         touched = state_bytes(manifest, session.high_water) if session.high_water else 0
         return max(0, state_bytes(manifest, session.context) - touched)
+
+
+def give_back_memory() -> None:
+    """Let the system have what was freed but is still kept for later: only then `available_memory` sees it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
 
 
 def peak_memory(status: Path = Path("/proc/self/status")) -> int:

@@ -1,0 +1,302 @@
+"""Prompts on a grid, and what is kept of them: a prompt that begins as an earlier one did is not computed again.
+
+Exactness by identical calls: a prompt is cut at the multiples of 64 below its last token, and what remains is a call of
+its own, whatever is kept and whatever else runs. A checkpoint is made at such a cut alone, of a state that no decoding step
+has touched; so a session that goes on from there holds the same bits as one that began anew.
+
+Checkpoints are made where the next prompt will probably leave this one's way: at the last message's beginning, as the
+template rewrites what the model said; at the end of the first message, which is the same for many; and where a prompt was
+seen to leave another's way. A finished session is parked as it is, and the next turn rewinds it in place. If another prompt
+needs less of it, that part is copied. When memory is short, of all but the last only what checkpoints need moves to a tree,
+where those that begin alike share it; and there the oldest checkpoints go.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from q35c.artifact import Manifest
+from q35c.errors import MemoryRefused
+from q35c.runtime.device import Logits
+from q35c.runtime.memory import give_back_memory, state_bytes
+from q35c.runtime.prefix_tree import RUN, Node, PrefixTree, TokenIds
+from q35c.runtime.recent import Miss, RecentPrompts
+from q35c.runtime.saved import Checkpoint
+from q35c.runtime.session import Session
+
+SLICE = RUN  # tokens; cuts elsewhere may change last digits
+MESSAGE_START = "<|im_start|>"  # the token that begins a message, in templates of the family
+MOST_CHECKPOINTS = 16  # of one session: the first, and the last ones
+OpenSession = Callable[[int], Session]  # of so many tokens
+
+
+def last_cut(count: int) -> int:
+    """Return the last multiple of 64 below a prompt's last token, where the rest begins."""
+    return (count - 1) // SLICE * SLICE
+
+
+def plan_points(ids: TokenIds, message_start: int | None, branch: int = 0) -> tuple[int, ...]:
+    """Return where to make checkpoints in a prompt, ascending.
+
+    `message_start` is the token that begins a message, `branch` where another prompt left its way.
+    """
+    starts: list[int] = (
+        [] if message_start is None else np.flatnonzero(ids == message_start).tolist()
+    )
+    wanted = {branch, *starts[1:2], *starts[-1:]} if starts else {branch, len(ids)}
+    border = last_cut(len(ids))
+    points = {min(at // SLICE * SLICE, border) for at in wanted}
+    return tuple(sorted(points - {0})) or ((border,) if border else ())
+
+
+@dataclass(slots=True, eq=False)
+class Branch:
+    """A session and its checkpoints, by length. While it is lent, it may grow but never changes below them."""
+
+    session: Session
+    salt: str
+    checkpoints: dict[int, Checkpoint] = field(default_factory=dict[int, Checkpoint])
+    used: int = 0
+
+    def best(self, ids: TokenIds, limit: int) -> Checkpoint | None:
+        """Return the last checkpoint that a prompt passes, within `limit` tokens."""
+        for length in sorted(self.checkpoints, reverse=True):
+            if length <= limit and ids[:length].tobytes() == self.checkpoints[length].ids:
+                return self.checkpoints[length]
+        return None
+
+    def up_to(self, length: int) -> dict[int, Checkpoint]:
+        """Return the checkpoints within so many tokens."""
+        return {at: item for at, item in self.checkpoints.items() if at <= length}
+
+    def add(self, checkpoint: Checkpoint) -> None:
+        """Add a checkpoint; of too many the second goes."""
+        self.checkpoints[checkpoint.length] = checkpoint
+        if len(self.checkpoints) > MOST_CHECKPOINTS:
+            del self.checkpoints[sorted(self.checkpoints)[1]]
+
+
+class Lease:
+    """A session that is being filled with a prompt, slice by slice."""
+
+    def __init__(
+        self,
+        branch: Branch,
+        prompt: Sequence[int],
+        points: Iterable[int] = (),
+        miss: Miss | None = None,
+        give_back: Callable[[Branch, bool], None] | None = None,
+    ) -> None:
+        """Go on where the session stands, which is a multiple of 64 below the prompt's last token.
+
+        points     where to make checkpoints
+        miss       why it stands not further on
+        give_back  takes the branch at the end, and whether it may be used again; None: it is closed
+        """
+        self.session = branch.session
+        self.prompt = prompt
+        self.cached_tokens = branch.session.length
+        self.miss = miss
+        self._branch, self._points = branch, frozenset(points)
+        self._give_back = give_back
+
+    def advance(self) -> Logits | None:
+        """Compute one slice; return the logits f32[V] after the prompt's last token, None before it is reached."""
+        session, start = self.session, self.session.length
+        if start >= last_cut(len(self.prompt)):
+            return session.prefill(self.prompt[start:])
+        session.extend(self.prompt[start : start + SLICE])
+        if session.length in self._points:
+            self._branch.add(session.checkpoint())
+        return None
+
+    def end(self, *, keeps: bool = True) -> None:
+        """Give the session back, for others to use unless it does not keep or its last step failed."""
+        if self._give_back is None:
+            self.session.close()
+        else:
+            self._give_back(self._branch, keeps and self.session.is_usable)
+
+
+class PrefixCache:
+    """Sessions of one model for prompts that may begin alike. For one thread at a time."""
+
+    def __init__(
+        self,
+        open_session: OpenSession,
+        manifest: Manifest,
+        max_bytes: int,
+        message_start: int | None = None,
+    ) -> None:
+        """Keep up to `max_bytes` of states that nobody uses; 0: none. `message_start` is as for `plan_points`."""
+        self.max_bytes = max_bytes
+        self.evictions = 0
+        self.misses: Counter[str] = Counter()
+        self._open_session = open_session
+        self._manifest = manifest
+        self._message_start = message_start
+        self._parked: list[Branch] = []
+        self._lent: list[Branch] = []
+        self._tree = PrefixTree()
+        self._recent = RecentPrompts()
+        self._clock = 0
+
+    def open(self, prompt: Sequence[int], context: int, salt: str = "") -> Lease:
+        """Return a session for a prompt, with as much of it as is kept for this salt. Raises MemoryRefused."""
+        if not self.max_bytes:
+            return Lease(Branch(self._open_session(context), salt), prompt)
+        ids = np.asarray(prompt, dtype=np.int32)
+        branch = self._begin(ids, context, salt)
+        branch.used = self._clock = self._clock + 1
+        self._lent.append(branch)
+        found = branch.session.length
+        miss = self._recent.explain(ids, salt, found)
+        if miss is not None:
+            self.misses[miss.reason] += 1
+        branch_at = miss.agreed_tokens if miss is not None and miss.reason == "unmarked" else 0
+        points = plan_points(ids, self._message_start, branch_at)
+        self._recent.add(ids, salt, points)
+        return Lease(branch, prompt, points, miss, self._take_back)
+
+    @property
+    def parked_bytes(self) -> int:
+        """Return the memory of sessions that wait for their next turn."""
+        return sum(map(self._branch_bytes, list(self._parked)))
+
+    @property
+    def cached_bytes(self) -> int:
+        """Return the memory of what is kept of other sessions."""
+        return self._tree.bytes
+
+    def shrink(self) -> bool:
+        """Give up what was used least recently, so that the system has the memory; say whether there was anything."""
+        has_evicted = self._evict()
+        give_back_memory()
+        return has_evicted
+
+    def close(self) -> None:
+        """Give up everything that is not lent."""
+        for branch in self._parked:
+            branch.session.close()
+        self._parked.clear()
+        self._tree, self._recent = PrefixTree(), RecentPrompts()
+
+    def _begin(self, ids: TokenIds, context: int, salt: str) -> Branch:
+        """Return a session that stands at the last checkpoint of a prompt, or at its beginning."""
+        limit = last_cut(len(ids))
+        node = self._tree.find(ids, limit, salt)
+        source, best = self._find(ids, limit, salt)
+        in_tree = None if node is None else node.checkpoint
+        if in_tree is not None and (best is None or in_tree.length > best.length):
+            assert node is not None
+            return self._grow(node, in_tree, context, salt)
+        if source is None or best is None:
+            return Branch(self._open_session(context), salt)
+        if self._is_at_end(source, best):
+            source.session.resize(context)
+            source.session.rewind(best)
+            self._parked.remove(source)
+            return source
+        source.used = self._clock = self._clock + 1
+        branch = Branch(self._open_session(context), salt, source.up_to(best.length))
+        branch.session.import_kv([source.session.export_kv(0, best.length)], best)
+        return branch
+
+    def _find(
+        self, ids: TokenIds, limit: int, salt: str
+    ) -> tuple[Branch | None, Checkpoint | None]:
+        """Return the session that has the most of a prompt, parked ones first, and its checkpoint there."""
+        source, best, best_rank = None, None, (0, False)
+        for branch in (*self._parked, *self._lent):
+            found = branch.best(ids, limit) if branch.salt == salt else None
+            if found is None:
+                continue
+            # Of equal ones, one that needs not be copied.
+            rank = (found.length, self._is_at_end(branch, found))
+            if rank > best_rank:
+                source, best, best_rank = branch, found, rank
+        return source, best
+
+    def _is_at_end(self, branch: Branch, checkpoint: Checkpoint) -> bool:
+        """Say whether a session may go back to a checkpoint without losing another."""
+        return branch in self._parked and checkpoint.length == max(branch.checkpoints)
+
+    def _grow(self, node: Node, checkpoint: Checkpoint, context: int, salt: str) -> Branch:
+        """Return a new session with what the tree has on the way to a node."""
+        node.used = self._clock = self._clock + 1
+        way = list(node.path())[::-1]
+        marks = (step.checkpoint for step in way)
+        branch = Branch(self._open_session(context), salt, {m.length: m for m in marks if m})
+        branch.session.import_kv([step.cells for step in way if step.cells is not None], checkpoint)
+        return branch
+
+    def _take_back(self, branch: Branch, is_sound: bool) -> None:
+        """Park a session that was lent, and make room for it."""
+        self._lent.remove(branch)
+        branch.used = self._clock = self._clock + 1
+        if not (is_sound and branch.checkpoints and _yield_memory(branch.session)):
+            branch.session.close()
+            return
+        for other in [item for item in self._parked if item.salt == branch.salt]:
+            if _covers(other, branch):
+                other.used = branch.used
+                branch.session.close()
+                return
+            if _covers(branch, other):
+                self._parked.remove(other)
+                other.session.close()
+        self._parked.append(branch)
+        while self.parked_bytes + self.cached_bytes > self.max_bytes:
+            if len(self._parked) > 1 or not len(self._tree):
+                self._move(self._oldest())
+            else:
+                self._evict()
+
+    def _move(self, branch: Branch | None) -> None:
+        """Keep of a session only what its checkpoints need, and of that what the tree has not: never more than before."""
+        if branch is not None:
+            made = list(branch.checkpoints.values())
+            self._tree.add(made, branch.session.export_kv, branch.salt, branch.used)
+            self._parked.remove(branch)
+            branch.session.close()
+
+    def _evict(self) -> bool:
+        """Give up the oldest of all, a parked session or a checkpoint in the tree; say whether there was any."""
+        node, branch = self._tree.oldest(), self._oldest()
+        if branch is not None and (node is None or branch.used < node.used):
+            self._parked.remove(branch)
+            branch.session.close()
+        elif node is not None:
+            self._tree.remove(node)
+        else:
+            return False
+        self.evictions += 1
+        return True
+
+    def _oldest(self) -> Branch | None:
+        return min(self._parked, key=lambda branch: branch.used, default=None)
+
+    def _branch_bytes(self, branch: Branch) -> int:
+        own = state_bytes(self._manifest, branch.session.high_water)
+        return own + sum(item.bytes for item in list(branch.checkpoints.values()))
+
+
+def _yield_memory(session: Session) -> bool:
+    """Give up the memory for tokens that will not come; say whether the session may stay."""
+    try:
+        session.resize(max(1, session.length))
+    except MemoryRefused:  # others have been promised more than there is by now
+        return False
+    return True
+
+
+def _covers(branch: Branch, other: Branch) -> bool:
+    """Say whether a session has all that another one could be used for."""
+    if not other.checkpoints.keys() <= branch.checkpoints.keys():
+        return False
+    last = max(other.checkpoints)
+    return branch.checkpoints[last].ids == other.checkpoints[last].ids
