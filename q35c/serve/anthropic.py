@@ -69,7 +69,7 @@ def read_ask(fields: Fields, vocab: int, key: int, limit: int | None) -> Ask:
     names = tuple(tool["function"]["name"] for tool in tools)
     is_offered, forced = read_choice_of_tools(choice, names, "tool_choice")
     messages = read_messages(fields)
-    metadata = fields.nested("metadata")
+    metadata, thinking = fields.nested("metadata"), fields.nested("thinking")
     return Ask(
         messages=messages,
         sampling=Sampling(
@@ -82,7 +82,8 @@ def read_ask(fields: Fields, vocab: int, key: int, limit: int | None) -> Ask:
         forced=forced,
         is_parallel=is_parallel,
         structure=_read_structure(fields),
-        template=_read_thinking(fields),
+        thinking_tokens=thinking.integer("budget_tokens", 1, MOST_TOKENS) if thinking else None,
+        template=_read_thinking(fields, thinking),
         is_continued=_is_beginning(messages[-1]),
         caller=read_caller(fields, key, metadata.text("user_id", 1024) if metadata else None),
     )
@@ -93,9 +94,8 @@ def _read_structure(fields: Fields) -> Structure | None:
     return read_response_format(config.nested("format"), "output_config.format") if config else None
 
 
-def _read_thinking(fields: Fields) -> dict[str, Any]:
+def _read_thinking(fields: Fields, thinking: Fields | None) -> dict[str, Any]:
     """Return variables for the template. Anthropic's models think only where they are asked to."""
-    thinking = fields.nested("thinking")
     kind = thinking.choice("type", ("enabled", "adaptive", "disabled")) if thinking else None
     return {
         "enable_thinking": kind in ("enabled", "adaptive"),

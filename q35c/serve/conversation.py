@@ -63,6 +63,7 @@ class Ask:
     messages, tools     in OpenAI's form; `where` is the field that errors of the whole name
     forced              names of the tools of which one must be called; none: the model is free
     structure           what the answer must look like, else None
+    thinking_tokens     tokens after which reasoning is closed where the answer has a structure; None: no limit
     template            variables for the template
     is_continued        the last message is the beginning of the answer
     """
@@ -73,6 +74,7 @@ class Ask:
     forced: tuple[str, ...] = ()
     is_parallel: bool = True
     structure: Structure | None = None
+    thinking_tokens: int | None = None
     template: Mapping[str, Any] = field(default_factory=dict)
     is_continued: bool = False
     caller: Caller = Caller()
@@ -105,7 +107,9 @@ def prepare(model: TextModel, engine: Serving, ask: Ask, queue_seconds: float) -
     structure = _structure(ask)
     constraint = None
     if structure is not None:
-        constraint = engine.compile(replace(structure, is_thinking=is_thinking))
+        budget = ask.thinking_tokens
+        structure = replace(structure, is_thinking=is_thinking, thinking_tokens=budget)
+        constraint = engine.compile(structure)
     stops, stop_ids = model.tokenizer.split_stops(ask.sampling.stop)
     requests = make_requests(
         model, ids, ask.sampling, ask.caller, queue_seconds, constraint, ask.where

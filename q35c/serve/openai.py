@@ -71,6 +71,7 @@ def read_chat(fields: Fields, vocab: int, key: int) -> Ask:
         forced=forced,
         is_parallel=fields.flag("parallel_tool_calls") is not False,
         structure=read_structure(fields),
+        thinking_tokens=fields.integer("thinking_budget", 0, MOST_TOKENS),
         template=read_template(fields, fields.choice("reasoning_effort", EFFORTS)),
         is_continued=fields.flag("continue_final_message") is True,
         caller=read_caller(fields, key, fields.text("user", 1024)),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).parent / "data"
+_MAKERS = ("$text", "$repeat", "$range", "$map", "$join", "$nest")
 _TEXT = re.compile(r"<text of (\d+) characters>")
 
 
@@ -19,7 +20,7 @@ def load(name: str) -> list[dict[str, Any]]:
 def expand(value: Any) -> Any:
     """Return a value with everything made that stands for something long."""
     if isinstance(value, dict):
-        if len(value) == 1 and (key := next(iter(value))).startswith("$"):
+        if len(value) == 1 and (key := next(iter(value))) in _MAKERS:
             return _make(key, value[key])
         return {key: expand(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -8,7 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
+from q35c.runtime.grammar import Grammars
+from q35c.serve.request import Structure
 from tests.serve.cases import load
+from tests.serve.fakes import END, IM_END, VOCAB, FakeEngine, byte_tokenizer
 from tests.serve.harness import Running, chat, running
 
 CASES = load("abuse.jsonl")
@@ -16,9 +19,21 @@ CASES = load("abuse.jsonl")
 
 @pytest.fixture(scope="module")
 def strict() -> Any:
-    """Return a server that knows one model name."""
-    with running(names=("m",)) as made:
+    """Return a server that knows one model name, and compiles structures as the real engine does."""
+    grammars = Grammars(byte_tokenizer(), VOCAB, (END, IM_END))
+    with running(CompilingEngine(grammars), names=("m",)) as made:
         yield made
+
+
+class CompilingEngine(FakeEngine):
+    """Say "Hello" whatever the structure is, but refuse those that cannot be."""
+
+    def __init__(self, grammars: Grammars) -> None:
+        super().__init__()
+        self._grammars = grammars
+
+    def compile(self, structure: Structure) -> Any:
+        return self._grammars.compile(structure.kind, structure.value, where=structure.where)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])

@@ -201,7 +201,7 @@ def test_structures_are_compiled(server: Running, client: httpx.Client) -> None:
     post(client, chat(tools=[WEATHER], tool_choice="required"))
     named = {"type": "function", "function": {"name": "weather"}}
     post(client, chat(tools=[WEATHER], tool_choice=named, parallel_tool_calls=False))
-    post(client, chat(structured_outputs={"choice": ["yes", "no"]}))
+    post(client, chat(structured_outputs={"choice": ["yes", "no"]}, thinking_budget=9))
     first, second, third, fourth = server.engine.structures[-4:]
     assert (first.kind, first.value, first.where) == ("schema", schema, "response_format")
     assert first.is_thinking and server.engine.requests[-4].constraint == first
@@ -209,6 +209,7 @@ def test_structures_are_compiled(server: Running, client: httpx.Client) -> None:
     assert second.value == (("weather", WEATHER["function"]["parameters"]),)
     assert (third.kind, third.is_parallel) == ("calls", False)
     assert (fourth.kind, fourth.value) == ("choice", ("yes", "no"))
+    assert (first.thinking_tokens, fourth.thinking_tokens) == (None, 9)
 
 
 def test_an_answer_can_be_continued(server: Running, client: httpx.Client) -> None:
