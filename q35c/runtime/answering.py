@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from q35c import arguments
-from q35c.errors import OptionError
+from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime.chat.answer import (
     CLOSE_THINK,
     OPEN_THINK,
@@ -23,7 +23,8 @@ from q35c.runtime.chat.answer import (
 )
 from q35c.runtime.chat.normalise import normalise
 from q35c.runtime.generate import UNLIMITED, Row, Stream, resolve_options, run_rows
-from q35c.runtime.kept import KeptSession
+from q35c.runtime.memory import state_bytes
+from q35c.runtime.prefix import MESSAGE_START, Lease, PrefixCache, last_cut
 from q35c.runtime.prompts import check_ids
 from q35c.runtime.tokenizer import StopScanner, Tokenizer
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from q35c.runtime.model import Model
     from q35c.runtime.session import Session
 
+_KEPT_SESSIONS = 2  # full ones, whose memory a conversation may keep
 ChatFinishReason = Literal["stop", "tool_calls", "length", "context", "cancelled"]
 
 
@@ -113,7 +115,13 @@ class ChatStream(Iterator[Part]):
     """
 
     def __init__(
-        self, row: Row, stream: Stream, parser: AnswerParser, stops: tuple[str, ...]
+        self,
+        row: Row,
+        stream: Stream,
+        parser: AnswerParser,
+        stops: tuple[str, ...],
+        cached_tokens: int,
+        fill_seconds: float,
     ) -> None:
         """Made by `Model.chat` and `Conversation.answer`."""
         self._row, self._stream, self._parser = row, stream, parser
@@ -124,8 +132,7 @@ class ChatStream(Iterator[Part]):
         self._calls: list[ToolCall] = []
         self._complete = 0
         self._reasoning_tokens = 0
-        self.cached_tokens = 0
-        self.fill_seconds = 0.0
+        self._cached_tokens, self._fill_seconds = cached_tokens, fill_seconds
 
     def __next__(self) -> Part:
         while not self._ready:
@@ -169,10 +176,10 @@ class ChatStream(Iterator[Part]):
             seed=made.seed,
             usage=ChatUsage(
                 prompt_tokens=timings.prompt_tokens,
-                cached_tokens=self.cached_tokens,
+                cached_tokens=self._cached_tokens,
                 new_tokens=timings.new_tokens,
                 reasoning_tokens=self._reasoning_tokens,
-                prefill_seconds=self.fill_seconds + timings.prefill_seconds,
+                prefill_seconds=self._fill_seconds + timings.prefill_seconds,
                 decode_seconds=timings.decode_seconds,
             ),
         )
@@ -215,12 +222,17 @@ class ChatStream(Iterator[Part]):
 class Conversation:
     """Answers of one model to one conversation after the other, which mostly go on from each other.
 
-    Keeps a session between answers, so that only what is new of a conversation is computed. For one thread at a time.
+    Keeps a session between answers, so that only what is new of a conversation is computed, and no bit of an answer
+    depends on it. For one thread at a time.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._kept = KeptSession(model.session)
+        most_bytes = _KEPT_SESSIONS * state_bytes(model.manifest, model.context)
+        start = model.tokenizer.token_id(MESSAGE_START)
+        self._cache = PrefixCache(model.session, model.manifest, most_bytes, start)
+        self._lease: Lease | None = None
+        self._stream: ChatStream | None = None
 
     def __enter__(self) -> Conversation:
         return self
@@ -229,18 +241,45 @@ class Conversation:
         self.close()
 
     def close(self) -> None:
-        """Give the session back. May be called again."""
-        self._kept.close()
+        """End an answer that is under way, and give the sessions back. May be called again."""
+        self._end()
+        self._cache.close()
 
     def answer(self, messages: Sequence[Any], **options: Any) -> ChatStream:
-        """Answer a conversation; options as of `Model.chat`. An earlier stream must have ended, or been closed."""
-        return start_chat(self._model, messages, self._kept, **options)
+        """Answer a conversation; options as of `Model.chat`. Closes an earlier stream that has not ended."""
+        self._end()
+        self._stream = start_chat(self._model, messages, self._fill, **options)
+        return self._stream
+
+    def _fill(self, prompt: Sequence[int], most_tokens: int) -> Lease:
+        """Return a session that holds all of a prompt but its last slice."""
+        context = min(self._model.context, len(prompt) + most_tokens)
+        while self._lease is None:
+            try:
+                self._lease = self._cache.open(prompt, context)
+            except MemoryRefused:
+                if not self._cache.shrink():
+                    raise
+        while self._lease.session.length < last_cut(len(prompt)):
+            self._lease.advance()
+        return self._lease
+
+    def _end(self) -> None:
+        stream, self._stream = self._stream, None
+        lease, self._lease = self._lease, None
+        if stream is not None:
+            stream.close()
+        if lease is not None:
+            lease.end()
+
+
+Fill = Callable[[Sequence[int], int], Lease]  # a prompt, and the most tokens that come after it
 
 
 def start_chat(
     model: Model,
     messages: Sequence[Any],
-    kept: KeptSession | None = None,
+    fill: Fill | None = None,
     *,
     tools: Sequence[Any] | None = None,
     thinking: bool | None = None,
@@ -248,7 +287,7 @@ def start_chat(
     max_new_tokens: int | None = UNLIMITED,
     **options: Any,
 ) -> ChatStream:
-    """Begin to answer a conversation. See `Model.chat`."""
+    """Begin to answer a conversation. See `Model.chat`; `fill` finds a session for its prompt."""
     variables = _variables(template, thinking)
     tokenizer = model.tokenizer
     prompt = model.encode_chat(normalise(messages), tools=tools, **variables)
@@ -260,19 +299,19 @@ def start_chat(
     texts, stop_ids = tokenizer.split_stops(resolved.stop)
     resolved = replace(resolved, stop=(), stop_ids=resolved.stop_ids | stop_ids)
     parser = AnswerParser(tools, begins_thinking(tokenizer, prompt))
-    begin, session, cached = time.perf_counter(), None, 0
-    if kept is not None:
-        session, cached = kept.fill(prompt, set(tokenizer.special_tokens.values()))
-    fill_seconds = time.perf_counter() - begin
-    held = 0 if session is None else session.length
+    begin = time.perf_counter()
+    lease = None if fill is None else fill(prompt, resolved.max_new_tokens)
+    seconds = time.perf_counter() - begin
+    session = None if lease is None else lease.session
+    held = None if session is None else session.length
     row = Row(prompt, resolved, resolved.seed, tokenizer, session, held)
 
     def open_session(prompt_tokens: int) -> Session:
         return model.session(min(model.context, prompt_tokens + resolved.max_new_tokens))
 
-    made = ChatStream(row, Stream([row], run_rows([row], 1, open_session), True), parser, texts)
-    made.cached_tokens, made.fill_seconds = cached, fill_seconds
-    return made
+    stream = Stream([row], run_rows([row], 1, open_session), True)
+    cached = 0 if lease is None else lease.cached_tokens
+    return ChatStream(row, stream, parser, texts, cached, seconds)
 
 
 def begins_thinking(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
