@@ -65,8 +65,8 @@ ROOMS: dict[str, set[str]] = {
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
     "artifact": {"layouts", "numpy", "safetensors"},
     "runtime": {
-        "artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe", "runtime.chat", "runtime.tokenizer",
-        "runtime.targets",
+        "artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe", "llguidance", "runtime.chat",
+        "runtime.tokenizer", "runtime.targets",
     },
     "runtime.targets": {"runtime", "runtime.cpu", "artifact"},
     "runtime.cpu": {"runtime", "artifact", "layouts", "numpy"},

@@ -41,6 +41,11 @@ class Tokenizer:
         self._backend.no_padding()
 
     @property
+    def document(self) -> str:
+        """Return the tokenizer as JSON, for other libraries."""
+        return self._backend.to_str()
+
+    @property
     def size(self) -> int:
         """Return the number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)

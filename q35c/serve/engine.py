@@ -11,7 +11,8 @@ import time
 from typing import Any
 
 from q35c import arguments
-from q35c.errors import Overloaded, TokenizerError, Unavailable
+from q35c.errors import OptionError, Overloaded, TokenizerError, Unavailable
+from q35c.runtime.grammar import Grammars
 from q35c.runtime.model import Model
 from q35c.runtime.prefix import MESSAGE_START, SLICE, PrefixCache
 from q35c.runtime.prompts import check_ids
@@ -58,7 +59,11 @@ class Engine:
             tokenizer = model.tokenizer
         except TokenizerError:
             tokenizer = None
-        start = None if tokenizer is None else tokenizer.token_id(MESSAGE_START)
+        start, self._grammars = None, None
+        if tokenizer is not None:
+            start = tokenizer.token_id(MESSAGE_START)
+            stops = model.manifest.generation.stop_ids
+            self._grammars = Grammars(tokenizer, model.vocab_size, stops)
         self._cache = PrefixCache(model.session, model.manifest, cache_bytes, start)
         self._turns = Turns(
             model,
@@ -109,7 +114,17 @@ class Engine:
 
     def compile(self, structure: Structure) -> Any:
         """Return the constraint of a structure, for `Request.constraint`. Raises OptionError that names what cannot be enforced."""
-        raise NotImplementedError
+        structure = arguments.instance("structure", structure, Structure)
+        if self._grammars is None:
+            raise OptionError("structured answers need a tokenizer", where=structure.where)
+        return self._grammars.compile(
+            structure.kind,
+            structure.value,
+            where=structure.where,
+            is_thinking=structure.is_thinking,
+            is_parallel=structure.is_parallel,
+            thinking_tokens=structure.thinking_tokens,
+        )
 
     def drain(self, seconds: float) -> None:
         """Refuse new and waiting requests and let running ones end; cancel what has not ended after so many seconds."""

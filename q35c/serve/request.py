@@ -27,6 +27,7 @@ class Structure:
     where           the request's field that errors name, such as "response_format"
     is_thinking     the answer begins inside reasoning: the constraint begins behind `</think>`
     is_parallel     more than one call is allowed ("calls" alone)
+    thinking_tokens tokens after which reasoning is closed; None: whenever the model does
     """
 
     kind: StructureKind
@@ -34,6 +35,7 @@ class Structure:
     where: str
     is_thinking: bool = False
     is_parallel: bool = True
+    thinking_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
