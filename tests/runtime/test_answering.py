@@ -12,7 +12,8 @@ import pytest
 
 import q35c
 from q35c.errors import OptionError, PromptError
-from q35c.runtime.answering import ChatAnswer, Conversation, begins_thinking
+from q35c.runtime.answering import Conversation, begins_thinking
+from q35c.runtime.answers import ChatAnswer
 from q35c.runtime.chat.answer import CallArguments, CallEnd, CallStart, ContentDelta, ReasoningDelta
 from tests.chatting import BLANK, CALLED, CLOSE, CUT, NOW, lines, write_chat
 from tests.fake_artifact import CONTEXT, END, GENERATION
@@ -115,6 +116,19 @@ def test_stop_strings_are_looked_for_in_content_only(thinker: q35c.Model) -> Non
     assert (made.finish_reason, made.tool_calls) == ("stop", ())
     assert made.usage.new_tokens == 7
     assert thinker.chat(USER, stop=["<|im_end|>", "Yet"], tools=[NOW]).content == "Yes."
+
+
+def test_one_call_may_be_enough(tmp_path: Path) -> None:
+    with load(tmp_path, lines("~", CALLED, "\nand more")) as model:
+        one = model.chat(USER, thinking=False, tools=[NOW], parallel_tool_calls=False)
+        all_of_it = model.chat(USER, thinking=False, tools=[NOW])
+    assert (one.content, one.finish_reason, one.usage.new_tokens) == ("", "tool_calls", 1)
+    assert (all_of_it.content, all_of_it.finish_reason) == ("and more", "tool_calls")
+
+
+def test_tools_may_be_kept_from_the_model(thinker: q35c.Model) -> None:
+    made = thinker.chat(USER, tools=[NOW], tool_choice="none")
+    assert made.tool_calls == () and made.content.startswith("Yes.<tool_call>")
 
 
 def test_a_closed_stream_is_cancelled(thinker: q35c.Model) -> None:
