@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 from q35c import arguments
-from q35c.errors import OptionError
+from q35c.errors import MemoryRefused, OptionError
+from q35c.runtime.answers import ChatAnswer, ChatFinishReason, ChatUsage, ToolCall
 from q35c.runtime.chat.answer import (
     CLOSE_THINK,
     OPEN_THINK,
@@ -20,90 +20,24 @@ from q35c.runtime.chat.answer import (
     ContentDelta,
     Part,
     ReasoningDelta,
+    tool_schemas,
 )
 from q35c.runtime.chat.normalise import normalise
+from q35c.runtime.device import Logits
 from q35c.runtime.generate import UNLIMITED, Row, Stream, resolve_options, run_rows
-from q35c.runtime.kept import KeptSession
+from q35c.runtime.grammar import Matcher
+from q35c.runtime.memory import state_bytes
+from q35c.runtime.prefix import MESSAGE_START, Lease, PrefixCache, last_cut
 from q35c.runtime.prompts import check_ids
+from q35c.runtime.sampling import Mask
+from q35c.runtime.structures import Wanted, read_format, read_tool_choice
 from q35c.runtime.tokenizer import StopScanner, Tokenizer
 
 if TYPE_CHECKING:
     from q35c.runtime.model import Model
     from q35c.runtime.session import Session
 
-ChatFinishReason = Literal["stop", "tool_calls", "length", "context", "cancelled"]
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A function that the model asks to be called. `arguments_text` is the JSON text of `arguments`."""
-
-    id: str
-    name: str
-    arguments_text: str
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments by name."""
-        return json.loads(self.arguments_text)
-
-
-@dataclass(frozen=True, slots=True)
-class ChatUsage:
-    """Tokens and seconds of an answer.
-
-    cached_tokens       of the prompt: they were not computed again
-    reasoning_tokens    of the new ones
-    """
-
-    prompt_tokens: int
-    cached_tokens: int
-    new_tokens: int
-    reasoning_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        """Return the rate of the tokens after the first, which the prefill yields."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class ChatAnswer:
-    """What the model answered.
-
-    tool_calls      complete ones only
-    finish_reason   "stop", "tool_calls" (it ended by itself, with calls), "length", "context" (no room left) or
-                    "cancelled"
-    stop            the stop id or stop string that ended it, else None
-    seed            the seed, also where none was given
-    """
-
-    reasoning: str
-    content: str
-    tool_calls: tuple[ToolCall, ...]
-    finish_reason: ChatFinishReason
-    stop: int | str | None
-    seed: int
-    usage: ChatUsage
-
-    @property
-    def message(self) -> dict[str, Any]:
-        """Return the answer as a message, for the history."""
-        made: dict[str, Any] = {"role": "assistant", "content": self.content}
-        if self.reasoning:
-            made["reasoning_content"] = self.reasoning
-        if self.tool_calls:
-            made["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": call.arguments},
-                }
-                for call in self.tool_calls
-            ]
-        return made
+_KEPT_SESSIONS = 2  # full ones, whose memory a conversation may keep
 
 
 class ChatStream(Iterator[Part]):
@@ -113,19 +47,26 @@ class ChatStream(Iterator[Part]):
     """
 
     def __init__(
-        self, row: Row, stream: Stream, parser: AnswerParser, stops: tuple[str, ...]
+        self,
+        row: Row,
+        stream: Stream,
+        parser: AnswerParser,
+        stops: tuple[str, ...],
+        is_parallel: bool,
+        cached_tokens: int,
+        fill_seconds: float,
     ) -> None:
         """Made by `Model.chat` and `Conversation.answer`."""
         self._row, self._stream, self._parser = row, stream, parser
         self._scanner = StopScanner(stops)
         self._ready: deque[Part] = deque()
+        self._is_parallel = is_parallel
         self._is_over = False
         self._reasoning = self._content = ""
         self._calls: list[ToolCall] = []
         self._complete = 0
         self._reasoning_tokens = 0
-        self.cached_tokens = 0
-        self.fill_seconds = 0.0
+        self._cached_tokens, self._fill_seconds = cached_tokens, fill_seconds
 
     def __next__(self) -> Part:
         while not self._ready:
@@ -138,7 +79,7 @@ class ChatStream(Iterator[Part]):
             self._take(self._parser.feed(piece))
             if self._parser.is_thinking:
                 self._reasoning_tokens = self._row.new_tokens
-            if self._scanner.found is not None:
+            if self._has_enough:
                 self._is_over = True
                 self._stream.close()
         return self._ready.popleft()
@@ -156,10 +97,8 @@ class ChatStream(Iterator[Part]):
         made = self._row.result()
         timings = made.timings
         reason: ChatFinishReason = made.finish_reason
-        if self._scanner.found is not None:
-            reason = "stop"
-        elif reason == "stop" and self._complete:
-            reason = "tool_calls"
+        if self._has_enough or reason == "stop":
+            reason = "tool_calls" if self._complete else "stop"
         return ChatAnswer(
             reasoning=self._reasoning,
             content=self._content,
@@ -169,25 +108,31 @@ class ChatStream(Iterator[Part]):
             seed=made.seed,
             usage=ChatUsage(
                 prompt_tokens=timings.prompt_tokens,
-                cached_tokens=self.cached_tokens,
+                cached_tokens=self._cached_tokens,
                 new_tokens=timings.new_tokens,
                 reasoning_tokens=self._reasoning_tokens,
-                prefill_seconds=self.fill_seconds + timings.prefill_seconds,
+                prefill_seconds=self._fill_seconds + timings.prefill_seconds,
                 decode_seconds=timings.decode_seconds,
             ),
         )
+
+    @property
+    def _has_enough(self) -> bool:
+        """Say whether the answer is over before the model has ended it."""
+        is_alone = self._complete > 0 and not self._is_parallel
+        return is_alone or self._scanner.found is not None
 
     def _end(self) -> None:
         self._is_over = True
         if self._parser.is_thinking:
             self._reasoning_tokens = self._row.new_tokens
         self._take(self._parser.finish(self._row.finish_reason != "stop"))
-        if self._scanner.found is None and (rest := self._scanner.finish()):
+        if not self._has_enough and (rest := self._scanner.finish()):
             self._say(rest)
 
     def _take(self, parts: Sequence[Part]) -> None:
         for part in parts:
-            if self._scanner.found is None:
+            if not self._has_enough:
                 self._take_one(part)
 
     def _take_one(self, part: Part) -> None:
@@ -212,15 +157,34 @@ class ChatStream(Iterator[Part]):
             self._ready.append(ContentDelta(text))
 
 
+class _Row(Row):
+    """A row whose tokens a structure may decide with."""
+
+    matcher: Matcher | None = None
+
+    def accept(self, logits: Logits, mask: Mask | None = None) -> str:
+        """Sample a token, of those that the structure allows."""
+        if self.matcher is None:
+            return super().accept(logits, mask)
+        text = super().accept(logits, self.matcher.mask())
+        self.matcher.accept(self.last_token)
+        return text
+
+
 class Conversation:
     """Answers of one model to one conversation after the other, which mostly go on from each other.
 
-    Keeps a session between answers, so that only what is new of a conversation is computed. For one thread at a time.
+    Keeps a session between answers, so that only what is new of a conversation is computed, and no bit of an answer
+    depends on it. For one thread at a time.
     """
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self._kept = KeptSession(model.session)
+        most_bytes = _KEPT_SESSIONS * state_bytes(model.manifest, model.context)
+        start = model.tokenizer.token_id(MESSAGE_START)
+        self._cache = PrefixCache(model.session, model.manifest, most_bytes, start)
+        self._lease: Lease | None = None
+        self._stream: ChatStream | None = None
 
     def __enter__(self) -> Conversation:
         return self
@@ -229,28 +193,62 @@ class Conversation:
         self.close()
 
     def close(self) -> None:
-        """Give the session back. May be called again."""
-        self._kept.close()
+        """End an answer that is under way, and give the sessions back. May be called again."""
+        self._end()
+        self._cache.close()
 
     def answer(self, messages: Sequence[Any], **options: Any) -> ChatStream:
-        """Answer a conversation; options as of `Model.chat`. An earlier stream must have ended, or been closed."""
-        return start_chat(self._model, messages, self._kept, **options)
+        """Answer a conversation; options as of `Model.chat`. Closes an earlier stream that has not ended."""
+        self._end()
+        self._stream = start_chat(self._model, messages, self._fill, **options)
+        return self._stream
+
+    def _fill(self, prompt: Sequence[int], most_tokens: int) -> Lease:
+        """Return a session that holds all of a prompt but its last slice."""
+        context = min(self._model.context, len(prompt) + most_tokens)
+        while self._lease is None:
+            try:
+                self._lease = self._cache.open(prompt, context)
+            except MemoryRefused:
+                if not self._cache.shrink():
+                    raise
+        while self._lease.session.length < last_cut(len(prompt)):
+            self._lease.advance()
+        return self._lease
+
+    def _end(self) -> None:
+        stream, self._stream = self._stream, None
+        lease, self._lease = self._lease, None
+        if stream is not None:
+            stream.close()
+        if lease is not None:
+            lease.end()
+
+
+Fill = Callable[[Sequence[int], int], Lease]  # a prompt, and the most tokens that come after it
 
 
 def start_chat(
     model: Model,
     messages: Sequence[Any],
-    kept: KeptSession | None = None,
+    fill: Fill | None = None,
     *,
     tools: Sequence[Any] | None = None,
     thinking: bool | None = None,
     template: Mapping[str, Any] | None = None,
+    response_format: Any = None,
+    tool_choice: str = "auto",
+    parallel_tool_calls: bool = True,
     max_new_tokens: int | None = UNLIMITED,
     **options: Any,
 ) -> ChatStream:
-    """Begin to answer a conversation. See `Model.chat`."""
+    """Begin to answer a conversation. See `Model.chat`; `fill` finds a session for its prompt."""
     variables = _variables(template, thinking)
+    is_parallel = arguments.flag("parallel_tool_calls", parallel_tool_calls)
     tokenizer = model.tokenizer
+    is_offered, wanted = read_tool_choice(tool_choice, tool_schemas(tools))
+    wanted = wanted or read_format(response_format)
+    tools = tools if is_offered else None
     prompt = model.encode_chat(normalise(messages), tools=tools, **variables)
     prompt = check_ids(prompt, model.vocab_size, model.context)
     resolved = resolve_options(
@@ -259,20 +257,39 @@ def start_chat(
     # Stop strings are for what is read, not for reasoning and calls.
     texts, stop_ids = tokenizer.split_stops(resolved.stop)
     resolved = replace(resolved, stop=(), stop_ids=resolved.stop_ids | stop_ids)
-    parser = AnswerParser(tools, begins_thinking(tokenizer, prompt))
-    begin, session, cached = time.perf_counter(), None, 0
-    if kept is not None:
-        session, cached = kept.fill(prompt, set(tokenizer.special_tokens.values()))
-    fill_seconds = time.perf_counter() - begin
-    held = 0 if session is None else session.length
-    row = Row(prompt, resolved, resolved.seed, tokenizer, session, held)
+    is_thinking = begins_thinking(tokenizer, prompt)
+    parser = AnswerParser(tools, is_thinking)
+    matcher = _matcher(model, wanted, is_thinking, is_parallel)
+    begin = time.perf_counter()
+    lease = None if fill is None else fill(prompt, resolved.max_new_tokens)
+    seconds = time.perf_counter() - begin
+    session = None if lease is None else lease.session
+    held = None if session is None else session.length
+    row = _Row(prompt, resolved, resolved.seed, tokenizer, session, held)
+    row.matcher = matcher
 
     def open_session(prompt_tokens: int) -> Session:
         return model.session(min(model.context, prompt_tokens + resolved.max_new_tokens))
 
-    made = ChatStream(row, Stream([row], run_rows([row], 1, open_session), True), parser, texts)
-    made.cached_tokens, made.fill_seconds = cached, fill_seconds
-    return made
+    stream = Stream([row], run_rows([row], 1, open_session), True)
+    cached = 0 if lease is None else lease.cached_tokens
+    return ChatStream(row, stream, parser, texts, is_parallel, cached, seconds)
+
+
+def _matcher(
+    model: Model, wanted: Wanted | None, is_thinking: bool, is_parallel: bool
+) -> Matcher | None:
+    """Return what follows an answer's structure. Raises OptionError, ToolchainError."""
+    if wanted is None:
+        return None
+    constraint = model.grammars.compile(
+        wanted.kind,
+        wanted.value,
+        where=wanted.where,
+        is_thinking=is_thinking,
+        is_parallel=is_parallel,
+    )
+    return constraint.matcher()
 
 
 def begins_thinking(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:

@@ -197,8 +197,8 @@ class PrefixCache:
         if source is None or best is None:
             return Branch(self._open_session(context), salt)
         if self._is_at_end(source, best):
+            source.session.rewind(best)  # first: what follows it may be more than the new context
             source.session.resize(context)
-            source.session.rewind(best)
             self._parked.remove(source)
             return source
         source.used = self._clock = self._clock + 1

@@ -54,7 +54,7 @@ def test_every_line_is_a_message(run: Run, talker: Path) -> None:
     answers, said = chat(run, talker, "a" * 40, "", "b", "//c", options=("--think", "off"))
     assert answers == ["No!"] * 3
     assert said.count("[stop; prompt ") == 3 and "\x1b" not in said
-    assert "new 4 tokens at" in said and " 32 cached" in said
+    assert "new 4 tokens at" in said and " 64 cached" in said
 
 
 def test_a_block_is_one_message(run: Run, talker: Path, tmp_path: Path) -> None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import q35c
 from q35c.errors import OptionError, PromptError
-from q35c.runtime.answering import ChatAnswer, Conversation, begins_thinking
+from q35c.runtime.answering import Conversation, begins_thinking
+from q35c.runtime.answers import ChatAnswer
 from q35c.runtime.chat.answer import CallArguments, CallEnd, CallStart, ContentDelta, ReasoningDelta
-from q35c.runtime.kept import KeptSession, turn_borders
 from tests.chatting import BLANK, CALLED, CLOSE, CUT, NOW, lines, write_chat
-from tests.fake_artifact import CONTEXT, END, GENERATION, IM_END
+from tests.fake_artifact import CONTEXT, END, GENERATION
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -116,6 +116,19 @@ def test_stop_strings_are_looked_for_in_content_only(thinker: q35c.Model) -> Non
     assert (made.finish_reason, made.tool_calls) == ("stop", ())
     assert made.usage.new_tokens == 7
     assert thinker.chat(USER, stop=["<|im_end|>", "Yet"], tools=[NOW]).content == "Yes."
+
+
+def test_one_call_may_be_enough(tmp_path: Path) -> None:
+    with load(tmp_path, lines("~", CALLED, "\nand more")) as model:
+        one = model.chat(USER, thinking=False, tools=[NOW], parallel_tool_calls=False)
+        all_of_it = model.chat(USER, thinking=False, tools=[NOW])
+    assert (one.content, one.finish_reason, one.usage.new_tokens) == ("", "tool_calls", 1)
+    assert (all_of_it.content, all_of_it.finish_reason) == ("and more", "tool_calls")
+
+
+def test_tools_may_be_kept_from_the_model(thinker: q35c.Model) -> None:
+    made = thinker.chat(USER, tools=[NOW], tool_choice="none")
+    assert made.tool_calls == () and made.content.startswith("Yes.<tool_call>")
 
 
 def test_a_closed_stream_is_cancelled(thinker: q35c.Model) -> None:
@@ -219,13 +232,19 @@ def outcome(answer: ChatAnswer) -> tuple[Any, ...]:
 
 
 def test_a_kept_session_is_given_back(babbler: q35c.Model) -> None:
-    conversation = Conversation(babbler)
+    gc.collect()
     before = len(babbler._budget._live)
-    list(conversation.answer(USER, max_new_tokens=3))
-    list(conversation.answer(USER, max_new_tokens=3))
-    assert len(babbler._budget._live) == before + 1
+    with Conversation(babbler) as conversation:
+        long = [{"role": "system", "content": "s" * 70}, *USER]
+        list(conversation.answer(long, max_new_tokens=3))
+        unfinished = conversation.answer(long, max_new_tokens=100)
+        assert unfinished.result.usage.cached_tokens == 64
+        next(unfinished)
+        list(conversation.answer(long, max_new_tokens=3))
+        assert unfinished.result.finish_reason == "cancelled"
+        assert len(babbler._budget._live) == before + 1
     conversation.close()
-    conversation.close()
+    gc.collect()
     assert len(babbler._budget._live) == before
 
 
@@ -237,29 +256,4 @@ def test_a_kept_session_survives_a_failed_step(tmp_path: Path) -> None:
         with pytest.raises(q35c.errors.ExecutionError):
             list(kept.answer([*long, *USER], thinking=False))
         stream = kept.answer([*long, *USER])
-        assert [*stream][-1] == ReasoningDelta("c") and stream.result.usage.cached_tokens == 64
-
-
-def test_borders_precede_the_second_and_the_last_turn() -> None:
-    control = {IM_END, END}
-    prompt = [IM_END, *range(70), IM_END, *range(70), END, *range(60), IM_END, 5]
-    assert turn_borders(prompt, control) == [64, 192]
-    assert turn_borders([IM_END, 1, 2, IM_END, 5], control) == []
-    assert turn_borders([1, 2, 3], control) == []
-    assert turn_borders([IM_END, *range(100)], control) == []
-
-
-def test_a_session_keeps_the_beginning_of_a_prompt(babbler: q35c.Model) -> None:
-    kept = KeptSession(babbler.session)
-    prompt = [IM_END, *range(1, 80), IM_END, *range(1, 60), IM_END, 7]
-    session, cached = kept.fill(prompt, {IM_END})
-    assert (cached, session.length) == (0, 128)
-    longer = [*prompt, *range(9, 40), IM_END, 8]
-    session, cached = kept.fill(longer, {IM_END})
-    assert (cached, session.length) == (128, 160)
-    logits = session.prefill(longer[160:])
-    with babbler.session() as other:
-        np.testing.assert_array_equal(logits, other.prefill(longer))
-    assert kept.fill([*prompt[:100], IM_END, 9], {IM_END})[1] == 64
-    assert kept.fill([1, *prompt], {IM_END})[1] == 0
-    kept.close()
+        assert [*stream][-1] == ReasoningDelta("c") and stream.result.usage.prompt_tokens > 64

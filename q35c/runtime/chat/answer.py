@@ -79,7 +79,7 @@ class AnswerParser:
 
     def __init__(self, tools: Sequence[Any] | None = None, is_thinking: bool = False) -> None:
         self._source = Input()
-        self._schemas = _schemas(tools)
+        self._schemas = tool_schemas(tools)
         self._is_thinking = arguments.flag("is_thinking", is_thinking)
         self._is_opening = self._is_thinking
         self._reasoning, self._content = _Trimmer(), _Trimmer()
@@ -223,7 +223,7 @@ class _Trimmer:
         return self._held
 
 
-def _schemas(tools: Sequence[Any] | None) -> dict[str, Any]:
+def tool_schemas(tools: Sequence[Any] | None) -> dict[str, Any]:
     """Return the schemas of the functions' arguments by name. Raises OptionError."""
     made: dict[str, Any] = {}
     for index, tool in enumerate(copy_tools(PlainData(), tools) or []):
