@@ -241,8 +241,9 @@ def _start(body: str, is_thinking: bool) -> list[str]:
 def _json(schema: Any) -> str:
     if isinstance(schema, bool):
         return "%json " + ("{}" if schema else '{"not": {}}')
-    given = schema.get("x-guidance", {})
-    own = {**_SPACES, **given} if isinstance(given, Mapping) else given
+    own: Any = schema.get("x-guidance", {})
+    if isinstance(own, Mapping):
+        own = {**_SPACES, **cast(Schema, own)}
     return "%json " + json.dumps({**schema, "x-guidance": own})
 
 
