@@ -1,8 +1,8 @@
 """Put a server under what the world does to one, and measure what it does then.
 
-    python bench/serve.py model.q35c                      # all of it, a few minutes
-    python bench/serve.py model.q35c overload stop        # some of it
-    python bench/serve.py model.q35c load --clients 1 4 8
+    python bench/serve_http.py model.q35c                      # all of it, a few minutes
+    python bench/serve_http.py model.q35c overload stop        # some of it
+    python bench/serve_http.py model.q35c load --clients 1 4 8
 
 load      clients that stream one answer after the other: tokens a second, waiting times
 overload  a thousand requests at once: how many are answered, how soon the others are turned away

@@ -1,4 +1,4 @@
-"""The scenes of bench/serve.py play on a model that needs no compiler, and tell what happened."""
+"""The scenes of bench/serve_http.py play on a model that needs no compiler, and tell what happened."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from tests.fake_artifact import write_fake
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "serve.py"
+SCRIPT = Path(__file__).parents[2] / "bench" / "serve_http.py"
 
 
 @pytest.fixture(scope="module")
