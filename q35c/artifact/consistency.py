@@ -118,7 +118,7 @@ def _check_state(manifest: Manifest) -> None:
     }
     if len(caches) > 1:
         raise refuse("$.state.tensors", "keys and values lie in two ways", got=sorted(caches))
-    form = next((layout for layout, _ in caches), "cells32")
+    form: CacheLayout = next(iter(caches))[0] if caches else "cells32"
     found = Counter((tensor.layout, tensor.shape) for tensor in tensors)
     expected = expected_state(manifest.model, manifest.context, form)
     _check_equal("$.state.tensors", found, expected)

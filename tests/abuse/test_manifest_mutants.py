@@ -223,7 +223,8 @@ SHAPES: dict[str, Any] = {
     "fixed tensor that grows": ("state", "tensors", 1, "layout", "cells32"),
     "cache in another layout": ("state", "tensors", 2, "layout", "int8-pairs"),
     "cache of two types": ("state", "tensors", 2, "dtype", "bf16"),
-    "weight in another layout": ("weights", 0, "layout", "swiglu"),
+    "weight in another layout": ("weights", 0, "layout", "conv"),
+    "weight in another layout of this shape": ("weights", 0, "layout", "swiglu"),
     "weight in another format": ("weights", 0, "format", "bf16"),
     "weight in a format of rows": ("weights", 0, "format", "q8g64"),
     "weight in no format": ("weights", 0, "format", "i4g63"),
@@ -264,6 +265,8 @@ SHAPES: dict[str, Any] = {
 
 # What contradicts nothing else in the manifest: only the code's trailer tells.
 PLAUSIBLE = {
+    "more tokens of each sequence",
+    "weight in another layout of this shape",
     "more threads than the arena has scratch for",
     "another symbol",
     "rows in another layout",
