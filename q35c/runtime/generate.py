@@ -12,15 +12,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from q35c import arguments
 from q35c.artifact.manifest import Generation as Defaults
 from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime.device import Logits
+from q35c.runtime.prefix import Lease
 from q35c.runtime.sampling import MAX_SEED, Mask, Sampler, SamplingOptions
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import StopScanner, TextStream, Tokenizer, check_stops
@@ -101,6 +102,9 @@ def resolve_options(
     given = {name: value for name, value in sampling.items() if value is not None}
     for name in given.keys() - set(known):
         raise OptionError("unknown option", where=name, expected=", ".join(known))
+    if isinstance(bias := given.get("logit_bias"), Mapping):
+        for token in cast(Mapping[Any, Any], bias):
+            arguments.integer("logit_bias", token, 0, vocab - 1)
     if do_sample is not None:
         do_sample = arguments.flag("do_sample", do_sample)
     else:
@@ -148,6 +152,7 @@ class Row:
         self.prompt = prompt
         self.session = session
         self._keeps_session = session is not None
+        self._lease: Lease | None = None
         self.finish_reason: FinishReason | None = None
         self._options = options
         self._seed = seed
@@ -165,11 +170,15 @@ class Row:
         """Return the token that the next step appends."""
         return self._ids[-1]
 
-    def start(self, session: Session) -> str:
+    def start(self, place: Session | Lease) -> str:
         """Prefill the prompt into the row's session and sample the first token; return its text."""
-        self.session = session
         begin = time.perf_counter()
-        logits = session.prefill(self.prompt)
+        if isinstance(place, Lease):
+            self._lease, self.session = place, place.session
+            logits = place.fill()
+        else:
+            self.session = place
+            logits = place.prefill(self.prompt)
         self._prefill_seconds = time.perf_counter() - begin
         self._first_at = time.perf_counter()
         return self.accept(logits)
@@ -203,7 +212,9 @@ class Row:
         session, self.session = self.session, None
         if session is None:
             return
-        if not self._keeps_session:
+        if self._lease is not None:
+            self._lease.end()
+        elif not self._keeps_session:
             session.close()
         elif self._ids and session.is_usable and session.length < session.context:
             session.append_at_last(self.last_token)
@@ -211,7 +222,9 @@ class Row:
     def abandon(self) -> None:
         """End the row after an error, at which nobody knows what its session holds."""
         self.finish_reason = self.finish_reason or "cancelled"
-        if self.session is not None and not self._keeps_session:
+        if self.session is not None and self._lease is not None:
+            self._lease.end(keeps=False)
+        elif self.session is not None and not self._keeps_session:
             self.session.close()
         self.session = None
 
@@ -287,11 +300,11 @@ class Stream(Iterator[Any]):
 
 
 def run_rows(
-    rows: Sequence[Row], batch: int, open_session: Callable[[int], Session]
+    rows: Sequence[Row], batch: int, open_session: Callable[[Sequence[int]], Session | Lease]
 ) -> Generator[tuple[int, str]]:
     """Generate all rows, up to `batch` at once; yield (row index, piece of text) as it comes.
 
-    `open_session` gets the tokens a row will need. Raises what a step raises; sessions are closed in
+    `open_session` gets a row's prompt. Raises what a step raises; sessions are closed in
     any case.
     """
     waiting = deque(enumerate(rows))
@@ -301,7 +314,7 @@ def run_rows(
             while waiting and len(active) < batch:
                 index, row = waiting[0]
                 try:
-                    session = row.session or open_session(len(row.prompt))
+                    session = row.session or open_session(row.prompt)
                 except MemoryRefused:
                     if not active:
                         raise
