@@ -162,6 +162,10 @@ class Overloaded(InputError):
         self.retry_after_seconds = retry_after_seconds
 
 
+class StateError(InputError):
+    """A file with the state of a sequence is damaged, or is none."""
+
+
 class MemoryRefused(InputError):
     """The work would need more memory than this machine or its cgroup has."""
 

@@ -1,9 +1,17 @@
 """Copies of a sequence's state, or of parts of it: plain data, restorable into any session of the same model."""
 
+from __future__ import annotations
+
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from q35c import arguments
+from q35c.errors import StateError
 from q35c.runtime.device import Saved
+from q35c.runtime.state_file import read_state, write_state
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,6 +28,36 @@ class Snapshot:
     def bytes(self) -> int:
         """Return the memory that the copy takes."""
         return sum(tensor.nbytes for tensor in self.tensors) + len(self.ids)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the copy to a file that only its owner may read.
+
+        Raises OptionError for a path where no file can be, DiskRefused; an old file then stays.
+        """
+        metadata = {
+            "kind": "snapshot",
+            "digest": self.digest,
+            "length": str(self.length),
+            "position": str(self.position),
+        }
+        ids = np.frombuffer(self.ids, np.int32)
+        write_state(arguments.path("path", path), metadata, [ids, *self.tensors])
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Snapshot:
+        """Return a copy that `save` has written.
+
+        Raises StateError for a file that is damaged or no snapshot, MemoryRefused. Whether it is of the model is
+        known when it is restored.
+        """
+        place = arguments.path("path", path)
+        metadata, arrays = read_state(place)
+        length, position = (_number(metadata.get(name)) for name in ("length", "position"))
+        is_right = metadata.get("kind") == "snapshot" and bool(arrays)
+        if not is_right or arrays[0].dtype != np.int32 or arrays[0].shape != (length,):
+            raise StateError("not a snapshot", where=str(place))
+        tensors = tuple(arrays[1:])
+        return cls(metadata.get("digest", ""), length, position, tensors, arrays[0].tobytes())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,3 +102,7 @@ def end_of(ranges: Sequence[Cells]) -> int:
             break
         reached = max(reached, item.end)
     return reached
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isascii() and text.isdigit() else -1

@@ -238,8 +238,8 @@ def test_a_kept_session_is_given_back(babbler: q35c.Model) -> None:
         long = [{"role": "system", "content": "s" * 70}, *USER]
         list(conversation.answer(long, max_new_tokens=3))
         unfinished = conversation.answer(long, max_new_tokens=100)
-        assert unfinished.result.usage.cached_tokens == 64
         next(unfinished)
+        assert unfinished.result.usage.cached_tokens == 64
         list(conversation.answer(long, max_new_tokens=3))
         assert unfinished.result.finish_reason == "cancelled"
         assert len(babbler._budget._live) == before + 1

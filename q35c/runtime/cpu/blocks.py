@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from q35c.artifact import Artifact, Manifest
 from q35c.artifact.leaves import StateTensor
-from q35c.errors import MemoryRefused
+from q35c.errors import MemoryRefused, OptionError
 from q35c.layouts import blobs
 from q35c.runtime.device import Saved
 from q35c.runtime.memory import used_cells
@@ -121,8 +121,12 @@ class StateBlock:
 
 
 def _fill(parts: Iterable[NDArray[Any]], saved: Saved) -> None:
-    for part, copy in zip(parts, saved, strict=True):
-        part[...] = copy
+    """Copy all, or nothing if one is of another shape: a copy may stem from a file."""
+    views = list(parts)
+    if [(v.dtype, v.shape) for v in views] != [(copy.dtype, copy.shape) for copy in saved]:
+        raise OptionError("the copy is not of this state's shape")
+    for view, copy in zip(views, saved, strict=True):
+        view[...] = copy
 
 
 def _fixed_prefix(tensors: Sequence[StateTensor]) -> int:
