@@ -228,7 +228,7 @@ class Row:
         """End the row after an error, at which nobody knows what its session holds."""
         self.finish_reason = self.finish_reason or "cancelled"
         if self.session is not None and self._lease is not None:
-            self._lease.end(keeps=False)
+            self._lease.end()  # it is not kept if it was in the midst of a step
         elif self.session is not None and not self._keeps_session:
             self.session.close()
         self.session = None
