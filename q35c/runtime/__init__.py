@@ -5,6 +5,7 @@ It never imports torch, transformers, tvm or the compiler's packages.
 
 from q35c.runtime.generate import Generation, Stream, Timings
 from q35c.runtime.model import Model, load_model
+from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.sampling import Sampler, SamplingOptions
 from q35c.runtime.saved import Checkpoint, Snapshot
 from q35c.runtime.session import Session
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "Generation",
     "Model",
+    "PrefixCache",
     "Sampler",
     "SamplingOptions",
     "Session",

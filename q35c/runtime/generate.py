@@ -21,6 +21,7 @@ from q35c import arguments
 from q35c.artifact.leaves import Generation as Defaults
 from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime.device import Logits
+from q35c.runtime.prefix import Lease
 from q35c.runtime.sampling import MAX_SEED, Mask, Sampler, SamplingOptions
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import StopScanner, TextStream, Tokenizer, check_stops
@@ -101,7 +102,9 @@ def resolve_options(
     given = {name: value for name, value in sampling.items() if value is not None}
     for name in given.keys() - set(known):
         raise OptionError("unknown option", where=name, expected=", ".join(known))
-    _check_biased_tokens(given.get("logit_bias"), vocab)
+    if isinstance(bias := given.get("logit_bias"), Mapping):
+        for token in cast(Mapping[Any, Any], bias):
+            arguments.integer("logit_bias", token, 0, vocab - 1)
     if do_sample is not None:
         do_sample = arguments.flag("do_sample", do_sample)
     else:
@@ -117,13 +120,6 @@ def resolve_options(
         frozenset(defaults.stop_ids) if stop_ids is None else _check_stop_ids(stop_ids, vocab),
         seed,
     )
-
-
-def _check_biased_tokens(bias: Any, vocab: int) -> None:
-    """Raise OptionError for the bias of a token that the model lacks."""
-    if isinstance(bias, Mapping):
-        for token in cast(Mapping[Any, Any], bias):
-            arguments.integer("logit_bias", token, 0, vocab - 1)
 
 
 def _token_limit(asked: int | None) -> int:
@@ -151,16 +147,12 @@ class Row:
         seed: int,
         tokenizer: Tokenizer | None,
         session: Session | None = None,
-        held: int | None = None,
     ) -> None:
-        """Prepare a row; with a `session` it continues there, and leaves it open.
-
-        `held`: that many tokens of the prompt are in the session already, and it need not hold the answer.
-        """
+        """Prepare a row; with a `session` it continues there, and leaves it open."""
         self.prompt = prompt
         self.session = session
         self._keeps_session = session is not None
-        self._held = held
+        self._lease: Lease | None = None
         self.finish_reason: FinishReason | None = None
         self._options = options
         self._seed = seed
@@ -183,11 +175,15 @@ class Row:
         """Return how many tokens have been generated."""
         return len(self._ids)
 
-    def start(self, session: Session) -> str:
+    def start(self, place: Session | Lease) -> str:
         """Prefill the prompt into the row's session and sample the first token; return its text."""
-        self.session = session
         begin = time.perf_counter()
-        logits = session.prefill(self.prompt[self._held or 0 :])
+        if isinstance(place, Lease):
+            self._lease, self.session = place, place.session
+            logits = place.fill()
+        else:
+            self.session = place
+            logits = place.prefill(self.prompt)
         self._prefill_seconds = time.perf_counter() - begin
         self._first_at = time.perf_counter()
         return self.accept(logits)
@@ -221,20 +217,19 @@ class Row:
         session, self.session = self.session, None
         if session is None:
             return
-        if not self._keeps_session:
+        if self._lease is not None:
+            self._lease.end()
+        elif not self._keeps_session:
             session.close()
-        elif (
-            self._held is None
-            and self._ids
-            and session.is_usable
-            and session.length < session.context
-        ):
+        elif self._ids and session.is_usable and session.length < session.context:
             session.append_at_last(self.last_token)
 
     def abandon(self) -> None:
         """End the row after an error, at which nobody knows what its session holds."""
         self.finish_reason = self.finish_reason or "cancelled"
-        if self.session is not None and not self._keeps_session:
+        if self.session is not None and self._lease is not None:
+            self._lease.end()  # it is not kept if it was in the midst of a step
+        elif self.session is not None and not self._keeps_session:
             self.session.close()
         self.session = None
 
@@ -310,11 +305,11 @@ class Stream(Iterator[Any]):
 
 
 def run_rows(
-    rows: Sequence[Row], batch: int, open_session: Callable[[int], Session]
+    rows: Sequence[Row], batch: int, open_session: Callable[[Sequence[int]], Session | Lease]
 ) -> Generator[tuple[int, str]]:
     """Generate all rows, up to `batch` at once; yield (row index, piece of text) as it comes.
 
-    `open_session` gets the tokens a row will need. Raises what a step raises; sessions are closed in
+    `open_session` gets a row's prompt. Raises what a step raises; sessions are closed in
     any case.
     """
     waiting = deque(enumerate(rows))
@@ -324,7 +319,7 @@ def run_rows(
             while waiting and len(active) < batch:
                 index, row = waiting[0]
                 try:
-                    session = row.session or open_session(len(row.prompt))
+                    session = row.session or open_session(row.prompt)
                 except MemoryRefused:
                     if not active:
                         raise

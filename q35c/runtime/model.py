@@ -22,7 +22,8 @@ from q35c.runtime.generate import (
     run_rows,
 )
 from q35c.runtime.grammar import Grammars
-from q35c.runtime.memory import StateBudget, check_memory
+from q35c.runtime.memory import StateBudget, available_memory, check_memory
+from q35c.runtime.prefix import MESSAGE_START, Lease, PrefixCache
 from q35c.runtime.prompts import encode_prompt, split_prompts
 from q35c.runtime.sampling import MAX_SEED
 from q35c.runtime.session import Progress, Session
@@ -170,6 +171,18 @@ class Model:
         context = _choose("context", context, self.context)
         return Session(self._executor, self._budget, self._artifact.digest, context)
 
+    def cache(self, max_bytes: int | None = None) -> PrefixCache:
+        """Return what keeps states of prompts, for `generate`: of prompts that begin alike that part is computed once.
+
+        `max_bytes` is by default a quarter of the memory that is left. With a cache, even of 0 bytes, a prompt is cut into calls
+        at multiples of 64 tokens, so that the result does not depend on what is kept. Raises OptionError.
+        """
+        limit = available_memory().bytes // 4 if max_bytes is None else max_bytes
+        limit = arguments.integer("max_bytes", limit, 0, 2**62)
+        has_text = self._artifact.has_segment("tokenizer")
+        start = self.tokenizer.token_id(MESSAGE_START) if has_text else None
+        return PrefixCache(self.session, self.manifest, limit, start)
+
     def record(self) -> AbstractContextManager[list[Recording]]:
         """Return a context in which the times of every kernel are added to the list that it yields."""
         return self._executor.record()
@@ -200,6 +213,7 @@ class Model:
         *,
         stream: bool = False,
         session: Session | None = None,
+        cache: PrefixCache | None = None,
         do_sample: bool | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -221,6 +235,7 @@ class Model:
         stream              return a `Stream` of text pieces instead of the whole text
         session             continue in this session (one prompt); it then holds prompt and answer, also of a
                             stream that was closed, but for a last token that found the context full
+        cache               begin with what is kept of earlier prompts (`Model.cache`), and keep this one
         do_sample, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty
                             how to sample, by default as the checkpoint says; temperature 0 is greedy
         frequency_penalty   taken from a token's logit for each time it was generated
@@ -256,6 +271,8 @@ class Model:
             arguments.instance("session", session, Session).check_owner(self._executor)
             if not is_single:
                 raise OptionError("a session continues one prompt", where="session")
+        if cache is not None:
+            self._check_cache(cache, session)
         tokenizer = self.tokenizer if self._artifact.has_segment("tokenizer") else None
         if options.stop:
             if tokenizer is None:
@@ -268,8 +285,9 @@ class Model:
             for index, ids in enumerate(encoded)
         ]
 
-        def open_session(prompt_tokens: int) -> Session:
-            return self.session(min(self.context, prompt_tokens + options.max_new_tokens))
+        def open_session(prompt: Sequence[int]) -> Session | Lease:
+            context = min(self.context, len(prompt) + options.max_new_tokens)
+            return self.session(context) if cache is None else cache.open(prompt, context)
 
         pieces = Stream(rows, run_rows(rows, self.batch, open_session), is_single)
         if is_stream:
@@ -348,6 +366,12 @@ class Model:
             if number is not None:
                 error.where = ", ".join(filter(None, (f"prompt {number}", error.where)))
             raise
+
+    def _check_cache(self, cache: PrefixCache, session: Session | None) -> None:
+        if arguments.instance("cache", cache, PrefixCache).manifest is not self.manifest:
+            raise OptionError("the cache belongs to another model", where="cache")
+        if session is not None:
+            raise OptionError("a session has its own beginning", where="cache")
 
     def _chat_template(self) -> tuple[str, dict[str, str]]:
         self._executor.origin.check()

@@ -13,9 +13,11 @@ where those that begin alike share it; and there the oldest checkpoints go.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,6 +33,7 @@ from q35c.runtime.session import Session
 SLICE = RUN  # tokens; cuts elsewhere may change last digits
 MESSAGE_START = "<|im_start|>"  # the token that begins a message, in templates of the family
 MOST_CHECKPOINTS = 16  # of one session: the first, and the last ones
+Result = TypeVar("Result")
 OpenSession = Callable[[int], Session]  # of so many tokens
 
 
@@ -114,6 +117,12 @@ class Lease:
             self._branch.add(session.checkpoint())
         return None
 
+    def fill(self) -> Logits:
+        """Compute the whole prompt; return the logits f32[V] after its last token."""
+        while (logits := self.advance()) is None:
+            pass
+        return logits
+
     def end(self, *, keeps: bool = True) -> None:
         """Give the session back, for others to use unless it does not keep or its last step failed."""
         if self._give_back is None:
@@ -123,7 +132,7 @@ class Lease:
 
 
 class PrefixCache:
-    """Sessions of one model for prompts that may begin alike. For one thread at a time."""
+    """Sessions of one model for prompts that may begin alike. Thread-safe, unless sessions in use are shared."""
 
     def __init__(
         self,
@@ -131,24 +140,46 @@ class PrefixCache:
         manifest: Manifest,
         max_bytes: int,
         message_start: int | None = None,
+        *,
+        shares_lent: bool = False,
     ) -> None:
-        """Keep up to `max_bytes` of states that nobody uses; 0: none. `message_start` is as for `plan_points`."""
+        """Keep states that nobody uses.
+
+        max_bytes      of them at most; 0: none
+        message_start  as for `plan_points`
+        shares_lent    copy from sessions in use, too: their users and the cache's must be one thread
+        """
         self.max_bytes = max_bytes
         self.evictions = 0
         self.misses: Counter[str] = Counter()
         self._open_session = open_session
-        self._manifest = manifest
+        self.manifest = manifest
         self._message_start = message_start
         self._parked: list[Branch] = []
         self._lent: list[Branch] = []
         self._tree = PrefixTree()
         self._recent = RecentPrompts()
         self._clock = 0
+        self._shares_lent = shares_lent
+        self._lock = threading.RLock()
 
     def open(self, prompt: Sequence[int], context: int, salt: str = "") -> Lease:
         """Return a session for a prompt, with as much of it as is kept for this salt. Raises MemoryRefused."""
         if not self.max_bytes:
             return Lease(Branch(self._open_session(context), salt), prompt)
+        with self._lock:
+            return self.with_room(lambda: self._open(prompt, context, salt))
+
+    def with_room(self, action: Callable[[], Result]) -> Result:
+        """Return what an action returns that needs memory; meanwhile what is kept gives way. Raises MemoryRefused."""
+        while True:
+            try:
+                return action()
+            except MemoryRefused:
+                if not self.shrink():
+                    raise
+
+    def _open(self, prompt: Sequence[int], context: int, salt: str) -> Lease:
         ids = np.asarray(prompt, dtype=np.int32)
         branch = self._begin(ids, context, salt)
         branch.used = self._clock = self._clock + 1
@@ -174,16 +205,18 @@ class PrefixCache:
 
     def shrink(self) -> bool:
         """Give up what was used least recently, so that the system has the memory; say whether there was anything."""
-        has_evicted = self._evict()
+        with self._lock:
+            has_evicted = self._evict()
         give_back_memory()
         return has_evicted
 
     def close(self) -> None:
         """Give up everything that is not lent."""
-        for branch in self._parked:
-            branch.session.close()
-        self._parked.clear()
-        self._tree, self._recent = PrefixTree(), RecentPrompts()
+        with self._lock:
+            for branch in self._parked:
+                branch.session.close()
+            self._parked.clear()
+            self._tree, self._recent = PrefixTree(), RecentPrompts()
 
     def _begin(self, ids: TokenIds, context: int, salt: str) -> Branch:
         """Return a session that stands at the last checkpoint of a prompt, or at its beginning."""
@@ -196,12 +229,12 @@ class PrefixCache:
             return self._grow(node, in_tree, context, salt)
         if source is None or best is None:
             return Branch(self._open_session(context), salt)
+        source.used = self._clock = self._clock + 1  # if something must give way, others do first
         if self._is_at_end(source, best):
             source.session.rewind(best)  # first: what follows it may be more than the new context
             source.session.resize(context)
             self._parked.remove(source)
             return source
-        source.used = self._clock = self._clock + 1
         branch = Branch(self._open_session(context), salt, source.up_to(best.length))
         branch.session.import_kv([source.session.export_kv(0, best.length)], best)
         return branch
@@ -211,7 +244,7 @@ class PrefixCache:
     ) -> tuple[Branch | None, Checkpoint | None]:
         """Return the session that has the most of a prompt, parked ones first, and its checkpoint there."""
         source, best, best_rank = None, None, (0, False)
-        for branch in (*self._parked, *self._lent):
+        for branch in (*self._parked, *(self._lent if self._shares_lent else ())):
             found = branch.best(ids, limit) if branch.salt == salt else None
             if found is None:
                 continue
@@ -236,6 +269,15 @@ class PrefixCache:
 
     def _take_back(self, branch: Branch, is_sound: bool) -> None:
         """Park a session that was lent, and make room for it."""
+        with self._lock:
+            self._park(branch, is_sound)
+            while self.parked_bytes + self.cached_bytes > self.max_bytes:
+                if len(self._parked) > 1 or not len(self._tree):
+                    self._move(self._oldest())
+                else:
+                    self._evict()
+
+    def _park(self, branch: Branch, is_sound: bool) -> None:
         self._lent.remove(branch)
         branch.used = self._clock = self._clock + 1
         if not (is_sound and branch.checkpoints and _yield_memory(branch.session)):
@@ -250,11 +292,6 @@ class PrefixCache:
                 self._parked.remove(other)
                 other.session.close()
         self._parked.append(branch)
-        while self.parked_bytes + self.cached_bytes > self.max_bytes:
-            if len(self._parked) > 1 or not len(self._tree):
-                self._move(self._oldest())
-            else:
-                self._evict()
 
     def _move(self, branch: Branch | None) -> None:
         """Keep of a session only what its checkpoints need, and of that what the tree has not: never more than before."""
@@ -281,7 +318,7 @@ class PrefixCache:
         return min(self._parked, key=lambda branch: branch.used, default=None)
 
     def _branch_bytes(self, branch: Branch) -> int:
-        own = state_bytes(self._manifest, branch.session.high_water)
+        own = state_bytes(self.manifest, branch.session.high_water)
         return own + sum(item.bytes for item in list(branch.checkpoints.values()))
 
 

@@ -64,7 +64,9 @@ class Engine:
             start = tokenizer.token_id(MESSAGE_START)
             stops = model.manifest.generation.stop_ids
             self._grammars = Grammars(tokenizer, model.vocab_size, stops)
-        self._cache = PrefixCache(model.session, model.manifest, cache_bytes, start)
+        self._cache = PrefixCache(
+            model.session, model.manifest, cache_bytes, start, shares_lent=True
+        )
         self._turns = Turns(
             model,
             tokenizer,

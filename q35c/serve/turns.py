@@ -166,14 +166,10 @@ class Turns:
     def _open(self, request: Request) -> Lease:
         """Return a session with what is kept of the prompt. Raises MemoryRefused."""
         context = min(self._limit(request), len(request.ids) + RESERVED_TOKENS)
-        while True:
-            try:
-                if request.is_scoring:  # it needs the logits of all tokens
-                    return self._plain(self._model.session(context), request)
-                return self._cache.open(request.ids, context, request.salt)
-            except MemoryRefused:
-                if not self._cache.shrink():
-                    raise
+        if not request.is_scoring:
+            return self._cache.open(request.ids, context, request.salt)
+        session = self._cache.with_room(lambda: self._model.session(context))
+        return self._plain(session, request)  # it needs the logits of all tokens
 
     def _sit(self, job: Job, lease: Lease) -> Seat:
         try:
@@ -227,13 +223,13 @@ class Turns:
     def _has_room(self, seat: Seat) -> bool:
         """Keep memory for a row's next tokens; end it where there is none."""
         session, limit = seat.session, self._limit(seat.request)
-        while session.length + 2 > session.context and session.context < limit:
+        if session.length + 2 > session.context and session.context < limit:
             try:
-                session.resize(min(limit, session.context + RESERVED_TOKENS))
+                more = min(limit, session.context + RESERVED_TOKENS)
+                self._cache.with_room(lambda: session.resize(more))
             except MemoryRefused:
-                if not self._cache.shrink():
-                    seat.finish("context")
-                    return False
+                seat.finish("context")
+                return False
         return True
 
     def _sample(self, seat: Seat, sample: Callable[[Logits], None], logits: Logits) -> None:

@@ -221,7 +221,7 @@ def test_what_cannot_be_enforced_is_named(grammars: Grammars, schema: Any, word:
         ("schema", False),
         ("schema", 5),
         ("schema", "integer"),
-        ("schema", {"a": object()}),
+        ("schema", {"a": {1, 2}}),
         ("regex", "("),
         ("regex", "(?<=x)a"),
         ("regex", ""),

@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[q35c.Model]:
 
 
 def cache_of(model: q35c.Model, max_bytes: int = 1 << 30) -> PrefixCache:
-    return PrefixCache(model.session, model.manifest, max_bytes, START)
+    return PrefixCache(model.session, model.manifest, max_bytes, START, shares_lent=True)
 
 
 def text(count: int, seed: int) -> list[int]:
@@ -228,27 +228,35 @@ def test_off_is_off(model: q35c.Model) -> None:
     assert not cache._parked and not cache._lent and not cache.shrink()
 
 
-def test_too_little_memory_changes_nothing(
+def test_what_is_kept_gives_way_to_a_new_prompt(
     model: q35c.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, ids = cache_of(model), first_turn()
     ask(cache, ids)
+    ask(cache, [START, *text(300, 5), START, 6])
 
     def refuse(*arguments: object) -> None:
         raise MemoryRefused("no")
 
     with monkeypatch.context() as patch:
         patch.setattr("q35c.runtime.session.Session.resize", refuse)
+        found, logits = ask(cache, next_turn(ids))  # neither may grow, so both go
+        assert found == 0 and np.array_equal(logits, cold(model, next_turn(ids)))
+        assert cache.evictions == 2
+        assert cache._parked == []  # and one that cannot even become smaller is closed
+    with monkeypatch.context() as patch:
+        ask(cache, ids)
+        patch.setattr(cache, "_open_session", refuse)
         with pytest.raises(MemoryRefused):
-            cache.open(next_turn(ids), 1000)
-        patch.setattr("q35c.runtime.session.Session.resize", lambda *_: None)
-    assert ask(cache, next_turn(ids))[0] == 192
-    with monkeypatch.context() as patch:  # one that cannot even become smaller is closed
-        patch.setattr("q35c.runtime.session.Session.resize", refuse)
-        lease = cache.open([1, *ids], 1000)
-        lease.end()
-        assert lease.session.is_closed
-    cache.close()
+            cache.open([1, *ids], 1000)
+        assert not cache._parked and not cache._lent
+
+
+def test_a_shorter_prompt_and_context(model: q35c.Model) -> None:
+    cache, ids = cache_of(model), first_turn()
+    ask(cache, ids, answer=50)
+    found, logits = ask(cache, ids[:-5], answer=1)
+    assert found == 192 and np.array_equal(logits, cold(model, ids[:-5]))
 
 
 @pytest.mark.parametrize("max_states", [0.5, 2.5, 6, 1000])
