@@ -63,12 +63,12 @@ class FloatProduct(Product):
     @property
     def tall_rows(self) -> int:
         """Number of rows of a tall tile."""
-        return 6 if self.isa.registers == 16 else 8
+        return self.isa.tuning.float_rows[0]
 
     @property
     def short_rows(self) -> tuple[int, ...]:
         """Heights of the short tiles: each takes what the taller ones leave."""
-        return (3, 2, 1) if self.isa.registers == 16 else (4, 2, 1)
+        return self.isa.tuning.float_rows[1:]
 
     @property
     def passes(self) -> tuple[Vectors, ...]:
