@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +13,15 @@ import pytest
 from numpy.typing import NDArray
 from tvm.script import tirx as T
 
+from q35c import load
 from q35c.codegen.cpu.isa.apply import apply
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.isa.operations import OPERATIONS
-from q35c.codegen.cpu.isa.x86 import ISAS, V4, V4_BF16
+from q35c.codegen.cpu.isa.x86 import ISAS, V3, V4, V4_BF16
 from q35c.codegen.cpu.support import support_ir
+from q35c.compile import compile_model
 from q35c.cpuinfo import processor_flags
+from scripts.replay import MODELS, graph_of
 from tests.kernels.harness import build_kernels, guard
 
 TURNS = 64
@@ -135,3 +141,33 @@ def test_an_operation_that_is_not_offered() -> None:
     assert V4_BF16.offers("dot2_bf16")
     with pytest.raises(KeyError):
         V4.instruction("dot2_bf16")
+
+
+FOUR = Isa(
+    name="four",
+    lanes=4,
+    llvm_cpu="x86-64-v2",
+    llvm_features=(),
+    cpu_features=("sse4_2",),
+    tuning=replace(V3.tuning, has_assembled_tiles=False),
+    system=V3.system,
+    instructions=(),
+)
+
+
+@pytest.mark.parametrize("name", ["dense", "moe"])
+def test_a_machine_of_four_lanes_and_no_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(ISAS, FOUR.name, FOUR)
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[name]))
+    ids = np.random.default_rng(5).integers(0, MODELS[name]["vocab_size"], 70).tolist()
+    logits: list[NDArray[np.float32]] = []
+    for isa in (FOUR, V3):
+        output = tmp_path / isa.name
+        options: dict[str, Any] = {"precision": "f32", "context": 128, "load_format": "dummy"}
+        compile_model(tmp_path, output, target=f"cpu:{isa.name}", import_graph=graph_of, **options)
+        with load(output) as model, model.session() as session:
+            logits.append(session.score(ids))
+    assert np.abs(logits[1]).max() > 0.1
+    np.testing.assert_allclose(*logits, atol=4e-6)

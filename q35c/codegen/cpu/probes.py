@@ -63,7 +63,8 @@ def probes(isa: Isa) -> Iterator[Probe]:
     yield Probe("read", reading(isa, is_cached=False), 4 * _PAGE_WORDS)
     yield Probe("cache", reading(isa, is_cached=True), 4 * _PAGE_WORDS * _CACHED_PAGES)
     one = isa.tuning.probe_sums * isa.lanes
-    yield Probe("int8", multiplying(isa, add_bytes), 8 * one)
+    if isa.offers("dot4_u8s8") or isa.offers("add2_u8s8"):
+        yield Probe("int8", multiplying(isa, add_bytes), 8 * one)
     if isa.offers("dot2_bf16"):
         yield Probe("bf16", multiplying(isa, add_pairs), 4 * one)
     yield Probe("f32", multiplying(isa, add_products), 2 * one)

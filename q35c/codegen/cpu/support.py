@@ -18,6 +18,7 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.cpu.isa.base import Isa
 
+SUMMED_LANES = (4, 8, 16)
 CYCLES_BEFORE_SLEEP = 200_000  # about 70 us; then another thread may need this core
 
 # Generation barrier: the last thread to arrive clears the count before it opens the next generation, so the
@@ -27,19 +28,7 @@ CYCLES_BEFORE_SLEEP = 200_000  # about 70 us; then another thread may need this 
 # Either the opener sees the sleeper's count, or the kernel sees the new generation and does not let it sleep.
 _COMMON_IR = Template("""
 declare i64 @llvm.readcyclecounter()
-declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
-declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
-
-define linkonce_odr hidden float @q35c_sum_f32x8(<8 x float> %x) alwaysinline {
-  %r = call reassoc float @llvm.vector.reduce.fadd.v8f32(float -0.0, <8 x float> %x)
-  ret float %r
-}
-
-define linkonce_odr hidden float @q35c_sum_f32x16(<16 x float> %x) alwaysinline {
-  %r = call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, <16 x float> %x)
-  ret float %r
-}
-
+$sums
 $flush
 define linkonce_odr hidden i32 @q35c_barrier(ptr %arrivals, i32 %nt) {
   %generation = getelementptr i8, ptr %arrivals, i64 64
@@ -148,10 +137,24 @@ define weak hidden void @TVMFFIErrorSetRaisedFromCStrParts(ptr %kind, ptr %parts
 """)
 
 
+def _sum_ir(lanes: int) -> str:
+    """Return the function that adds the lanes of a vector in the order of a tree."""
+    kind = f"<{lanes} x float>"
+    return f"""
+declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, {kind})
+
+define linkonce_odr hidden float @q35c_sum_f32x{lanes}({kind} %x) alwaysinline {{
+  %r = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float -0.0, {kind} %x)
+  ret float %r
+}}
+"""
+
+
 def support_ir(isa: Isa) -> str:
     """Return all that may come into an object of an instruction set; LLVM drops what is not called."""
     system, rows = isa.system, "".join(row.support for row in isa.instructions)
     texts = {"flush": system.flush, "wait": system.wait, "wake": system.wake}
+    texts["sums"] = "".join(map(_sum_ir, SUMMED_LANES))
     return _COMMON_IR.substitute(texts, cycles=CYCLES_BEFORE_SLEEP) + rows
 
 

@@ -73,10 +73,10 @@ class FloatProduct(Product):
     @property
     def passes(self) -> tuple[Vectors, ...]:
         """Vectors of a line that one tall tile takes at a time."""
-        if len(self.vectors) == 2:
-            return (self.vectors,)
-        # swiglu needs a gate vector and its up vector, 16 columns further, in one pass.
-        return ((0, 2), (1, 3)) if self.is_swiglu else ((0, 1), (2, 3))
+        half = len(self.vectors) // 2
+        if self.is_swiglu:  # a gate vector and its up vector, 16 columns further
+            return tuple((v, v + half) for v in range(half))
+        return tuple((2 * v, 2 * v + 1) for v in range(half))
 
     @property
     def unroll(self) -> int:

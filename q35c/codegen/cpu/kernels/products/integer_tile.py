@@ -103,9 +103,9 @@ class IntegerProduct(Product):
 
     def passes(self, rows: int) -> tuple[Vectors, ...]:
         """Vectors of a line that one tile takes at a time: its sums must fit the registers."""
-        if len(self.vectors) == 2 or rows == 1:
+        if rows == 1:
             return (self.vectors,)
-        return (self.vectors[:2], self.vectors[2:])
+        return tuple(self.vectors[v : v + 2] for v in range(0, len(self.vectors), 2))
 
     @property
     def moves_signs(self) -> bool:
