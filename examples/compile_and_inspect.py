@@ -19,5 +19,7 @@ with read_artifact(output) as artifact:
     manifest = artifact.manifest
     print(f"{len(manifest.kernels)} kernels for {manifest.target.name}, {manifest.precision}")
     for entry in manifest.entries:
-        print(f"  {entry.name:8} up to {entry.max_tokens} tokens, {len(entry.steps)} kernel calls")
+        print(
+            f"  {entry.name:8} up to {entry.sequences} x {entry.tokens} tokens, {len(entry.steps)} kernel calls"
+        )
     print(f"a sequence's state: {manifest.memory.state_per_sequence / 2**20:.1f} MiB")

@@ -16,6 +16,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from q35c.artifact import ArtifactWriter, Manifest, WeightEntry
+from q35c.artifact.entries import INPUTS, EntrySpec, io_layout
+from q35c.artifact.schema import encode
 from q35c.layouts import blobs
 
 VOCAB, CONTEXT, BATCH, MAX_TOKENS = 270, 256, 4, 16
@@ -66,39 +68,52 @@ CHAT_TEMPLATE = (
 def state_layout(context: int = CONTEXT) -> dict[str, Any]:
     """Return the manifest's state of the fake model."""
     tensors = [
-        ("layers.0.conv", [1, 96], "fixed"),
-        ("layers.0.delta", [1, 32, 32], "fixed"),
-        ("layers.1.keys", [1, context // 32, 32, 32], "context"),
-        ("layers.1.values", [1, context, 32], "context"),
+        ("layers.0.conv", [1, 96], "plain"),
+        ("layers.0.delta", [1, 32, 32], "plain"),
+        ("layers.1.keys", [1, context // 32, 32, 32], "cells32"),
+        ("layers.1.values", [1, context, 32], "cells32"),
     ]
     return blobs.state_layout(
-        {"name": name, "dtype": "f32", "shape": shape, "growth": growth}
-        for name, shape, growth in tensors
+        {"name": name, "dtype": "f32", "layout": layout, "shape": shape}
+        for name, shape, layout in tensors
     )
+
+
+def entry_specs(batch: int = BATCH) -> list[EntrySpec]:
+    """Return what the fake model's entries take and return."""
+    inputs = tuple(INPUTS)
+    return [
+        EntrySpec("prefill", 1, MAX_TOKENS, inputs, "last"),
+        EntrySpec("decode", batch, 1, inputs, "all"),
+        EntrySpec("score", 1, MAX_TOKENS // 2, inputs, "all"),
+        EntrySpec("extend", 1, MAX_TOKENS, inputs, "none"),
+    ]
 
 
 def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) -> dict[str, Any]:
     """Return the fields that a compiler hands to the writer."""
-    entries = [("prefill", "sequence", MAX_TOKENS, "last"), ("decode", "batch", batch, "all")]
-    entries.append(("score", "sequence", MAX_TOKENS // 2, "all"))
-    entries.append(("extend", "sequence", MAX_TOKENS, "none"))
-    names = ("name", "rows", "max_tokens", "logits")
     return {
         "model": MODEL,
-        "target": {"name": "cpu:x86-64-v1", "cpu_features": ["sse2"], "lanes": 4},
+        "target": {
+            "backend": "cpu",
+            "name": "cpu:x86-64-v1",
+            "cpu_features": ["sse2"],
+            "lanes": 4,
+        },
         "precision": "f32",
         "context": context,
         "batch": batch,
         "entries": [
             {
-                **dict(zip(names, entry, strict=True)),
-                "symbol": entry[0],
+                **encode(spec),
+                "symbol": spec.name,
                 "steps": [0],
                 "step_weights": [0],
-                "single_row_steps": [0] if entry[-1] == "last" else [],
+                "single_row_steps": [0] if spec.logits == "last" else [],
             }
-            for entry in entries
+            for spec in entry_specs(batch)
         ],
+        "row_layouts": {"q8g64": "int8-sums"},
         "arena_bytes": 4096,
         "max_threads": 8,
         "state": state_layout(context),
@@ -128,8 +143,8 @@ def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) 
 def weight_entries() -> list[WeightEntry]:
     """Return the fake model's weights; the second's bytes are no multiple of 64."""
     return [
-        WeightEntry("bigram", "f32", (VOCAB, VOCAB), "rows", ("embed_tokens.weight",)),
-        WeightEntry("noise", "f32", (2,), "as in the checkpoint"),
+        WeightEntry("bigram", "vector", "f32", (VOCAB, VOCAB), ("embed_tokens.weight",)),
+        WeightEntry("noise", "vector", "f32", (2,)),
     ]
 
 
@@ -140,7 +155,7 @@ def code(context: int = CONTEXT, batch: int = BATCH) -> bytes:
     if compiler is None:
         pytest.skip("no C compiler")
     state = [tensor["offset"] for tensor in state_layout(context)["tensors"]]
-    io = blobs.io_layout(MAX_TOKENS, batch, max(MAX_TOKENS // 2, batch), VOCAB, 1)["fields"]
+    io = io_layout(entry_specs(batch), VOCAB, 1)["fields"]
     numbers = dict(zip(("CONV", "DELTA", "KEYS", "VALUES"), state, strict=True))
     numbers |= {name.upper(): field["offset"] for name, field in io.items()}
     numbers |= {"VOCAB": VOCAB, "MAX_TOKENS": MAX_TOKENS, "NOISE": blobs.align(4 * VOCAB * VOCAB)}
@@ -208,8 +223,8 @@ def write_fake(
 def small_fields(**changes: Any) -> tuple[dict[str, Any], list[WeightEntry]]:
     """Return fields and weights of the smallest valid artifact, for tests of the format alone."""
     entries = [
-        WeightEntry("a.weight", "f32", (2, 32), "rows"),
-        WeightEntry("b", "bf16", (3,), "x", ("s",)),
+        WeightEntry("a.weight", "linear", "f32", (32, 2)),
+        WeightEntry("b", "vector", "bf16", (3,), ("s",)),
     ]
     return manifest_fields(**changes), entries
 

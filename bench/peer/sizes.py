@@ -48,7 +48,7 @@ def artifact_token_bytes(manifest: Manifest) -> float:
     total = 0.0
     for weight in manifest.weights:
         is_lookup = weight.name == "embed_tokens" and not config.tie_word_embeddings
-        share = routed if weight.layout.startswith("per expert") else 1.0
+        share = routed if weight.layout.startswith("experts") else 1.0
         total += 0.0 if is_lookup else share * weight.bytes
     return total
 

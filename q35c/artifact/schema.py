@@ -61,7 +61,14 @@ class Reader:
     read: Callable[[Any, str], object]
 
 
-Limit = Range | Pattern | Items | Reader
+@dataclass(frozen=True)
+class Tag:
+    """Let a field of an object say which dataclass of a union it is: each has that field as a `Literal` of its own."""
+
+    field: str
+
+
+Limit = Range | Pattern | Items | Reader | Tag
 
 
 def decode(kind: type[T], value: object, path: str) -> T:
@@ -113,6 +120,8 @@ def _decode(kind: Any, value: object, path: str) -> object:
     if isinstance(limit, Reader):
         return _decode_elsewhere(limit, value, path)
     origin = get_origin(kind)
+    if isinstance(limit, Tag):
+        kind = _tagged(kind, limit.field, value, path)
     if dataclasses.is_dataclass(kind):
         return _decode_record(cast(type, kind), value, path)
     if origin is tuple:
@@ -137,6 +146,16 @@ def _decode_elsewhere(reader: Reader, value: object, path: str) -> object:
         raise refuse(
             error.where or path, error.what, expected=error.expected, got=error.got
         ) from None
+
+
+def _tagged(kind: Any, field: str, value: object, path: str) -> type:
+    """Return the dataclass that the value's tag names."""
+    kinds = {get_args(fields_of(one)[field])[0]: one for one in get_args(kind) or (kind,)}
+    tag = _expect_object(value, path).get(field)
+    if not isinstance(tag, str) or tag not in kinds:
+        where = f"{path}.{field}"
+        raise refuse(where, "value is not allowed", expected=sorted(kinds), got=_brief(tag))
+    return kinds[tag]
 
 
 def _decode_record(kind: type, value: object, path: str) -> object:

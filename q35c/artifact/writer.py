@@ -18,11 +18,14 @@ from typing import Any, cast
 
 from q35c import strictjson
 from q35c.artifact import layout
-from q35c.artifact.manifest import FORMAT, Manifest, Segment, Weight
+from q35c.artifact.entries import Entry, io_layout
+from q35c.artifact.leaves import Segment, Weight
+from q35c.artifact.manifest import FORMAT, Manifest
 from q35c.artifact.reader import Progress, read_artifact
-from q35c.artifact.schema import encode
+from q35c.artifact.schema import decode, encode
 from q35c.errors import ArtifactError, DiskRefused, InternalError
 from q35c.layouts import blobs
+from q35c.layouts.weights import WeightLayout, packed_shape
 from q35c.outputs import PREFIX, SUFFIX, check_output, check_space, publish
 from q35c.temporary import sweep_stale, temporary_file
 from q35c.version import __version__
@@ -32,35 +35,46 @@ ZERO_HASH = "0" * 64
 
 @dataclass(frozen=True, slots=True)
 class WeightEntry:
-    """A packed weight to be written; `sources` are the checkpoint's tensors it was made of."""
+    """A weight of shape `matrix` to be written in a layout and format; `sources` are the checkpoint's tensors it was made of."""
 
     name: str
-    dtype: str
-    shape: tuple[int, ...]
-    layout: str
+    layout: WeightLayout
+    format: str
+    matrix: tuple[int, ...]
     sources: tuple[str, ...] = ()
+
+    @property
+    def stored(self) -> tuple[str, tuple[int, ...]]:
+        """Return dtype and shape in the file. Raises InternalError if the layout holds no such weight."""
+        found = packed_shape(self.layout, self.format, self.matrix)
+        if found is None:
+            raise InternalError("a weight's layout holds no such weight", where=self.name, got=self)
+        return found
 
     @property
     def bytes(self) -> int:
         """Return the bytes of the data, without padding."""
-        return blobs.tensor_bytes(self.dtype, self.shape)
+        return blobs.tensor_bytes(*self.stored)
 
 
 def place_weights(entries: Iterable[WeightEntry]) -> tuple[Weight, ...]:
     """Return the entries with their offsets from the first weight."""
     listed = list(entries)
-    offsets, _ = blobs.pack_tensors((entry.dtype, entry.shape) for entry in listed)
+    stored = [entry.stored for entry in listed]
+    offsets, _ = blobs.pack_tensors(stored)
     return tuple(
         Weight(
             name=entry.name,
             offset=offset,
             bytes=entry.bytes,
-            dtype=cast(Any, entry.dtype),
-            shape=entry.shape,
+            dtype=cast(Any, dtype),
+            shape=shape,
             layout=entry.layout,
+            format=entry.format,
+            matrix=entry.matrix,
             sources=entry.sources,
         )
-        for entry, offset in zip(listed, offsets, strict=True)
+        for entry, (dtype, shape), offset in zip(listed, stored, offsets, strict=True)
     )
 
 
@@ -71,8 +85,7 @@ def complete_manifest(
 
     Returns the manifest and the segments as they are to be written: the code with its trailer.
 
-    `fields` holds model, target, precision, context, batch, entries, arena_bytes, max_threads, state,
-    kernels, probes and generation, as JSON values or dataclasses; a derived field may be given and must then
+    `fields` holds model, target, precision, context, batch, entries, row_layouts, arena_bytes, max_threads, state, kernels, probes and generation, as JSON values or dataclasses; a derived field may be given and must then
     be right. Raises InternalError, because a wrong manifest is the compiler's mistake.
     """
     try:
@@ -97,14 +110,12 @@ def _describe(data: bytes) -> dict[str, Any]:
 
 
 def _add_derived(document: dict[str, Any]) -> None:
-    entries = document["entries"]
-    tokens = max(entry["max_tokens"] for entry in entries)
-    rows = max(blobs.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
+    entries = [decode(Entry, entry, "$.entries") for entry in document["entries"]]
     document.setdefault("producer", f"q35c {__version__}")
     document.setdefault("barrier_bytes", 128)
     vocab = document["model"]["vocab_size"]
-    steps = max(len(entry["steps"]) for entry in entries)
-    document.setdefault("io", blobs.io_layout(tokens, document["batch"], rows, vocab, steps))
+    steps = max(len(entry.steps) for entry in entries)
+    document.setdefault("io", io_layout(entries, vocab, steps))
     memory = layout.memory_plan(
         weights=document["weights_bytes"],
         state=document["state"]["bytes"],

@@ -102,9 +102,7 @@ def describe_manifest(manifest: Any) -> str:
     )
     families = Counter(kernel.family for kernel in manifest.kernels)
     entries = [
-        f"{entry.name} (up to {entry.max_tokens} "
-        + ("tokens of one sequence" if entry.rows == "sequence" else "sequences, a token each")
-        + f", {entry.logits} logits)"
+        f"{entry.name} (up to {entry.sequences} x {entry.tokens} tokens, {entry.logits} logits)"
         for entry in manifest.entries
     ]
     hashes = [f"{name} {item.sha256[:16]}… {size_text(item.bytes)}"
@@ -149,7 +147,7 @@ def describe_formats(manifest: Any) -> str:
 
     sizes: Counter[str] = Counter()
     for weight in manifest.weights:
-        sizes[weight.layout.rpartition(" ")[2]] += weight.bytes
+        sizes[weight.format] += weight.bytes
     count = sum(math.prod(shape) for shape in expected_tensors(manifest.model).values())
     formats = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.most_common())
     return f"{8 * sum(sizes.values()) / count:.2f} bits a weight ({formats})"
@@ -169,7 +167,7 @@ def describe_weights(manifest: Any) -> str:
     rows = [
         [
             weight.name,
-            f"{weight.dtype}[{', '.join(map(str, weight.shape))}]",
+            f"{weight.format}[{', '.join(map(str, weight.matrix))}]",
             size_text(weight.bytes),
             weight.layout,
             " ".join(weight.sources),

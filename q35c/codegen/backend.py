@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from q35c.codegen.calls import Barrier, Call, Cost, Division, Pointer, Signature
 from q35c.layouts.cache import CacheLayout
+from q35c.layouts.rows import RowLayout
 
 if TYPE_CHECKING:
     from q35c.codegen.pack import Pack, PackedWeight
@@ -61,8 +62,8 @@ class Backend(Protocol):
         """Return how keys and values of this type lie in the state."""
         ...
 
-    def row_words(self, dtype: str, width: int) -> int:
-        """Return the 4-byte words of one row of activations; rounded rows have a layout of their own."""
+    def row_layout(self, dtype: str) -> RowLayout:
+        """Return how rows rounded to this type lie in the arena."""
         ...
 
     def decode_splits(self, kv_heads: int, context: int) -> int:

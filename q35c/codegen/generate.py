@@ -7,27 +7,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from q35c.artifact.entries import Entry, EntrySpec, io_layout
 from q35c.artifact.writer import WeightEntry, place_weights
 from q35c.codegen.backend import Backend
 from q35c.codegen.calls import Pointer, Tokens
 from q35c.codegen.pack import PackedWeight
 from q35c.codegen.requests import Shared
 from q35c.codegen.schedule import Places, Schedule, WeightRef
-from q35c.ir.graph import Module, Value
+from q35c.ir.graph import Graph, Module, Value
 from q35c.ir.precision import Policy
+from q35c.ir.types import SymDim
 from q35c.layouts import blobs
 from q35c.layouts.blobs import GRID
 from q35c.layouts.cache import stored_shape
-from q35c.layouts.weights import BLOCK
-
-LAYOUT_NOTES = {
-    "vector": "as in the checkpoint",
-    "conv": "taps by channels",
-    "linear": f"blocks of {BLOCK} rows, input-major",
-    "swiglu": f"blocks of {BLOCK // 2} gate and {BLOCK // 2} up rows, input-major",
-    "experts": f"per expert: blocks of {BLOCK} rows, input-major",
-    "experts_swiglu": f"per expert: blocks of {BLOCK // 2} gate and {BLOCK // 2} up rows, input-major",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +54,23 @@ def generate(
     `check_weights` gets the bytes of the packed weights before any code is made, and may raise.
     """
     progress("lower", 0.0)
-    entries = describe_entries(module, backend, limits)
+    specs = [entry_spec(graph, backend, limits) for graph in module]
     state = blobs.state_layout(describe_state(module, policy, limits.context, backend))
-    tokens = max(entry["max_tokens"] for entry in entries)
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
-    shared = Shared(backend, limits.context, tokens, offsets)
+    io = io_layout(specs, limits.vocabulary, 0)["fields"]
+    shared = Shared(backend, limits.context, io["positions"]["shape"][-1], offsets)
     schedules = [
-        backend.lower(graph, shared, entry["max_tokens"])
-        for graph, entry in zip(module, entries, strict=True)
+        backend.lower(graph, shared, spec.rows) for graph, spec in zip(module, specs, strict=True)
     ]
-    for entry, schedule in zip(entries, schedules, strict=True):
-        entry |= describe_steps(schedule, shared)
-    stored = tuple(stored_weight(weight) for weight in shared.weights.values())
+    entries = [
+        compiled_entry(spec, schedule, shared)
+        for spec, schedule in zip(specs, schedules, strict=True)
+    ]
+    stored = tuple(map(stored_weight, shared.weights.values()))
     check_weights(sum(weight.bytes for weight in stored))
     places = Places(
         {weight.name: weight.offset for weight in place_weights(stored)},
-        io_places(limits, tokens, entries),
+        io_places(entries, limits),
     )
     plans = [schedule.plan() for schedule in schedules]
     clock = Pointer("io", places.io["clock"][0])
@@ -92,6 +85,7 @@ def generate(
         "context": limits.context,
         "batch": limits.batch,
         "entries": entries,
+        "row_layouts": shared.row_layouts,
         "arena_bytes": max(plan.bytes for plan in plans),
         "max_threads": backend.max_threads,
         "barrier_bytes": barrier_bytes(shared),
@@ -108,30 +102,25 @@ def barrier_bytes(shared: Shared) -> int:
 
 
 def stored_weight(weight: PackedWeight) -> WeightEntry:
-    note = f"{LAYOUT_NOTES[weight.layout]}, {weight.dtype}"
-    return WeightEntry(weight.name, weight.stored_dtype, weight.shape, note, weight.sources)
+    return WeightEntry(weight.name, weight.layout, weight.dtype, weight.matrix, weight.sources)
 
 
-def describe_entries(module: Module, backend: Backend, limits: Limits) -> list[dict[str, Any]]:
-    """Return name, symbol, rows, most tokens and logits of each entry. One sequence takes whole chunks of the grid, so that
-    a long one is cut where it changes no bit.
+def entry_spec(graph: Graph, backend: Backend, limits: Limits) -> EntrySpec:
+    """Return what an entry takes and returns, as its graph says: B sequences or one, T tokens of each or one.
+
+    T is in whole chunks of the grid, so that a long sequence is cut where it changes no bit, and bounded by the bytes of
+    logits of all.
     """
-    score_tokens = backend.logits_bytes // (4 * limits.vocabulary) // GRID * GRID
-    kinds = {
-        "prefill": ("sequence", backend.prefill_tokens, "last"),
-        "decode": ("batch", limits.batch, "all"),
-        "score": ("sequence", min(max(GRID, score_tokens), backend.prefill_tokens), "all"),
-        "extend": ("sequence", backend.prefill_tokens, "none"),
-    }
-    names = ("rows", "max_tokens", "logits")
-    return [
-        {
-            "name": graph.name,
-            "symbol": graph.name,
-            **dict(zip(names, kinds[graph.name], strict=True)),
-        }
-        for graph in module
-    ]
+    dims = {dim.name for v in graph.inputs for dim in v.type.shape if isinstance(dim, SymDim)}
+    sequences = limits.batch if "B" in dims else 1
+    rows = [value.type.shape[0] for value in graph.outputs]
+    logits = "none" if not rows else "all" if isinstance(rows[0], SymDim) else "last"
+    tokens = backend.prefill_tokens if "T" in dims else 1
+    if logits == "all" and tokens > 1:
+        fitting = backend.logits_bytes // (4 * limits.vocabulary * sequences) // GRID * GRID
+        tokens = min(max(GRID, fitting), tokens)
+    inputs: Any = tuple(value.name for value in graph.inputs)
+    return EntrySpec(graph.name, sequences, tokens, inputs, logits)
 
 
 def describe_state(
@@ -142,51 +131,49 @@ def describe_state(
     What does not grow comes first, so that a short session keeps it together in huge pages.
     """
     tensors = [stored_state(v, policy, context, backend) for v in module.entries[0].leaves("state")]
-    return sorted(tensors, key=lambda tensor: tensor["growth"] == "context")
+    return sorted(tensors, key=lambda tensor: tensor["layout"] != "plain")
 
 
 def stored_state(value: Value, policy: Policy, context: int, backend: Backend) -> dict[str, Any]:
     kind = value.name.rpartition(".")[2]
     dims = value.type.shape[1:]
     if kind not in ("keys", "values"):
-        return {"name": value.name, "dtype": "f32", "shape": list(dims), "growth": "fixed"}
+        return {"name": value.name, "dtype": "f32", "layout": "plain", "shape": list(dims)}
     heads, head_dim = (int(d) for d in dims[1:])  # type: ignore[arg-type]
     layout = backend.cache_layout(policy.cache)
     return {
         "name": value.name,
         "dtype": {"int8": "i8"}.get(policy.cache, policy.cache),
+        "layout": layout,
         "shape": stored_shape(kind, heads, head_dim, context, layout),
-        "growth": "context",
     }
 
 
-def io_places(
-    limits: Limits, tokens: int, entries: list[dict[str, Any]]
-) -> dict[str, tuple[int, int]]:
+def io_places(entries: list[Entry], limits: Limits) -> dict[str, tuple[int, int]]:
     """Return offset and bytes of each io field."""
-    rows = max(blobs.logits_rows(entry["logits"], entry["max_tokens"]) for entry in entries)
-    steps = max(len(entry["steps"]) for entry in entries)
-    fields = blobs.io_layout(tokens, limits.batch, rows, limits.vocabulary, steps)["fields"]
+    fields = io_layout(entries, limits.vocabulary, max(len(entry.steps) for entry in entries))
     return {
         name: (field["offset"], blobs.tensor_bytes(field["dtype"], field["shape"]))
-        for name, field in fields.items()
+        for name, field in fields["fields"].items()
     }
 
 
-def describe_steps(schedule: Schedule, shared: Shared) -> dict[str, list[int]]:
-    """Return each step's kernel and packed weight (its largest; -1 for none), and the steps of one row."""
+def compiled_entry(spec: EntrySpec, schedule: Schedule, shared: Shared) -> Entry:
+    """Return an entry with each step's kernel and packed weight (its largest; -1 for none), and the steps of one row."""
     kernels = {name: number for number, name in enumerate(shared.kernels.values())}
     weights = {name: number for number, name in enumerate(shared.weights)}
     sizes = [math.prod(weight.shape) for weight in shared.weights.values()]
-    largest = []
+    largest: list[int] = []
     for step in schedule.steps:
         used = [weights[a.name] for a in step.args if isinstance(a, WeightRef)]
         largest.append(max(used, key=lambda number: sizes[number], default=-1))
-    return {
-        "steps": [kernels[step.kernel] for step in schedule.steps],
-        "step_weights": largest,
-        "single_row_steps": [n for n, s in enumerate(schedule.steps) if Tokens() not in s.args],
-    }
+    return Entry(
+        **asdict(spec),
+        symbol=schedule.name,
+        steps=tuple(kernels[step.kernel] for step in schedule.steps),
+        step_weights=tuple(largest),
+        single_row_steps=tuple(n for n, s in enumerate(schedule.steps) if Tokens() not in s.args),
+    )
 
 
 def describe_kernels(shared: Shared) -> list[dict[str, Any]]:

@@ -15,7 +15,14 @@ import numpy as np
 from q35c.formats.bf16 import to_bf16
 from q35c.formats.integer import IntegerFormat, quantize_weight
 from q35c.formats.registry import integer_format
-from q35c.layouts.weights import BLOCK, CACHE_LINE, IntegerBlock, block_shape, ceil_div
+from q35c.layouts.weights import (
+    BLOCK,
+    CACHE_LINE,
+    IntegerBlock,
+    WeightLayout,
+    block_count,
+    packed_shape,
+)
 
 SLICE_BYTES = 1 << 20  # f32 bytes converted at a time: they stay in the cache
 
@@ -34,7 +41,7 @@ class PackedWeight:
     """
 
     name: str
-    layout: str
+    layout: WeightLayout
     dtype: str
     sources: tuple[str, ...]
     source_shapes: tuple[tuple[int, ...], ...]
@@ -47,25 +54,24 @@ class PackedWeight:
         return sum(shape[0] for shape in self.source_shapes)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape that is stored."""
+    def matrix(self) -> tuple[int, ...]:
+        """The shape of all sources together."""
         if self.layout == "vector":
             return self.source_shapes[0]
-        if self.layout == "conv":
-            channels, _, taps = self.source_shapes[0]
-            return taps, channels
         experts = (self.experts,) if self.layout.startswith("experts") else ()
-        return (*experts, self.blocks, *block_shape(self.dtype, self.inputs))
+        return (*experts, self.rows, self.inputs)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that is stored."""
+        stored = packed_shape(self.layout, self.dtype, self.matrix)
+        assert stored is not None  # requests name layouts that hold what they ask for
+        return stored[1]
 
     @property
     def experts(self) -> int:
         """Number of experts, a shared one included."""
         return self.source_shapes[0][0] + (len(self.sources) > 1)
-
-    @property
-    def stored_dtype(self) -> str:
-        """The element type of `shape`; integers lie in bytes together with their scales."""
-        return "u8" if integer_format(self.dtype) else self.dtype
 
     @property
     def values(self) -> int:
@@ -74,9 +80,7 @@ class PackedWeight:
 
     @property
     def blocks(self) -> int:
-        if self.layout.endswith("swiglu"):
-            return ceil_div(self.rows // 2, BLOCK // 2)
-        return ceil_div(self.rows, BLOCK)
+        return block_count(self.layout, self.rows)
 
     def chunks(self, read: Read) -> Iterator[np.ndarray]:
         """Yield the stored bytes in order, a slice at a time."""

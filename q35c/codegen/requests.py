@@ -20,10 +20,11 @@ from q35c.codegen.schedule import (
     WeightRef,
 )
 from q35c.errors import LoweringError
-from q35c.formats.registry import integer_format
+from q35c.formats.registry import integer_format, is_row_format
 from q35c.ir.graph import Graph, Op, Value, producers
 from q35c.ir.types import SymDim
-from q35c.layouts.weights import LINE_WORDS
+from q35c.layouts.rows import RowLayout, row_words
+from q35c.layouts.weights import LINE_WORDS, WeightLayout
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class Shared:
     state_offsets: Mapping[str, int]
     kernels: dict[KernelKey, str] = field(default_factory=dict)
     weights: dict[str, PackedWeight] = field(default_factory=dict)
+    row_layouts: dict[str, RowLayout] = field(default_factory=dict)  # of rounded rows, by dtype
     counters: int = 0  # the most that a kernel needs at once
 
     def kernel(self, family: str, **parameters: Any) -> str:
@@ -48,12 +50,24 @@ class Shared:
         names = tuple(tensor.name for tensor in tensors)
         return StateRef(self.state_offsets[names[0]], names)
 
+    def row_words(self, dtype: str, width: int) -> int:
+        """Return the 4-byte words of one row of activations; rounded rows have a layout of their own."""
+        if not is_row_format(dtype):
+            return width
+        layout = self.row_layouts.setdefault(dtype, self.backend.row_layout(dtype))
+        words = row_words(layout, dtype, width)
+        if words is None:
+            raise LoweringError(
+                "the backend's layout holds no such rows", expected=dtype, got=layout
+            )
+        return words
+
     def arrivals(self, counters: int) -> Arrivals:
         """Request counters for a kernel whose threads meet at groups."""
         self.counters = max(self.counters, counters)
         return Arrivals()
 
-    def weight(self, layout: str, *sources: Value) -> WeightRef:
+    def weight(self, layout: WeightLayout, *sources: Value) -> WeightRef:
         """Request a packed weight; equal requests share one."""
         leaves = [source.name.removesuffix(".weight") for source in sources]
         name = "-".join([leaves[0], *(leaf.rpartition(".")[2] for leaf in leaves[1:])])
@@ -90,7 +104,7 @@ class Lowering:
     def output(self, value: Value) -> View:
         """Return the rows a result is written to: io for the logits, a new buffer otherwise."""
         words, rows = (
-            self.shared.backend.row_words(value.type.dtype, width(value)),
+            self.shared.row_words(value.type.dtype, width(value)),
             row_count(value),
         )
         if value == self.logits:
@@ -133,7 +147,7 @@ class Lowering:
 
     def rounded(self, x: View, width: int, dtype: str, pairs: int) -> View:
         """Return the rounded rows of a temporary that has `pairs` rows of `width` for each token."""
-        q = self.temporary("rounded", pairs * self.shared.backend.row_words(dtype, width), x.rows)
+        q = self.temporary("rounded", pairs * self.shared.row_words(dtype, width), x.rows)
         self.quantize(x, q, width, dtype, pairs)
         return q
 

@@ -1,4 +1,4 @@
-"""Blocks of memory: tensors in a block, the fields of the io block, the state of a sequence.
+"""Blocks of memory: tensors in a block, the state of a sequence.
 
 Every block starts at a multiple of 64 bytes and every tensor in it too, so that generated code may
 load whole cache lines and vectors. The compiler and the reader use the same functions.
@@ -6,7 +6,7 @@ load whole cache lines and vectors. The compiler and the reader use the same fun
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 Blob = Literal["weights", "state", "arena", "io", "barrier"]  # what programs point into
 BLOBS: tuple[Blob, ...] = ("weights", "state", "arena", "io", "barrier")
@@ -35,13 +35,6 @@ DTYPES = {  # name -> (safetensors name, bytes)
 }
 
 
-class HasMaxTokens(Protocol):
-    """Anything that says how many tokens a call takes."""
-
-    @property
-    def max_tokens(self) -> int: ...
-
-
 def align(size: int) -> int:
     """Round up to a multiple of 64."""
     return (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
@@ -62,40 +55,8 @@ def pack_tensors(specs: Iterable[tuple[str, Sequence[int]]]) -> tuple[list[int],
     return offsets, end
 
 
-def max_tokens(entries: Iterable[HasMaxTokens]) -> int:
-    """Return the tokens of the largest call, which is the width of the io block's token fields."""
-    return max(entry.max_tokens for entry in entries)
-
-
-def logits_rows(logits: str, tokens: int) -> int:
-    """Return how many rows of logits an entry writes for so many tokens."""
-    return {"none": 0, "last": 1, "all": tokens}[logits]
-
-
-def io_layout(tokens: int, batch: int, logits_rows: int, vocab: int, steps: int) -> dict[str, Any]:
-    """Return the manifest's `io`: tokens, three position axes, slots, starts, logits, clock.
-
-    `positions` has a row stride of `tokens` elements, whatever a call's token count. `clock` is a switch, then the
-    cycle counter before each of at most `steps` kernels and after the last.
-    """
-    specs: dict[str, tuple[str, list[int]]] = {
-        "tokens": ("i32", [tokens]),
-        "positions": ("i32", [3, tokens]),
-        "slots": ("i64", [batch]),
-        "starts": ("i32", [batch]),
-        "logits": ("f32", [logits_rows, vocab]),
-        "clock": ("i64", [steps + 2]),
-    }
-    offsets, total = pack_tensors(specs.values())
-    fields = {
-        name: {"offset": offset, "dtype": dtype, "shape": shape}
-        for offset, (name, (dtype, shape)) in zip(offsets, specs.items(), strict=True)
-    }
-    return {"bytes": total, "fields": fields}
-
-
 def state_layout(tensors: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the manifest's `state` from tensors with name, dtype, shape and growth."""
+    """Return the manifest's `state` from tensors with name, dtype, layout, shape and growth."""
     listed = [dict(tensor) for tensor in tensors]
     offsets, total = pack_tensors((tensor["dtype"], tensor["shape"]) for tensor in listed)
     placed = [{**tensor, "offset": at} for tensor, at in zip(listed, offsets, strict=True)]

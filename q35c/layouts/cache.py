@@ -15,6 +15,14 @@ from __future__ import annotations
 from typing import Literal
 
 CacheLayout = Literal["cells32", "bf16-pairs", "int8-pairs"]
+StateLayout = Literal["plain"] | CacheLayout  # plain: dense, as its shape says
+# Layout -> the dtypes of what lies so; all but plain grow with the context.
+STATE_DTYPES: dict[StateLayout, tuple[str, ...]] = {
+    "plain": ("f32",),
+    "cells32": ("f32", "bf16"),
+    "bf16-pairs": ("bf16",),
+    "int8-pairs": ("i8",),
+}
 
 CELLS = 32  # tokens of one block of keys
 SCALE_ROWS = 4  # rows of 32 bytes behind a block of an int8 cache: an f32 scale for each token

@@ -1,11 +1,21 @@
-"""How rounded rows of activations lie in the arena. They live between two kernels, so no file says which layout they have."""
+"""How rounded rows of activations lie in the arena.
+
+int8-sums         codes, scales and sums in int32 words: `IntegerRow`
+int8-sums-starts  the same with starts behind them
+bf16-pairs        two values in a word
+bf16-words        each value in a word, as f32
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from q35c.formats.integer import SUM_INPUTS
+from q35c.formats.registry import integer_format
 from q35c.layouts.weights import LINE_WORDS, ceil_div
+
+RowLayout = Literal["int8-sums", "int8-sums-starts", "bf16-pairs", "bf16-words"]
 
 SUM_FACTOR = -32  # the zero point of 4- and 5-bit weights; that of 8-bit ones is four times as much
 
@@ -64,3 +74,13 @@ def bf16_row_words(K: int, is_paired: bool) -> int:
     """
     words = ceil_div(K, 2) if is_paired else K
     return (ceil_div(words, LINE_WORDS) | 1) * LINE_WORDS
+
+
+def row_words(layout: RowLayout, dtype: str, K: int) -> int | None:
+    """Return the 4-byte words of a row of K values rounded to a dtype, None where the layout holds no such rows."""
+    if form := integer_format(dtype):
+        has_starts = layout == "int8-sums-starts"
+        is_known = dtype.startswith("q") and layout.startswith("int8")
+        return IntegerRow(K, form.group, has_starts).words if is_known else None
+    is_known = dtype == "bf16" and layout.startswith("bf16")
+    return bf16_row_words(K, layout == "bf16-pairs") if is_known else None

@@ -29,7 +29,7 @@ from q35c.roofline.cost import Cost
 from q35c.user_cache import cache_directory
 
 if TYPE_CHECKING:
-    from q35c.artifact.manifest import Probe
+    from q35c.artifact.leaves import Probe
     from q35c.runtime import Model
     from q35c.runtime.device import Block
 

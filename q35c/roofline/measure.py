@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from q35c.artifact.manifest import Entry, Manifest
+from q35c.artifact.manifest import Manifest
 from q35c.errors import OptionError
 from q35c.roofline.cost import Cost, Work, call_cost
 from q35c.roofline.machine import seconds_per_cycle
@@ -56,7 +56,9 @@ def predict_tests(
     for depth in places:
         for kind, size in kinds:
             calls = (
-                prefill_calls(manifest, depth, size) if kind == "pp" else [("decode", 1, (depth,))]
+                prefill_calls(manifest, depth, size)
+                if kind == "pp"
+                else [(manifest.text_entries.batch.name, 1, (depth,))]
             )
             costs: Costs = {}
             steps = [step for call in calls for step in steps_of(manifest, call, costs)]
@@ -66,8 +68,7 @@ def predict_tests(
 
 def check_steps(manifest: Manifest, tokens: int) -> None:
     """Refuse a prompt whose calls have too many steps, which a file may say. Raises OptionError."""
-    prefill = entry_of(manifest, "prefill")
-    calls = -(-tokens // prefill.max_tokens)
+    calls = -(-tokens // manifest.text_entries.last.tokens)
     longest = max(len(entry.steps) for entry in manifest.entries)
     if calls * longest > MOST_STEPS:
         raise OptionError(
@@ -79,9 +80,12 @@ def check_steps(manifest: Manifest, tokens: int) -> None:
 
 
 def prefill_calls(manifest: Manifest, depth: int, size: int) -> list[Call]:
-    most, end = entry_of(manifest, "prefill").max_tokens, depth + size
+    entries, end = manifest.text_entries, depth + size
+    most = entries.last.tokens
     return [
-        ("prefill", end - at, (at,)) if end - at <= most else ("extend", most, (at,))
+        (entries.last.name, end - at, (at,))
+        if end - at <= most
+        else (entries.none.name, most, (at,))
         for at in range(depth, end, most)
     ]
 
@@ -90,7 +94,8 @@ def steps_of(manifest: Manifest, call: Call, costs: Costs | None = None) -> Iter
     """Yield the steps of one call of an entry with their costs; `costs` keeps those of earlier calls."""
     costs = {} if costs is None else costs
     name, tokens, starts = call
-    entry = entry_of(manifest, name)
+    entry = manifest.entry(name)
+    assert entry is not None  # the call comes from this manifest
     single = set(entry.single_row_steps)
     pairs = zip(entry.steps, entry.step_weights, strict=True)
     for index, (kernel_number, weight_number) in enumerate(pairs):
@@ -102,12 +107,6 @@ def steps_of(manifest: Manifest, call: Call, costs: Costs | None = None) -> Iter
         if cost is None:
             cost = costs[kernel_number, work] = call_cost(kernel.cost, work)
         yield Step(name, kernel, weight.name if weight else "", cost)
-
-
-def entry_of(manifest: Manifest, name: str) -> Entry:
-    entry = manifest.entry(name)
-    assert entry is not None  # the manifest's check demands those that are asked for
-    return entry
 
 
 def run_roofline(

@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q35c.artifact import Artifact
-from q35c.artifact.manifest import Entry, Probe, Target
+from q35c.artifact.entries import Entry
+from q35c.artifact.leaves import Probe
+from q35c.artifact.target import Target
 from q35c.runtime.memory import Available
 
 Logits = NDArray[np.float32]

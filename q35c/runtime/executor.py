@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q35c.artifact import Manifest
-from q35c.artifact.manifest import Entry, Probe
+from q35c.artifact.entries import Entry
+from q35c.artifact.leaves import Probe
 from q35c.errors import OptionError, Q35CError
 from q35c.runtime.device import Device, HasState, Logits
 from q35c.runtime.process import Origin
@@ -56,6 +57,7 @@ class Executor:
     def __init__(self, manifest: Manifest, device: Device) -> None:
         self.manifest = manifest
         self.device = device
+        self.entries = manifest.text_entries
         self.origin = Origin()
         self._lock = threading.RLock()
         self._is_running = False
@@ -68,20 +70,10 @@ class Executor:
         """Say whether `close` was called."""
         return self._is_closed
 
-    def entry(self, name: str) -> Entry:
-        """Return the plan of an entry. Raises OptionError if the artifact lacks it."""
-        entry = self.manifest.entry(name)
-        if entry is None:
-            known = [entry.name for entry in self.manifest.entries]
-            raise OptionError(
-                "the artifact was compiled without this entry", expected=known, got=name
-            )
-        return entry
-
     def run(self, entry: Entry, sequences: Sequence[HasState], tokens: Sequence[int]) -> Logits:
-        """Append tokens to sequences, equally many to each, up to `entry.max_tokens` in all.
+        """Append tokens to sequences, up to `entry.tokens` to each and equally many.
 
-        Returns a copy of the logits: f32[1, V] of the last token, f32[T, V] of all or f32[0, V]. Raises
+        Returns a copy of the logits: f32[B, V] of the sequences' last tokens, f32[B * T, V] of all or f32[0, V]. Raises
         ExecutionError if the code reports a failure; the sequences' state is undefined then.
         """
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from q35c import arguments
-from q35c.artifact.manifest import Generation as Defaults
+from q35c.artifact.leaves import Generation as Defaults
 from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime.device import Logits
 from q35c.runtime.prefix import Lease

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from q35c import arguments, strictjson
 from q35c.artifact import Artifact, Manifest, read_artifact
-from q35c.artifact.manifest import Probe
+from q35c.artifact.leaves import Probe
 from q35c.errors import MemoryRefused, OptionError, PromptError, TokenizerError
 from q35c.runtime.device import Block, Logits
 from q35c.runtime.executor import Executor, Recording

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q35c import arguments
-from q35c.artifact.manifest import Entry
+from q35c.artifact.entries import Entry
 from q35c.errors import OptionError, PromptError
 from q35c.layouts.cache import CELLS
 from q35c.runtime.device import Logits, State
@@ -112,11 +112,11 @@ class Session:
     def extend(self, ids: Sequence[int]) -> None:
         """Append tokens without computing logits. Raises as `prefill`."""
         tokens = self._check_ids(ids)
-        entry = self._executor.entry("extend")
+        entry = self._executor.entries.none
 
         def append() -> None:
             self._check_room(len(tokens))
-            for start, end in pieces(self.length, len(tokens), entry.max_tokens):
+            for start, end in pieces(self.length, len(tokens), entry.tokens):
                 self._append(entry, tokens[start:end])
 
         Session._use([self], append)
@@ -130,13 +130,13 @@ class Session:
         """
         tokens = self._check_ids(ids)
         arguments.callback("progress", progress)
-        extend, prefill = map(self._executor.entry, ("extend", "prefill"))
+        entries = self._executor.entries
 
         def append() -> Logits:
             self._check_room(len(tokens))
             logits = np.empty((0, 0), np.float32)
-            for start, end in pieces(self.length, len(tokens), prefill.max_tokens):
-                entry = prefill if end == len(tokens) else extend
+            for start, end in pieces(self.length, len(tokens), entries.last.tokens):
+                entry = entries.last if end == len(tokens) else entries.none
                 logits = self._append(entry, tokens[start:end])
                 if progress is not None:
                     progress(end, len(tokens))
@@ -151,19 +151,18 @@ class Session:
     def score(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[S, V] after each.
 
-        Raises PromptError as `prefill`, MemoryRefused if the result would not fit, OptionError if the
-        artifact was compiled without the score entry.
+        Raises PromptError as `prefill`, MemoryRefused if the result would not fit.
         """
         vocab = self._executor.manifest.model.vocab_size
         tokens = self._check_ids(ids)
         arguments.callback("progress", progress)
-        entry = self._executor.entry("score")
+        entry = self._executor.entries.all
         check_allocation("the logits", len(tokens) * vocab * 4, available_memory())
         logits: Logits = np.empty((len(tokens), vocab), dtype=np.float32)
 
         def append() -> Logits:
             self._check_room(len(tokens))
-            for start, end in pieces(self.length, len(tokens), entry.max_tokens):
+            for start, end in pieces(self.length, len(tokens), entry.tokens):
                 logits[start:end] = self._append(entry, tokens[start:end])
                 if progress is not None:
                     progress(end, len(tokens))
@@ -213,7 +212,7 @@ class Session:
                 session._check_room(1)
             for session in sessions:
                 session._is_broken = True
-            logits = executor.run(executor.entry("decode"), sessions, ids)
+            logits = executor.run(executor.entries.batch, sessions, ids)
             for session, token in zip(sessions, ids, strict=True):
                 session._advance([token])
             return logits

@@ -7,13 +7,16 @@ from q35c.errors import UnsupportedMachine
 from q35c.runtime.cpu.device import Cpu
 from q35c.runtime.device import Machine
 
-_KINDS = {"cpu": Cpu}
+_MACHINES = {"cpu": Cpu}  # by the backend that an artifact's target names
 
 
 def find_machine(manifest: Manifest, threads: int | None = None) -> Machine:
     """Return the machine for an artifact's target, with as many threads as asked for. Raises OptionError or UnsupportedMachine."""
-    name = manifest.target.name
-    kind, _, _ = name.partition(":")
-    if kind not in _KINDS:
-        raise UnsupportedMachine("no runtime for this target", expected=", ".join(_KINDS), got=name)
-    return _KINDS[kind](manifest, threads)
+    machine = _MACHINES.get(manifest.target.backend)
+    if machine is None:
+        raise UnsupportedMachine(
+            "no runtime for this target",
+            expected=", ".join(_MACHINES),
+            got=manifest.target.name,
+        )
+    return machine(manifest, threads)

@@ -29,11 +29,24 @@ from tests.fake_artifact import write_fake, write_small
 
 # Another value in these makes another valid artifact, and in the others one that only the code's plan tells apart.
 FREE = {"producer", "kernels", "generation"}
-PLANNED = {"barrier_bytes", "entries", "max_threads", "model", "precision", "probes", "segments", "state", "target", "weights"}  # fmt: skip
+PLANNED = {"barrier_bytes", "entries", "max_threads", "model", "precision", "probes", "row_layouts", "segments", "state", "target", "weights"}  # fmt: skip
 SECONDS = 2
 ADDRESS_SPACE = 512 << 20
-CHAIN = ("q35c.artifact.schema", "q35c.artifact.manifest", "q35c.artifact.reader")
-_READER, _MANIFEST, _SCHEMA = CHAIN[2], CHAIN[1], CHAIN[0]
+# Each is behind those that it takes names from.
+CHAIN = tuple(
+    f"q35c.artifact.{name}"
+    for name in (
+        "schema",
+        "kernels",
+        "leaves",
+        "entries",
+        "target",
+        "consistency",
+        "manifest",
+        "reader",
+    )
+)
+_SCHEMA, _CHECKS, _READER = CHAIN[0], CHAIN[5], CHAIN[7]
 BUGS: dict[str, tuple[str, str, str]] = {
     "the hash of a segment is skipped": (_READER, "if digest.hexdigest() != segment.sha256:", "if False:"),
     "the hash of the weights is skipped": (_READER, 'if sha256 != self.manifest.segments["weights"].sha256:', "if False:"),
@@ -44,9 +57,9 @@ BUGS: dict[str, tuple[str, str, str]] = {
     "the code's plan is not compared": (_READER, "if not data.endswith(self.manifest.code_trailer):", "if False:"),
     "numbers have no upper bound": (_SCHEMA, "and limit.low <= value <= limit.high", "and limit.low <= value"),
     "true is a number": (_SCHEMA, "if type(value) is not kind:", "if not isinstance(value, kind):"),
-    "offsets of weights are not compared": (_MANIFEST, '_check_equal("$.weights offsets"', '(lambda *_: None)("$.weights offsets"'),
-    "offsets of the state are not compared": (_MANIFEST, '_check_equal("$.state.tensors offsets"', '(lambda *_: None)("$.state.tensors offsets"'),
-    "a stop id may be one too large": (_MANIFEST, "if token >= manifest.model.vocab_size:", "if token > manifest.model.vocab_size:"),
+    "offsets of weights are not compared": (_CHECKS, '_check_equal("$.weights offsets"', '(lambda *_: None)("$.weights offsets"'),
+    "offsets of the state are not compared": (_CHECKS, '_check_equal("$.state.tensors offsets"', '(lambda *_: None)("$.state.tensors offsets"'),
+    "a stop id may be one too large": (_CHECKS, "if token >= manifest.model.vocab_size:", "if token > manifest.model.vocab_size:"),
 }  # fmt: skip
 
 

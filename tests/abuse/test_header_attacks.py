@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from q35c.artifact import layout, read_artifact
+from q35c.artifact.manifest import FORMAT
 from q35c.errors import ArtifactError
 from q35c.layouts import blobs
 from tests.fake_artifact import rebuild, with_manifest, write_small
@@ -134,7 +135,7 @@ ATTACKS: dict[str, Change] = {
     "deep nesting": manifest_text(lambda t: "[" * 100_000),
     "closed deep nesting": manifest_text(lambda t: "[" * 5_000 + "]" * 5_000),
     "long integer": manifest_text(lambda t: '{"format":' + "9" * 100_000 + "}"),
-    "format is a bool": manifest_text(lambda t: t.replace('"format":3', '"format":true')),
+    "format is a bool": manifest_text(lambda t: t.replace(f'"format":{FORMAT}', '"format":true')),
     "escape without end": manifest_text(lambda t: t[:-1] + "\\"),
 }
 

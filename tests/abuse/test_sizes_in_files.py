@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from q35c.artifact import Manifest, layout, read_artifact
+from q35c.artifact.entries import Entry, io_layout
 from q35c.artifact.kernels import KernelCost
 from q35c.artifact.schema import decode
 from q35c.cli.text import table_text
 from q35c.errors import ArtifactError, OptionError
 from q35c.frontend.checkpoint import FILE_LIMITS
-from q35c.layouts import blobs
 from q35c.roofline import predict_tests
 from q35c.roofline.cost import Work, call_cost
 from tests.fake_artifact import write_small
@@ -130,12 +130,11 @@ def test_a_segment_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 def many_steps(document: dict[str, Any]) -> None:
     """Prompts of one token a call, with as many steps as a manifest may hold."""
-    vocabulary, batch = document["model"]["vocab_size"], document["batch"]
     for entry in document["entries"]:
         entry["steps"], entry["step_weights"] = [0] * 5000, [0] * 5000
-        if entry["rows"] == "sequence":
-            entry["max_tokens"] = 1
-    io = blobs.io_layout(batch, batch, batch, vocabulary, 5000)
+        entry["tokens"] = 1
+    specs = [decode(Entry, entry, "$") for entry in document["entries"]]
+    io = io_layout(specs, document["model"]["vocab_size"], 5000)
     document["memory"]["peak"] += io["bytes"] - document["memory"]["io"]
     document["memory"]["io"], document["io"] = io["bytes"], io
 

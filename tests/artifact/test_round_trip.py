@@ -38,7 +38,9 @@ def test_weights_come_back_aligned_and_read_only(small: Path, mapped: bool) -> N
     with read_artifact(small) as artifact:
         weights = WeightBlock(artifact, mapped=mapped)
     assert weights.address % 64 == 0
-    assert np.array_equal(weights.array("a.weight"), np.arange(64, dtype=np.float32).reshape(2, 32))
+    assert np.array_equal(
+        weights.array("a.weight"), np.arange(64, dtype=np.float32).reshape(1, 2, 32)
+    )
     assert weights.array("b").tobytes() == b"\x01\x02\x03\x04\x05\x06"
     with pytest.raises(ValueError):
         weights.array("b")[0] = 1
@@ -51,7 +53,7 @@ def test_safetensors_opens_it(small: Path) -> None:
     with safe_open(small, framework="numpy") as file:
         assert set(file.keys()) == {"code", "tokenizer", "a.weight", "b"}
         assert np.array_equal(
-            file.get_tensor("a.weight"), np.arange(64, dtype=np.float32).reshape(2, 32)
+            file.get_tensor("a.weight"), np.arange(64, dtype=np.float32).reshape(1, 2, 32)
         )
         # 6 bytes of bf16 are listed with their padding, as the format allows no holes.
         assert file.get_tensor("b").tobytes() == b"\x01\x02\x03\x04\x05\x06" + bytes(58)
@@ -98,7 +100,7 @@ def test_closed_artifact_keeps_its_mapping(small: Path) -> None:
     weights = WeightBlock(artifact, mapped=True)
     artifact.close()
     artifact.close()
-    assert weights.array("a.weight")[1, 31] == 63
+    assert weights.array("a.weight")[0, 1, 31] == 63
 
 
 def test_derived_memory_figures(tmp_path: Path) -> None:
@@ -108,23 +110,26 @@ def test_derived_memory_figures(tmp_path: Path) -> None:
     assert memory.peak == memory.weights + 4 * memory.state_per_sequence + memory.arena + memory.io
 
 
-def test_another_format_version_is_named(small: Path) -> None:
-    def to_next_version(manifest: dict) -> str:
-        # A future manifest may look different altogether: the version is looked at first.
-        return json.dumps({"format": FORMAT + 1, "else": [1]})
+@pytest.mark.parametrize("version", [3, FORMAT + 1])
+def test_another_format_version_is_named(small: Path, version: int) -> None:
+    def to_version(manifest: dict) -> str:
+        # An old or future manifest may look different altogether: the version is looked at first.
+        return json.dumps({"format": version, "else": [1]})
 
-    small.write_bytes(rebuild(small.read_bytes(), to_next_version))
+    small.write_bytes(rebuild(small.read_bytes(), to_version))
     with pytest.raises(ArtifactVersionError) as caught:
         read_artifact(small)
-    assert caught.value.got == FORMAT + 1 and str(small) in str(caught.value)
+    assert (caught.value.expected, caught.value.got) == (FORMAT, version)
+    for part in (str(small), str(FORMAT), str(version), "compile the model again"):
+        assert part in str(caught.value)
 
 
 def test_message_names_file_and_field(small: Path) -> None:
     def change(manifest: dict) -> str:
-        manifest["entries"][1]["max_tokens"] = "many"
+        manifest["entries"][1]["tokens"] = "many"
         return json.dumps(manifest, sort_keys=True, separators=(",", ":"))
 
     small.write_bytes(rebuild(small.read_bytes(), change))
     with pytest.raises(ArtifactError) as caught:
         read_artifact(small)
-    assert f"{small}: manifest at $.entries[1].max_tokens" in str(caught.value)
+    assert f"{small}: manifest at $.entries[1].tokens" in str(caught.value)

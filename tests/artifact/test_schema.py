@@ -8,13 +8,25 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
-from q35c.artifact.schema import Items, Pattern, Range, decode, encode
+from q35c.artifact.schema import Items, Pattern, Range, Tag, decode, encode
 from q35c.errors import ArtifactError
 
 
 @dataclass(frozen=True)
 class Inner:
     flag: bool
+
+
+@dataclass(frozen=True)
+class Round:
+    form: Literal["round"]
+    radius: int
+
+
+@dataclass(frozen=True)
+class Square:
+    form: Literal["square"]
+    side: int
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class Outer:
     many: Annotated[tuple[Inner, ...], Items(1, 2)]
     table: Annotated[Mapping[str, int], Items(0, 2, "[a-z]")]
     either: int | str
+    shape: Annotated[Round | Square, Tag("form")]
 
 
 GOOD: dict[str, Any] = {
@@ -38,6 +51,7 @@ GOOD: dict[str, Any] = {
     "many": [{"flag": False}],
     "table": {"x": 1},
     "either": "text",
+    "shape": {"form": "square", "side": 2},
 }
 BAD: list[tuple[str, Any, str]] = [
     ("count", True, "$.count"),
@@ -71,12 +85,20 @@ BAD: list[tuple[str, Any, str]] = [
     ("table", {"x": 1, "y": 1, "z": 1}, "$.table"),
     ("either", 1.5, "$.either"),
     ("either", False, "$.either"),
+    ("shape", {"form": "square", "radius": 2}, "$.shape.side"),
+    ("shape", {"form": "round", "radius": "2"}, "$.shape.radius"),
+    ("shape", {"form": "flat"}, "$.shape.form"),
+    ("shape", {"form": 1, "side": 2}, "$.shape.form"),
+    ("shape", {"form": ["square"], "side": 2}, "$.shape.form"),
+    ("shape", {"side": 2}, "$.shape.form"),
+    ("shape", "square", "$.shape"),
 ]
 
 
 def test_round_trip() -> None:
     decoded = decode(Outer, GOOD, "$")
     assert decoded.many == (Inner(False),) and encode(decoded) == GOOD
+    assert decoded.shape == Square("square", 2)
 
 
 def test_an_integer_may_stand_for_a_real_number() -> None:

@@ -107,8 +107,8 @@ def test_a_wrong_manifest_is_an_internal_error(tmp_path: Path, changes: Any) -> 
 
 def test_two_weights_of_one_name(tmp_path: Path) -> None:
     fields, _ = small_fields()
-    twice = [WeightEntry("a", "f32", (16,), "x")] * 2
-    with pytest.raises(InternalError, match="one name"):
+    twice = [WeightEntry("a", "vector", "f32", (16,))] * 2
+    with pytest.raises(InternalError, match="used twice"):
         ArtifactWriter(tmp_path / "m", fields, SEGMENTS, twice)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from q35c.codegen.cpu.families import FAMILIES
 from q35c.codegen.cpu.lower import lower
-from q35c.codegen.generate import Limits, barrier_bytes, describe_entries, describe_state
+from q35c.codegen.generate import Limits, barrier_bytes, describe_state, entry_spec
 from q35c.codegen.requests import Shared, spread
 from q35c.codegen.targets import find_target
 from q35c.errors import LoweringError
@@ -40,13 +40,13 @@ def test_every_size_lowers(name: str) -> None:
             target = find_target(f"cpu:{level}")
             splits = partial(target.decode_splits, context=CONTEXT)
             module = run_pipeline(traced, Choices(policy, splits))
-            entries = describe_entries(module, target, limits)
+            specs = [entry_spec(graph, target, limits) for graph in module]
             state = blobs.state_layout(describe_state(module, policy, CONTEXT, target))
             offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
-            tokens = max(entry["max_tokens"] for entry in entries)
+            tokens = max(spec.rows for spec in specs)
             shared = Shared(target, CONTEXT, tokens, offsets)
-            for graph, entry in zip(module, entries, strict=True):
-                schedule = lower(graph, shared, entry["max_tokens"])
+            for graph, spec in zip(module, specs, strict=True):
+                schedule = lower(graph, shared, spec.rows)
                 assert 0 < schedule.plan().bytes < 1 << 30
             assert barrier_bytes(shared) <= blobs.MAX_BARRIER_BYTES
             used = {source for weight in shared.weights.values() for source in weight.sources}

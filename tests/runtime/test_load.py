@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import q35c
-from q35c.artifact import ArtifactWriter
-from q35c.artifact.manifest import Target
+from q35c.artifact.target import CpuTarget
 from q35c.cpuinfo import processor_flags
 from q35c.errors import (
     ArtifactError,
@@ -28,8 +27,7 @@ from q35c.runtime import model
 from q35c.runtime.cpu import device, machine
 from q35c.runtime.cpu.blocks import Region
 from q35c.runtime.cpu.machine import check_target, choose_threads, default_threads
-from q35c.runtime.executor import Executor
-from tests.fake_artifact import manifest_fields, script, weight_entries, write_fake
+from tests.fake_artifact import manifest_fields, script, write_fake
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -102,7 +100,12 @@ def test_code_is_mapped_only_after_every_check(
 
 
 def test_missing_instructions_are_named(tmp_path: Path) -> None:
-    target = {"name": "cpu:x86-64-v9", "cpu_features": ["sse2", "avx1024"], "lanes": 32}
+    target = {
+        "backend": "cpu",
+        "name": "cpu:x86-64-v9",
+        "cpu_features": ["sse2", "avx1024"],
+        "lanes": 32,
+    }
     write_fake(tmp_path / "m", target=target)
     with pytest.raises(IncompatibleCPU, match="missing: avx1024"):
         q35c.load(tmp_path / "m")
@@ -115,9 +118,9 @@ def test_cpu_features_of_a_system(tmp_path: Path) -> None:
     )
     features = processor_flags(tmp_path / "proc/cpuinfo")
     assert features == {"fpu", "avx2", "fma"}
-    check_target(Target("cpu:x86-64-v3", ("avx2", "fma"), 8), features)
+    check_target(CpuTarget("cpu", "cpu:x86-64-v3", ("avx2", "fma"), 8), features)
     with pytest.raises(IncompatibleCPU):
-        check_target(Target("cpu:x86-64-v4", ("avx2", "avx512f"), 16), features)
+        check_target(CpuTarget("cpu", "cpu:x86-64-v4", ("avx2", "avx512f"), 16), features)
     assert "sse2" in processor_flags()
 
 
@@ -227,20 +230,20 @@ def test_a_closed_model_refuses(path: Path) -> None:
         session.prefill([1])
 
 
-def test_an_artifact_without_score(tmp_path: Path) -> None:
-    fields = manifest_fields()
-    entries = [entry for entry in fields["entries"] if entry["name"] != "score"]
-    with ArtifactWriter(
-        tmp_path / "m", {**fields, "entries": entries}, {"code": b"x"}, weight_entries()
-    ) as w:
-        for entry in weight_entries():
-            w.write(entry.name, bytes(entry.bytes))
-        manifest = w.commit()
-    assert manifest.entry("score") is None
-    executor = Executor.__new__(Executor)
-    executor.manifest = manifest
-    with pytest.raises(OptionError, match="without this entry"):
-        executor.entry("score")
+def test_entries_go_by_what_they_can_do(path: Path, tmp_path: Path) -> None:
+    """Other names change nothing; without an entry that scores, the one that decodes does it token by token."""
+    entries = [{**entry, "name": f"e{i}"} for i, entry in enumerate(manifest_fields()["entries"])]
+    without_score = [entry for entry in entries if entry["symbol"] != "score"]
+    ids = list(range(40))
+    with q35c.load(path) as loaded, loaded.session() as session:
+        expected = loaded.score(ids), session.prefill(ids), session.decode(7)
+    for number, kept in enumerate((entries, without_score)):
+        write_fake(tmp_path / f"{number}", bigram=script("0123"), entries=kept)
+        with q35c.load(tmp_path / f"{number}") as other, other.session() as session:
+            assert other.manifest.text_entries.all.symbol == ("score", "decode")[number]
+            got = other.score(ids), session.prefill(ids), session.decode(7)
+        for one, two in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(one, two)
 
 
 def test_address_space_that_does_not_suffice() -> None:

@@ -10,9 +10,8 @@ from q35c.codegen.backend import Built, KernelKey, Load, Program, Progress
 from q35c.codegen.calls import Cost, Division, Pointer, Signature
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.isa.x86 import ISAS, detect
-from q35c.formats.registry import integer_format
 from q35c.layouts.cache import CacheLayout, cache_layout
-from q35c.layouts.rows import bf16_row_words
+from q35c.layouts.rows import RowLayout
 
 if TYPE_CHECKING:
     from q35c.codegen.pack import Pack, PackedWeight
@@ -39,17 +38,16 @@ class CpuBackend:
 
     def describe(self) -> dict[str, Any]:
         features = list(self.isa.cpu_features)
-        return {"name": self.name, "cpu_features": features, "lanes": self.isa.lanes}
+        named = {"backend": "cpu", "name": self.name}
+        return {**named, "cpu_features": features, "lanes": self.isa.lanes}
 
     def cache_layout(self, dtype: str) -> CacheLayout:
-        return cache_layout(dtype, self.isa.has_bf16)
+        return cache_layout(dtype, self.isa.offers("dot2_bf16"))
 
-    def row_words(self, dtype: str, width: int) -> int:
-        from q35c.codegen.cpu.kernels.rows.round_int8 import row_layout
-
-        if form := integer_format(dtype):
-            return row_layout(width, form.group, self.isa).words
-        return bf16_row_words(width, self.isa.has_bf16) if dtype == "bf16" else width
+    def row_layout(self, dtype: str) -> RowLayout:
+        if dtype == "bf16":
+            return "bf16-pairs" if self.isa.offers("dot2_bf16") else "bf16-words"
+        return "int8-sums" if self.isa.offers("dot4_u8s8") else "int8-sums-starts"
 
     def decode_splits(self, kv_heads: int, context: int) -> int:
         """Return into how many parts the cells of one key head are split when a decode step attends to them."""

@@ -13,6 +13,7 @@ from q35c.errors import LoweringError
 from q35c.formats.registry import integer_format
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import count
+from q35c.layouts.weights import WeightLayout
 
 
 def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
@@ -41,7 +42,7 @@ def lower_embedding(low: Lowering, op: Op) -> None:
 
 
 def lower_matrix(
-    low: Lowering, op: Op, epilogue: str, layout: str, weights: tuple[Value, ...]
+    low: Lowering, op: Op, epilogue: str, layout: WeightLayout, weights: tuple[Value, ...]
 ) -> None:
     x = low.views[op.operands[0]]
     parameters = {
@@ -251,7 +252,7 @@ def lower_gate_up(
         # The kernel that rounds sees top_k times as many tokens.
         return activated if dtype == "f32" else low.rounded(activated, inner, dtype, pairs=top_k)
     shape = {**shape, "group": form.group}
-    q = low.temporary("rounded", top_k * low.shared.backend.row_words(dtype, inner), x.rows)
+    q = low.temporary("rounded", top_k * low.shared.row_words(dtype, inner), x.rows)
     scratch = low.scratch("expert_gate_up", **shape)
     arrivals = low.shared.arrivals(shape["E"] * inner // form.group)
     made = {"q": q.split(top_k), "scratch": scratch, "arrivals": arrivals}

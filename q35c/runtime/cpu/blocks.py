@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q35c.artifact import Artifact, Manifest
-from q35c.artifact.manifest import StateTensor
+from q35c.artifact.leaves import StateTensor
 from q35c.errors import MemoryRefused, OptionError
 from q35c.layouts import blobs
 from q35c.runtime.device import Saved

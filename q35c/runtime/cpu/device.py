@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from q35c.artifact import Artifact, Manifest
-from q35c.artifact.manifest import Entry as EntryPlan
-from q35c.artifact.manifest import Probe, Target
+from q35c.artifact.entries import Entry as EntryPlan
+from q35c.artifact.leaves import Probe
+from q35c.artifact.target import CpuTarget
 from q35c.errors import InternalError
 from q35c.layouts import blobs
 from q35c.runtime import memory
@@ -29,7 +30,7 @@ class Cpu:
         self.threads = choose_threads(threads, manifest.max_threads)
         self._yields = threads is None and THREADS not in os.environ
 
-    def check(self, target: Target) -> None:
+    def check(self, target: CpuTarget) -> None:
         check_target(target)
 
     def available_memory(self) -> memory.Available:
@@ -117,7 +118,7 @@ class CpuDevice:
             pace.note((entry.name, count), seconds, time.process_time() - cpu)
         if record is not None:
             record(begin, seconds, fields["clock"][1 : len(entry.steps) + 2].copy())
-        return fields["logits"][: blobs.logits_rows(entry.logits, count)].copy()
+        return fields["logits"][: entry.logits_rows(len(states), count)].copy()
 
     def run_probe(self, probe: Probe, address: int, amount: int) -> float:
         _check_aligned(address)

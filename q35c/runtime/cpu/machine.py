@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from q35c import arguments
-from q35c.artifact.manifest import Target
+from q35c.artifact.target import CpuTarget
 from q35c.cpuinfo import processor_flags
 from q35c.errors import IncompatibleCPU, OptionError, Q35CWarning
 from q35c.runtime.memory import own_cgroups
@@ -17,7 +17,7 @@ _SYSTEM = Path("/")
 THREADS = "Q35C_THREADS"  # the environment variable that says how many threads
 
 
-def check_target(target: Target, features: Iterable[str] | None = None) -> None:
+def check_target(target: CpuTarget, features: Iterable[str] | None = None) -> None:
     """Raise IncompatibleCPU if this machine lacks an instruction set that the code needs.
 
     Raises UnsupportedMachine where the machine does not tell.
