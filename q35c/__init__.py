@@ -10,11 +10,23 @@ from q35c.errors import Q35CError as Q35CError
 from q35c.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from q35c.runtime.answering import ChatAnswer as ChatAnswer
+    from q35c.runtime.answering import Conversation as Conversation
     from q35c.runtime.generate import Generation as Generation
     from q35c.runtime.model import Model as Model
     from q35c.runtime.session import Session as Session
 
-__all__ = ["Generation", "Model", "Q35CError", "Session", "__version__", "errors", "load"]
+__all__ = [
+    "ChatAnswer",
+    "Conversation",
+    "Generation",
+    "Model",
+    "Q35CError",
+    "Session",
+    "__version__",
+    "errors",
+    "load",
+]
 
 
 def load(
@@ -38,4 +50,8 @@ def __getattr__(name: str) -> object:
         from q35c import runtime
 
         return getattr(runtime, name)
+    if name in ("ChatAnswer", "Conversation"):
+        from q35c.runtime import answering
+
+        return getattr(answering, name)
     raise AttributeError(f"module 'q35c' has no attribute {name!r}")

@@ -132,12 +132,17 @@ def check_space(directory: Path, need: int) -> None:
         )
 
 
-def write_output(path: Path, data: bytes) -> None:
-    """Write a small file as a whole. Raises OptionError, DiskRefused; the old file then stays."""
+def write_output(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Write a small file as a whole; `mode` are its permissions where the user's own must not decide.
+
+    Raises OptionError, DiskRefused; the old file then stays.
+    """
     check_output(path)
     sweep_stale(path.parent, PREFIX, SUFFIX)
     file, temporary = temporary_file(path.parent, PREFIX, SUFFIX)
     try:
+        if mode is not None:
+            os.fchmod(file, mode)
         with open(file, "wb", closefd=False) as stream:
             stream.write(data)
         os.fsync(file)

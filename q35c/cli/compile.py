@@ -100,7 +100,17 @@ def compile_command(source: str, output: Path | None, **options: Any) -> None:
         note(f"note: {text}")
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
     say(f"{report.path}: {size_text(report.bytes)} in {report.seconds:.1f} s ({stages})")
-    say(f'next: q35c generate {shlex.quote(str(report.path))} "The house was"')
+    say(f"next: {next_command(report.path)}")
+
+
+def next_command(path: Path) -> str:
+    """Return what to try with a new artifact."""
+    from q35c.artifact import read_artifact
+
+    with read_artifact(path) as artifact:
+        can_chat = artifact.has_segment("chat_template")
+    name = shlex.quote(str(path))
+    return f"q35c chat {name}" if can_chat else f'q35c generate {name} "The house was"'
 
 
 @click.command("export")

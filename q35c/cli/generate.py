@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
+from q35c.cli.options import model_options, sampling_options
 from q35c.cli.streams import note, say
-from q35c.errors import InputError, PromptError
+from q35c.cli.texts import argument_or_file
+from q35c.errors import InputError, OptionError
 
-MAX_PROMPT_BYTES = 64 << 20
 _DASH_HINT = "A prompt that begins with a dash goes behind -- at the end: -- '-5 degrees'"
-_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 class PromptCommand(click.Command):
@@ -45,36 +46,39 @@ class PromptCommand(click.Command):
     show_default=True,
     help="Tokens at most; -1: until the context is full.",
 )
-@click.option("--temperature", type=float, help="0 takes the likeliest token every time.")
-@click.option("--top-k", type=int, help="Sample among the k likeliest tokens; 0: off.")
-@click.option("--top-p", type=float, help="Sample among the likeliest that reach this share.")
-@click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest.")
-@click.option("--repetition-penalty", type=float, help="Above 1: avoid tokens already there.")
-@click.option("--presence-penalty", type=float, help="Above 0: avoid tokens already generated.")
-@click.option("--seed", type=int, help="Equal seeds give equal texts [random].")
-@click.option(
-    "--stop",
-    multiple=True,
-    help=r"End before this text; \n, \t, \r and \\ stand for newline, tab, return and backslash. May be given several times.",
-)
+@sampling_options
 @click.option(
     "--chat/--raw",
     default=False,
     help="Wrap the prompt in the model's chat template, or not [raw].",
 )
-@click.option("--threads", type=int, help="Worker threads [physical cores].")
-@click.option("--context", type=int, help="Most tokens of the sequence [as compiled].")
+@click.option("--system", help="What the system says before the prompt; with --chat.")
+@click.option(
+    "--think",
+    type=click.Choice(["on", "off"]),
+    help="Let the model think first, or not; with --chat.",
+)
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from there.")
+@model_options
+@click.option(
+    "--json", "is_json", is_flag=True, help="Print text, ids and figures as JSON, at the end."
+)
+@click.option("--quiet", is_flag=True, help="No figures on standard error.")
 def generate_command(
     artifact: Path,
     prompt: str,
+    prompt_file: Path | None,
     chat: bool,
+    system: str | None,
+    think: str | None,
     threads: int | None,
     context: int | None,
-    stop: tuple[str, ...],
+    is_json: bool,
+    quiet: bool,
     **options: Any,
 ) -> None:
-    """Continue PROMPT; without one, or with -, it is read from standard input. One that begins with a dash goes
-    behind --.
+    """Continue PROMPT; without one, or with -, it is read from standard input, or from --prompt-file. One that begins
+    with a dash goes behind --.
 
     The text goes to standard output as it is made, figures go to standard error. What is not given
     is as the checkpoint's generation_config.json says.
@@ -84,19 +88,48 @@ def generate_command(
       q35c generate model.q35c "The house was" -n 64
       q35c generate model.q35c -n 200 --stop '\\n\\n' -- "- a list:"
       q35c generate model.q35c --chat "Why is the sky blue?" --temperature 0
-      cat letter.txt | q35c generate model.q35c - --seed 7
+      q35c generate model.q35c --chat --system "Answer in one word." --think off "Why is the sky blue?"
+      cat letter.txt | q35c generate model.q35c - --seed 7 --json --quiet
     """
     import q35c
 
-    text: Any = read_prompt() if prompt == "-" else prompt
+    for name, value in (("--system", system), ("--think", think)):
+        if value is not None and not chat:
+            raise OptionError("belongs to --chat", where=name)
+    text: Any = argument_or_file(prompt, prompt_file).removesuffix("\n" if prompt_file else "")
     begin = time.perf_counter()
     with q35c.load(artifact, threads, context=context) as model:
         load_seconds = time.perf_counter() - begin
         if chat:
-            text = model.encode_chat([{"role": "user", "content": text}])
-        stops = [unescaped(text) for text in stop]
-        result = stream_text(model, text, stop=stops, **options)
-        note(describe_result(result, load_seconds, model.threads))
+            text = encode_question(model, text, system, think)
+        if is_json:
+            result = model.generate(text, **options)
+            say(json.dumps(figures_of(result), ensure_ascii=False))
+        else:
+            result = stream_text(model, text, **options)
+        if not quiet:
+            note(describe_result(result, load_seconds, model.threads))
+
+
+def encode_question(model: Any, question: str, system: str | None, think: str | None) -> list[int]:
+    """Return the ids of a conversation that is a single question."""
+    messages = [{"role": "user", "content": question}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    variables = {} if think is None else {"enable_thinking": think == "on"}
+    return model.encode_chat(messages, **variables)
+
+
+def figures_of(result: Any) -> dict[str, Any]:
+    """Return a `Generation` as plain data."""
+    return {
+        "text": result.text,
+        "ids": list(result.ids),
+        "finish_reason": result.finish_reason,
+        "stop": result.stop,
+        "seed": result.seed,
+        **asdict(result.timings),
+    }
 
 
 def stream_text(model: Any, prompt: str | list[int], **options: Any) -> Any:
@@ -128,26 +161,3 @@ def describe_result(result: Any, load_seconds: float, threads: int) -> str:
         f"new {timings.new_tokens} tokens at {timings.decode_tokens_per_second:.1f} tok/s; "
         f"threads {threads}; seed {result.seed}]"
     )
-
-
-def unescaped(text: str) -> str:
-    """Return what someone means who types `\\n` in a shell; other backslashes stay."""
-    return re.sub(r"\\([ntr\\])", lambda found: _ESCAPES[found[1]], text)
-
-
-def read_prompt() -> str:
-    """Return standard input as text, without its last newline. Raises PromptError."""
-    if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
-        raise PromptError("standard input is closed", hint="give the prompt as an argument")
-    if sys.stdin.isatty():
-        note("reading the prompt from the terminal: end it with Ctrl-D on a line of its own")
-    try:
-        data = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1)
-    except OSError as error:
-        raise PromptError(f"cannot read standard input: {error.strerror}") from None
-    if len(data) > MAX_PROMPT_BYTES:
-        raise PromptError("the prompt is too large", expected=f"at most {MAX_PROMPT_BYTES} bytes")
-    try:
-        return data.decode("utf-8").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise PromptError("the prompt is not UTF-8", got=f"byte {error.start}") from None

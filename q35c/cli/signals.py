@@ -1,4 +1,4 @@
-"""Let a job that a signal ends remove its temporaries first."""
+"""What signals do to a job: let it remove its temporaries first, or end a part of it only."""
 
 from __future__ import annotations
 
@@ -27,6 +27,25 @@ def ending_cleanly() -> Iterator[None]:
     finally:
         for number in default:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interrupting_once() -> Iterator[None]:
+    """Within the block, let the first Ctrl-C raise KeyboardInterrupt and further ones do nothing, so that tidying ends."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield
+        return
+
+    def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end(number: int, _frame: FrameType | None) -> NoReturn:

@@ -102,9 +102,7 @@ def resolve_options(
     given = {name: value for name, value in sampling.items() if value is not None}
     for name in given.keys() - set(known):
         raise OptionError("unknown option", where=name, expected=", ".join(known))
-    if isinstance(bias := given.get("logit_bias"), Mapping):
-        for token in cast(Mapping[Any, Any], bias):
-            arguments.integer("logit_bias", token, 0, vocab - 1)
+    _check_biased_tokens(given.get("logit_bias"), vocab)
     if do_sample is not None:
         do_sample = arguments.flag("do_sample", do_sample)
     else:
@@ -120,6 +118,13 @@ def resolve_options(
         frozenset(defaults.stop_ids) if stop_ids is None else _check_stop_ids(stop_ids, vocab),
         seed,
     )
+
+
+def _check_biased_tokens(bias: Any, vocab: int) -> None:
+    """Raise OptionError for the bias of a token that the model lacks."""
+    if isinstance(bias, Mapping):
+        for token in cast(Mapping[Any, Any], bias):
+            arguments.integer("logit_bias", token, 0, vocab - 1)
 
 
 def _token_limit(asked: int | None) -> int:
@@ -147,12 +152,17 @@ class Row:
         seed: int,
         tokenizer: Tokenizer | None,
         session: Session | None = None,
+        held: int | None = None,
     ) -> None:
-        """Prepare a row; with a `session` it continues there, and leaves it open."""
+        """Prepare a row; with a `session` it continues there, and leaves it open.
+
+        `held`: that many tokens of the prompt are in the session already, and it need not hold the answer.
+        """
         self.prompt = prompt
         self.session = session
         self._keeps_session = session is not None
         self._lease: Lease | None = None
+        self._held = held
         self.finish_reason: FinishReason | None = None
         self._options = options
         self._seed = seed
@@ -170,6 +180,11 @@ class Row:
         """Return the token that the next step appends."""
         return self._ids[-1]
 
+    @property
+    def new_tokens(self) -> int:
+        """Return how many tokens have been generated."""
+        return len(self._ids)
+
     def start(self, place: Session | Lease) -> str:
         """Prefill the prompt into the row's session and sample the first token; return its text."""
         begin = time.perf_counter()
@@ -178,7 +193,7 @@ class Row:
             logits = place.fill()
         else:
             self.session = place
-            logits = place.prefill(self.prompt)
+            logits = place.prefill(self.prompt[self._held or 0 :])
         self._prefill_seconds = time.perf_counter() - begin
         self._first_at = time.perf_counter()
         return self.accept(logits)
@@ -216,7 +231,12 @@ class Row:
             self._lease.end()
         elif not self._keeps_session:
             session.close()
-        elif self._ids and session.is_usable and session.length < session.context:
+        elif (
+            self._held is None
+            and self._ids
+            and session.is_usable
+            and session.length < session.context
+        ):
             session.append_at_last(self.last_token)
 
     def abandon(self) -> None:

@@ -7,9 +7,9 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from q35c import arguments, strictjson
+from q35c import arguments
 from q35c.artifact import Artifact, Manifest, read_artifact
 from q35c.artifact.leaves import Probe
 from q35c.errors import MemoryRefused, OptionError, PromptError, TokenizerError
@@ -21,11 +21,13 @@ from q35c.runtime.generate import (
     resolve_options,
     run_rows,
 )
+from q35c.runtime.grammar import Grammars
 from q35c.runtime.memory import StateBudget, available_memory, check_memory
 from q35c.runtime.prefix import MESSAGE_START, Lease, PrefixCache
 from q35c.runtime.prompts import encode_prompt, split_prompts
 from q35c.runtime.sampling import MAX_SEED
 from q35c.runtime.session import Progress, Session
+from q35c.runtime.stored_template import read_template
 from q35c.runtime.targets import find_machine
 from q35c.runtime.tokenizer import Tokenizer
 
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from q35c.runtime.chat import Message
 
 VERIFY_BYTES = 256 << 20
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 def load_model(
@@ -103,6 +104,7 @@ class Model:
         self._budget = budget
         self._lazy = threading.RLock()  # a signal handler may need the same
         self._tokenizer: Tokenizer | None = None
+        self._grammars: Grammars | None = None
         self._template: tuple[str, dict[str, str]] | None = None
 
     def __enter__(self) -> Model:
@@ -150,6 +152,15 @@ class Model:
                     )
                 self._tokenizer = Tokenizer(self._artifact.segment("tokenizer"))
             return self._tokenizer
+
+    @property
+    def grammars(self) -> Grammars:
+        """Return what compiles structures of answers. Raises TokenizerError without a tokenizer."""
+        with self._lazy:
+            if self._grammars is None:
+                stops = self.manifest.generation.stop_ids
+                self._grammars = Grammars(self.tokenizer, self.vocab_size, stops)
+            return self._grammars
 
     def session(self, context: int | None = None) -> Session:
         """Open the state of one sequence of at most `context` tokens, by default the model's context.
@@ -285,6 +296,30 @@ class Model:
             pass
         return pieces.result if is_single else pieces.results
 
+    def chat(self, messages: Sequence[Message], *, stream: bool = False, **options: Any) -> Any:
+        """Answer a conversation: messages as clients of common APIs send them, with `role` and `content`.
+
+        tools               functions the model may call: JSON schemas, or functions with hints and a docstring
+        thinking            whether the model may reason first, where the template knows `enable_thinking`
+        template            further variables of the template
+        tool_choice         auto, none, required, or the name of a tool; parallel_tool_calls=False: one call at most
+        response_format     what the answer must look like, in the form of `structures.read_format`
+        stream              return a `ChatStream` of parts (`q35c.runtime.chat.answer`) instead of the answer
+        max_new_tokens      by default until the context is full; stop: texts that end the content
+
+        Further options as in `generate`, whose errors it raises, and those of `apply_chat_template`. Control tokens in
+        messages are plain text. Returns a `ChatAnswer`, or a `ChatStream`. `Conversation` keeps what turns share.
+        """
+        from q35c.runtime.answering import start_chat
+
+        is_stream = arguments.flag("stream", stream)
+        made = start_chat(self, messages, **options)
+        if is_stream:
+            return made
+        for _ in made:
+            pass
+        return made.result
+
     def apply_chat_template(self, messages: Sequence[Message], **options: Any) -> str:
         """Return the prompt text of a conversation: messages with `role` and `content`.
 
@@ -343,7 +378,7 @@ class Model:
         with self._lazy:
             if self._template is None:
                 self._executor.check_usable()
-                self._template = _read_template(self._artifact)
+                self._template = read_template(self._artifact)
             return self._template
 
 
@@ -359,35 +394,3 @@ def _readable(messages: Any) -> list[Any]:
 
     refuse_media(messages)  # no artifact has an entry for what is not text
     return parse_arguments(messages)
-
-
-def _read_template(artifact: Artifact) -> tuple[str, dict[str, str]]:
-    """Return the template and its special tokens. Raises TokenizerError if there is none."""
-    config: dict[str, Any] = {}
-    if artifact.has_segment("tokenizer_config"):
-        data = artifact.segment("tokenizer_config")
-        document = strictjson.loads(
-            data,
-            where="tokenizer_config.json",
-            limit=len(data),
-            error=TokenizerError,
-            has_long_integers=True,  # 10^30 as "no limit" of the model's length
-        )
-        if isinstance(document, dict):
-            config = cast(dict[str, Any], document)
-    template = config.get("chat_template")
-    if artifact.has_segment("chat_template"):
-        template = artifact.segment("chat_template").decode("utf-8", "replace")
-    if not isinstance(template, str):
-        raise TokenizerError(
-            "the artifact holds no chat template",
-            where=str(artifact.path),
-            hint="write the prompt's text yourself",
-        )
-    tokens: dict[str, str] = {}
-    for name in _SPECIAL_TOKENS:
-        value = config.get(name)
-        text = cast(dict[str, Any], value).get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            tokens[name] = text
-    return template, tokens

@@ -258,9 +258,7 @@ class PrefixCache:
             return Branch(self._open_session(context), salt)
         source.used = self._clock = self._clock + 1  # if something must give way, others do first
         if self._is_at_end(source, best):
-            source.session.rewind(
-                best
-            )  # first, as it may be longer than the context that is wanted
+            source.session.rewind(best)  # first: what follows it may be more than the new context
             source.session.resize(context)
             self._parked.remove(source)
             return source

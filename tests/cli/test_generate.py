@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from tests.chatting import CLOSE, lines, write_chat
 from tests.cli.conftest import Run
-from tests.fake_artifact import script, write_fake
+from tests.fake_artifact import CONTEXT, END, GENERATION, script, write_fake
 
 REST = "e quick\n"
 
@@ -73,3 +75,50 @@ def test_refused_input(
     assert (result.exit_code, result.stdout.strip()) == (1, "")
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
+
+
+def test_prompt_from_a_file(run: Run, speaker: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompt.txt"
+    path.write_text("Th\n")
+    assert run("generate", speaker, "--prompt-file", path).stdout == REST
+    both = run("generate", speaker, "Th", "--prompt-file", path)
+    assert both.exit_code == 1 and "a text and a file are given" in both.stderr
+    missing = run("generate", speaker, "--prompt-file", tmp_path / "none")
+    assert missing.exit_code == 1 and "cannot be read" in missing.stderr
+
+
+def test_json_holds_text_ids_and_figures(run: Run, speaker: Path) -> None:
+    result = run("generate", speaker, "Th", "--json", "--quiet", "--seed", 4)
+    assert (result.exit_code, result.stderr) == (0, "")
+    made = json.loads(result.stdout)
+    assert made["text"] == "e quick" and made["ids"] == [*b"e quick", END]
+    assert (made["finish_reason"], made["stop"], made["seed"]) == ("stop", END, 4)
+    assert (made["prompt_tokens"], made["new_tokens"]) == (2, 8)
+
+
+def test_no_limit_and_no_figures(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "endless.q35c"
+    write_fake(path, bigram=script("ab"), noise=0.01, generation={**GENERATION, "stop_ids": []})
+    result = run("generate", path, "a", "-n", -1, "--quiet", "--json")
+    made = json.loads(result.stdout)
+    assert made["finish_reason"] == "context" and made["new_tokens"] == CONTEXT
+    assert result.stderr == ""
+
+
+def test_escapes_in_stop_strings(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "lines.q35c"
+    write_fake(path, bigram=script("ab\nc\\d"))
+    assert run("generate", path, "a", "--stop", r"\n").stdout == "b\n"
+    assert run("generate", path, "a", "--stop", r"\\").stdout == "b\nc\n"
+    assert run("generate", path, "a", "--stop", r"\d").stdout == "b\nc\n"
+
+
+def test_the_system_speaks_and_thinking_may_be_off(run: Run, tmp_path: Path) -> None:
+    path = write_chat(tmp_path / "m.q35c", lines("\nhm", CLOSE), lines("~No!"))
+    assert run("generate", path, "Hi", "--chat").stdout == "hm</think>\n"
+    quiet = run("generate", path, "Hi", "--chat", "--think", "off", "--system", "Be brief.")
+    assert quiet.stdout == "No!\n"
+    assert f"prompt {len('system:Be brief.user:Hi~') + 3} tokens" in quiet.stderr
+    for option, value in (("--think", "off"), ("--system", "x")):
+        refused = run("generate", path, "Hi", option, value)
+        assert refused.exit_code == 1 and f"{option}: belongs to --chat" in refused.stderr

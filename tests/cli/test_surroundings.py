@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import q35c
-from q35c.cli.generate import unescaped
+from q35c.cli.options import unescaped
 from q35c.cli.streams import say
 from q35c.errors import InputError, OptionError, Q35CError, printable, shown
 from tests.cli.conftest import SAYING, Run
@@ -141,7 +141,7 @@ def test_a_terminal_is_told_what_is_waited_for(speaker: Path) -> None:
     with subprocess.Popen(command, stdin=stdin, stdout=-1, stderr=-1) as child:
         assert child.stderr is not None and child.stdout is not None
         assert child.stderr.readline().startswith(
-            b"reading the prompt from the terminal: end it with Ctrl-D"
+            b"reading the text from the terminal: end it with Ctrl-D"
         )
         os.write(terminal, b"Th\n\x04")
         assert child.stdout.read() == b"e quick\n"

@@ -95,6 +95,14 @@ def test_the_next_turn_goes_on_in_place(model: q35c.Model) -> None:
     assert session.is_closed
 
 
+def test_a_turn_may_need_less_room_than_the_one_before(model: q35c.Model) -> None:
+    cache, ids = cache_of(model), first_turn()
+    ask(cache, ids, answer=60)
+    cached, logits = ask(cache, ids, answer=3)  # the session holds more than this context
+    assert cached == 192
+    np.testing.assert_array_equal(logits, cold(model, ids))
+
+
 def test_another_conversation_shares_the_system_message(model: q35c.Model) -> None:
     cache, ids = cache_of(model), first_turn()
     ask(cache, next_turn(ids))

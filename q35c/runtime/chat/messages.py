@@ -26,7 +26,7 @@ MEDIA = (
     "input_audio",
     "audio_url",
 )
-_REASONING = (
+REASONING = (
     "reasoning_content",
     "thinking",
     "reasoning",
@@ -151,7 +151,7 @@ def copy_messages(data: PlainData, messages: Any) -> Items:
 
 def _with_reasoning(data: PlainData, message: Any) -> Any:
     """Give a message's reasoning under all names that templates read."""
-    found = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    found = next((message[name] for name in REASONING if message.get(name) is not None), None)
     if found is None:
         return message
     return data.table({"thinking": found, **message, "reasoning_content": found})
@@ -277,7 +277,7 @@ def leave_open(data: PlainData, messages: Items, field: str) -> Items:
     last = dict(cast(dict[str, Any], messages[-1]))
     value = last.get(field)
     if isinstance(value, str):
-        for name in _REASONING if field in _REASONING else (field,):
+        for name in REASONING if field in REASONING else (field,):
             if last.get(name) == value:
                 last[name] = value + _OPEN_END
     elif isinstance(value, list):

@@ -1,0 +1,54 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+
+def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how tokens are chosen, and where the text ends; `stop` is a list of texts."""
+    for option in reversed(_SAMPLING):
+        command = option(command)
+    return command
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say how a model is loaded."""
+    threads = click.option("--threads", type=int, help="Worker threads [physical cores].")
+    context = click.option("--context", type=int, help="Most tokens of the sequence [as compiled].")
+    return threads(context(command))
+
+
+def unescaped(text: str) -> str:
+    """Return what someone means who types `\\n` in a shell; other backslashes stay."""
+    return re.sub(r"\\([ntr\\])", lambda found: _ESCAPES[found[1]], text)
+
+
+def _unescape_all(_context: click.Context, _option: Any, texts: tuple[str, ...]) -> list[str]:
+    return [unescaped(text) for text in texts]
+
+
+_SAMPLING = (
+    click.option("--temperature", type=float, help="0 takes the likeliest token every time."),
+    click.option("--top-k", type=int, help="Sample among the k likeliest tokens; 0: off."),
+    click.option("--top-p", type=float, help="Sample among the likeliest that reach this share."),
+    click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest."),
+    click.option("--repetition-penalty", type=float, help="Above 1: avoid tokens already there."),
+    click.option("--presence-penalty", type=float, help="Above 0: avoid tokens already generated."),
+    click.option(
+        "--frequency-penalty", type=float, help="Above 0: the more often, the more it is avoided."
+    ),
+    click.option("--seed", type=int, help="Equal seeds give equal texts [random]."),
+    click.option(
+        "--stop",
+        multiple=True,
+        callback=_unescape_all,
+        help=r"End before this text; \n, \t, \r and \\ stand for newline, tab, return and backslash. May be given several times.",
+    ),
+)

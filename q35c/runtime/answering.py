@@ -1,0 +1,309 @@
+"""Answer a conversation: messages in, reasoning, content and tool calls out, whole or as they come."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from q35c import arguments
+from q35c.errors import OptionError
+from q35c.runtime.answers import ChatAnswer, ChatFinishReason, ChatUsage, ToolCall
+from q35c.runtime.chat.answer import (
+    CLOSE_THINK,
+    OPEN_THINK,
+    AnswerParser,
+    CallArguments,
+    CallStart,
+    ContentDelta,
+    Part,
+    ReasoningDelta,
+    tool_schemas,
+)
+from q35c.runtime.chat.normalise import normalise
+from q35c.runtime.device import Logits
+from q35c.runtime.generate import UNLIMITED, Row, Stream, resolve_options, run_rows
+from q35c.runtime.grammar import Matcher
+from q35c.runtime.memory import state_bytes
+from q35c.runtime.prefix import Lease, last_cut
+from q35c.runtime.prompts import check_ids
+from q35c.runtime.sampling import Mask
+from q35c.runtime.structures import Wanted, read_format, read_tool_choice
+from q35c.runtime.tokenizer import StopScanner, Tokenizer
+
+if TYPE_CHECKING:
+    from q35c.runtime.model import Model
+    from q35c.runtime.session import Session
+
+_KEPT_SESSIONS = 2  # full ones, whose memory a conversation may keep
+
+
+class ChatStream(Iterator[Part]):
+    """Yield the parts of an answer as they are generated. For one thread at a time.
+
+    `result` holds the answer so far; `close`, or dropping the stream, cancels.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        stream: Stream,
+        parser: AnswerParser,
+        stops: tuple[str, ...],
+        is_parallel: bool,
+        cached_tokens: int,
+        fill_seconds: float,
+    ) -> None:
+        """Made by `Model.chat` and `Conversation.answer`."""
+        self._row, self._stream, self._parser = row, stream, parser
+        self._scanner = StopScanner(stops)
+        self._ready: deque[Part] = deque()
+        self._is_parallel = is_parallel
+        self._is_over = False
+        self._reasoning = self._content = ""
+        self._calls: list[ToolCall] = []
+        self._complete = 0
+        self._reasoning_tokens = 0
+        self._cached_tokens, self._fill_seconds = cached_tokens, fill_seconds
+
+    def __next__(self) -> Part:
+        while not self._ready:
+            if self._is_over:
+                raise StopIteration
+            piece = next(self._stream, None)
+            if piece is None:
+                self._end()
+                continue
+            self._take(self._parser.feed(piece))
+            if self._parser.is_thinking:
+                self._reasoning_tokens = self._row.new_tokens
+            if self._has_enough:
+                self._is_over = True
+                self._stream.close()
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """Stop generating; the result keeps what was generated so far."""
+        self._stream.close()
+        if not self._is_over:
+            self._end()
+        self._ready.clear()
+
+    @property
+    def result(self) -> ChatAnswer:
+        """Return the answer so far."""
+        made = self._row.result()
+        timings = made.timings
+        reason: ChatFinishReason = made.finish_reason
+        if self._has_enough or reason == "stop":
+            reason = "tool_calls" if self._complete else "stop"
+        return ChatAnswer(
+            reasoning=self._reasoning,
+            content=self._content,
+            tool_calls=tuple(self._calls[: self._complete]),
+            finish_reason=reason,
+            stop=self._scanner.found or made.stop,
+            seed=made.seed,
+            usage=ChatUsage(
+                prompt_tokens=timings.prompt_tokens,
+                cached_tokens=self._cached_tokens,
+                new_tokens=timings.new_tokens,
+                reasoning_tokens=self._reasoning_tokens,
+                prefill_seconds=self._fill_seconds + timings.prefill_seconds,
+                decode_seconds=timings.decode_seconds,
+            ),
+        )
+
+    @property
+    def _has_enough(self) -> bool:
+        """Say whether the answer is over before the model has ended it."""
+        is_alone = self._complete > 0 and not self._is_parallel
+        return is_alone or self._scanner.found is not None
+
+    def _end(self) -> None:
+        self._is_over = True
+        if self._parser.is_thinking:
+            self._reasoning_tokens = self._row.new_tokens
+        self._take(self._parser.finish(self._row.finish_reason != "stop"))
+        if not self._has_enough and (rest := self._scanner.finish()):
+            self._say(rest)
+
+    def _take(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            if not self._has_enough:
+                self._take_one(part)
+
+    def _take_one(self, part: Part) -> None:
+        if isinstance(part, ContentDelta):
+            self._say(self._scanner.push(part.text))
+            return
+        if isinstance(part, ReasoningDelta):
+            self._reasoning += part.text
+        elif isinstance(part, CallStart):
+            self._say(self._scanner.finish())
+            self._calls.append(ToolCall(part.id, part.name, ""))
+        elif isinstance(part, CallArguments):
+            call = self._calls[-1]
+            self._calls[-1] = replace(call, arguments_text=call.arguments_text + part.text)
+        else:
+            self._complete += 1
+        self._ready.append(part)
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._content += text
+            self._ready.append(ContentDelta(text))
+
+
+class _Row(Row):
+    """A row whose tokens a structure may decide with."""
+
+    matcher: Matcher | None = None
+
+    def accept(self, logits: Logits, mask: Mask | None = None) -> str:
+        """Sample a token, of those that the structure allows."""
+        if self.matcher is None:
+            return super().accept(logits, mask)
+        text = super().accept(logits, self.matcher.mask())
+        self.matcher.accept(self.last_token)
+        return text
+
+
+class Conversation:
+    """Answers of one model to one conversation after the other, which mostly go on from each other.
+
+    Keeps a session between answers, so that only what is new of a conversation is computed, and no bit of an answer
+    depends on it. For one thread at a time.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._cache = model.cache(_KEPT_SESSIONS * state_bytes(model.manifest, model.context))
+        self._lease: Lease | None = None
+        self._stream: ChatStream | None = None
+
+    def __enter__(self) -> Conversation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End an answer that is under way, and give the sessions back. May be called again."""
+        self._end()
+        self._cache.close()
+
+    def answer(self, messages: Sequence[Any], **options: Any) -> ChatStream:
+        """Answer a conversation; options as of `Model.chat`. Closes an earlier stream that has not ended."""
+        self._end()
+        self._stream = start_chat(self._model, messages, self._fill, **options)
+        return self._stream
+
+    def _fill(self, prompt: Sequence[int], most_tokens: int) -> Lease:
+        """Return a session that holds all of a prompt but its last slice."""
+        context = min(self._model.context, len(prompt) + most_tokens)
+        self._lease = self._cache.open(prompt, context)
+        while self._lease.session.length < last_cut(len(prompt)):
+            self._lease.advance()
+        return self._lease
+
+    def _end(self) -> None:
+        stream, self._stream = self._stream, None
+        lease, self._lease = self._lease, None
+        if stream is not None:
+            stream.close()
+        if lease is not None:
+            lease.end()
+
+
+Fill = Callable[[Sequence[int], int], Lease]  # a prompt, and the most tokens that come after it
+
+
+def start_chat(
+    model: Model,
+    messages: Sequence[Any],
+    fill: Fill | None = None,
+    *,
+    tools: Sequence[Any] | None = None,
+    thinking: bool | None = None,
+    template: Mapping[str, Any] | None = None,
+    response_format: Any = None,
+    tool_choice: str = "auto",
+    parallel_tool_calls: bool = True,
+    max_new_tokens: int | None = UNLIMITED,
+    **options: Any,
+) -> ChatStream:
+    """Begin to answer a conversation. See `Model.chat`; `fill` finds a session for its prompt."""
+    variables = _variables(template, thinking)
+    is_parallel = arguments.flag("parallel_tool_calls", parallel_tool_calls)
+    tokenizer = model.tokenizer
+    is_offered, wanted = read_tool_choice(tool_choice, tool_schemas(tools))
+    wanted = wanted or read_format(response_format)
+    tools = tools if is_offered else None
+    prompt = model.encode_chat(normalise(messages), tools=tools, **variables)
+    prompt = check_ids(prompt, model.vocab_size, model.context)
+    resolved = resolve_options(
+        model.manifest.generation, model.vocab_size, max_new_tokens=max_new_tokens, **options
+    )
+    # Stop strings are for what is read, not for reasoning and calls.
+    texts, stop_ids = tokenizer.split_stops(resolved.stop)
+    resolved = replace(resolved, stop=(), stop_ids=resolved.stop_ids | stop_ids)
+    is_thinking = begins_thinking(tokenizer, prompt)
+    parser = AnswerParser(tools, is_thinking)
+    matcher = _matcher(model, wanted, is_thinking, is_parallel)
+    begin = time.perf_counter()
+    lease = None if fill is None else fill(prompt, resolved.max_new_tokens)
+    seconds = time.perf_counter() - begin
+    session = None if lease is None else lease.session
+    held = None if session is None else session.length
+    row = _Row(prompt, resolved, resolved.seed, tokenizer, session, held)
+    row.matcher = matcher
+
+    def open_session(prompt: Sequence[int]) -> Session:
+        return model.session(min(model.context, len(prompt) + resolved.max_new_tokens))
+
+    stream = Stream([row], run_rows([row], 1, open_session), True)
+    cached = 0 if lease is None else lease.cached_tokens
+    return ChatStream(row, stream, parser, texts, is_parallel, cached, seconds)
+
+
+def _matcher(
+    model: Model, wanted: Wanted | None, is_thinking: bool, is_parallel: bool
+) -> Matcher | None:
+    """Return what follows an answer's structure. Raises OptionError, ToolchainError."""
+    if wanted is None:
+        return None
+    constraint = model.grammars.compile(
+        wanted.kind,
+        wanted.value,
+        where=wanted.where,
+        is_thinking=is_thinking,
+        is_parallel=is_parallel,
+    )
+    return constraint.matcher()
+
+
+def begins_thinking(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
+    """Say whether an answer begins inside reasoning: the prompt's last turn opens it and does not close it."""
+    control = set(tokenizer.special_tokens.values())
+    places = (place for place in range(len(prompt) - 1, -1, -1) if prompt[place] in control)
+    begin = next(places, -1) + 1
+    text = tokenizer.decode(prompt[begin:], skip_special_tokens=False)
+    return text.rfind(OPEN_THINK) > text.rfind(CLOSE_THINK)
+
+
+def _variables(template: Mapping[str, Any] | None, thinking: bool | None) -> dict[str, Any]:
+    """Return the template's variables. Raises OptionError."""
+    if not isinstance(cast(object, template), (Mapping, type(None))):
+        raise OptionError(
+            "value is not allowed",
+            where="template",
+            expected="a mapping of variables",
+            got=template,
+        )
+    made = dict(template or {})
+    if thinking is not None:
+        made["enable_thinking"] = arguments.flag("thinking", thinking)
+    return made
