@@ -38,12 +38,14 @@ def loads(
     limit: int,
     error: type[Q35CError],
     max_values: int = MAX_VALUES,
+    max_depth: int = MAX_DEPTH,
     has_long_integers: bool = False,
 ) -> Any:
     """Parse one JSON document strictly.
 
-    `limit` is the size cap in bytes and `max_values` the cap on values in the document; `where`
-    names the document in messages. With `has_long_integers` those beyond 64 bits become floats. Raises `error` for anything malformed, ambiguous or too large.
+    `limit` is the size cap in bytes and `max_values` and `max_depth` cap the values in the
+    document and their nesting; `where` names the document in messages. With `has_long_integers` those beyond
+    64 bits become floats. Raises `error` for anything malformed, ambiguous or too large.
     """
     if len(data) > limit:
         raise error(
@@ -52,7 +54,7 @@ def loads(
             expected=f"at most {limit} bytes",
             got=len(data),
         )
-    _check_structure(data, where, error, max_values)
+    _check_structure(data, where, error, max_values, max_depth)
     refused: list[_Refused] = []
     try:
         tree = json.loads(data.decode("utf-8"), **_hooks(refused, has_long_integers))
@@ -71,7 +73,9 @@ def dumps(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def _check_structure(data: bytes, where: str, error: type[Q35CError], max_values: int) -> None:
+def _check_structure(
+    data: bytes, where: str, error: type[Q35CError], max_values: int, max_depth: int
+) -> None:
     """Bound depth and number of values by counting brackets and commas outside strings."""
     depth, values = 0, 1
     for match in _TOKEN.finditer(data):
@@ -83,8 +87,8 @@ def _check_structure(data: bytes, where: str, error: type[Q35CError], max_values
             continue
         depth += length if start in b"[{" else 0
         values += length
-        if depth > MAX_DEPTH:
-            raise error("JSON is nested too deeply", where=where, expected=f"{MAX_DEPTH} levels")
+        if depth > max_depth:
+            raise error("JSON is nested too deeply", where=where, expected=f"{max_depth} levels")
         if values > max_values:
             raise error("JSON holds too many values", where=where, expected=f"at most {max_values}")
 

@@ -18,6 +18,7 @@ from q35c.cli.generate import generate_command
 from q35c.cli.group import DEBUG_VARIABLE, ReportingGroup
 from q35c.cli.inspect import inspect_command, verify_file_command
 from q35c.cli.measure import perplexity_command, tokenize_command
+from q35c.cli.serve import serve_command
 from q35c.cli.verify import verify_command
 
 
@@ -34,6 +35,7 @@ def main(debug: bool) -> None:
       q35c compile ./Qwen3.5-0.8B -o model.q35c
       q35c generate model.q35c "The house was" --max-new-tokens 64
       q35c chat model.q35c
+      q35c serve model.q35c
 
     Exit codes: 0 done, 1 the input cannot be used, 2 a bug of q35c, 130 interrupted.
     """
@@ -45,6 +47,7 @@ for _command in (
     compile_command,
     generate_command,
     chat_command,
+    serve_command,
     demo_command,
     bench_command,
     tokenize_command,

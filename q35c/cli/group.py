@@ -19,7 +19,11 @@ from q35c.errors import InputError, Q35CError, Q35CWarning, ToolchainError, prin
 
 EXIT_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 DEBUG_VARIABLE = "Q35C_DEBUG"
-_COMPILE_PACKAGES = {"torch", "transformers", "tvm", "tvm_ffi", "safetensors", "huggingface_hub"}
+_EXTRAS = (
+    ({"torch", "transformers", "tvm", "tvm_ffi", "safetensors", "huggingface_hub"}, "compile"),
+    ({"onnx"}, "onnx"),
+    ({"starlette", "uvicorn", "h11", "prometheus_client", "llguidance"}, "serve"),
+)
 
 
 class ReportingGroup(click.Group):
@@ -92,7 +96,7 @@ def _explain(error: Exception) -> Exception:
     """Turn what Python says about the user's machine into an InputError."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
-        for packages, extra in ((_COMPILE_PACKAGES, "compile"), ({"onnx"}, "onnx")):
+        for packages, extra in _EXTRAS:
             if package in packages:
                 return ToolchainError(
                     f"this command needs the package {package!r}, which is not installed",

@@ -30,6 +30,9 @@ _NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _KEY = re.compile(r"[^<>\n\r\0]{1,256}")
 # A tool's schema describes what the model should say: where it cannot be enforced, the rest of it is.
 _LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
+# Between the parts of a document: nothing, a space, or a line's end and its indentation. Without a limit a model can
+# write spaces until its tokens are used up.
+_SPACES = {"whitespace_pattern": r"( |\n {0,16})?"}
 _PREFIX = "PREFIX: /\\n{1,2}/"
 
 Schema = Mapping[str, Any]
@@ -238,7 +241,10 @@ def _start(body: str, is_thinking: bool) -> list[str]:
 def _json(schema: Any) -> str:
     if isinstance(schema, bool):
         return "%json " + ("{}" if schema else '{"not": {}}')
-    return "%json " + json.dumps(schema)
+    own: Any = schema.get("x-guidance", {})
+    if isinstance(own, Mapping):
+        own = {**_SPACES, **cast(Schema, own)}
+    return "%json " + json.dumps({**schema, "x-guidance": own})
 
 
 def _quoted(text: str) -> str:

@@ -333,6 +333,15 @@ else:
 """
 
 
+@pytest.mark.parametrize("indent", [None, 2, 4])
+def test_documents_may_be_indented_but_not_padded(grammars: Grammars, indent: int | None) -> None:
+    value = {"a": [1, {"b": []}], "c": "x"}
+    for kind, schema in (("object", None), ("schema", {"type": "object"})):
+        text = json.dumps(value, indent=indent)
+        assert says(grammars, kind, schema, text)
+        assert not says(grammars, kind, schema, text.replace(": ", ":  "))
+
+
 def test_without_the_package() -> None:
     child = subprocess.run([sys.executable, "-c", _WITHOUT], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

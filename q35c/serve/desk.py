@@ -1,0 +1,107 @@
+"""What all endpoints share: the model, the engine, the threads that prepare requests, the numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from q35c.errors import Overloaded
+from q35c.runtime.chat.answer import AnswerParser
+from q35c.serve.answer import Choice
+from q35c.serve.conversation import Ask, Prepared, TextModel, prepare
+from q35c.serve.fields import Fields
+from q35c.serve.incoming import Bodies, Incoming
+from q35c.serve.metrics import Metrics
+from q35c.serve.options import check_model
+from q35c.serve.reply import Reply, Writer
+from q35c.serve.request import Request, Serving
+from q35c.serve.rows import Inbox, Rows
+from q35c.serve.settings import ANY, MAX_PREPARING, Settings
+
+T = TypeVar("T")
+_THREADS = 2  # rendering and encoding hold Python's lock, so more would not be quicker
+
+
+class Desk:
+    """Shared by all requests of a server. Lives in the event loop but for what `run` is given."""
+
+    def __init__(
+        self, model: TextModel, engine: Serving, settings: Settings, routes: Sequence[str]
+    ) -> None:
+        self.model, self.engine, self.settings = model, engine, settings
+        self.metrics = Metrics(engine, routes)
+        self.bodies = Bodies()
+        self.is_draining = False
+        self.started_at = int(time.time())
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="q35c-prepare")
+        self._preparing = 0
+        self._inbox: Inbox | None = None
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def check_model(self, fields: Fields) -> str:
+        """Return the name of the model that a request wants. Raises OptionError, RequestError."""
+        return check_model(fields.value("model"), self.settings.names, ANY)
+
+    async def run(self, call: Callable[[], T]) -> T:
+        """Run something slow in a thread. Raises Overloaded where too much waits for one."""
+        if self._preparing >= MAX_PREPARING:
+            raise Overloaded("too many requests are being prepared", retry_after_seconds=1.0)
+        self._preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+        finally:
+            self._preparing -= 1
+
+    async def prepare(self, ask: Ask) -> Prepared:
+        """Return the rows of a conversation's answer."""
+        seconds = self.settings.queue_seconds
+        return await self.run(lambda: prepare(self.model, self.engine, ask, seconds))
+
+    def reply_to(
+        self, incoming: Incoming, ask: Ask, prepared: Prepared, writer: Writer, is_stream: bool
+    ) -> Reply:
+        """Return the response that answers a conversation."""
+        choices = [
+            Choice(
+                AnswerParser(list(ask.tools), prepared.is_thinking),
+                prepared.stops,
+                is_thinking=prepared.is_thinking,
+                is_parallel=ask.is_parallel,
+            )
+            for _ in prepared.requests
+        ]
+        return self.reply(incoming, prepared.requests, choices, writer, is_stream)
+
+    def reply(
+        self,
+        incoming: Incoming,
+        requests: Sequence[Request],
+        choices: Sequence[Choice],
+        writer: Writer,
+        is_stream: bool,
+    ) -> Reply:
+        """Return the response that runs rows and writes what comes of them."""
+        if self._inbox is None:
+            self._inbox = Inbox(asyncio.get_running_loop())
+        rows = Rows(self.engine, self._inbox, requests, self.settings.unread_seconds)
+        return Reply(
+            rows,
+            choices,
+            writer,
+            self.metrics,
+            identity=incoming.id,
+            is_stream=is_stream,
+            ping_seconds=self.settings.ping_seconds,
+        )
+
+
+def new_id(prefix: str) -> str:
+    """Return an id that no other object has."""
+    return f"{prefix}{secrets.token_hex(12)}"
