@@ -67,8 +67,8 @@ def compile_model(
     """Compile a checkpoint directory, hub id or family name into the file `output`.
 
     `kv_dtype` is the type of keys and values: f32, bf16, int8, or auto for the precision's own.
-    `context` is the most tokens a sequence may hold (default: 4096, or the model's own limit if that is
-    smaller); `batch` the most sequences one decode step serves. `load_format` to `ignore_config` are those of
+    `context` is the most tokens of a sequence where the loader asks for no others (default: 4096, or the model's own limit
+    if that is smaller), which may be up to that limit; `batch` the most sequences one decode step serves. `load_format` to `ignore_config` are those of
     `open_checkpoint`; `import_graph` is for callers that have the graph of this configuration, which otherwise is traced. What
     of the checkpoint is not taken stands in the report's `notes`. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
@@ -87,7 +87,7 @@ def compile_model(
     clock("trace", 0.0)
     graph = (import_graph or import_model)(checkpoint.config)
     clock("passes", 0.0)
-    splits = functools.partial(machine.decode_splits, context=limits.context)
+    splits = functools.partial(machine.decode_splits, context=limits.max_context)
     module = run_pipeline(graph, Choices(policy, splits), dump)
 
     def check_weights(size: int) -> None:
@@ -171,8 +171,8 @@ def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits
     most = min(config.max_context, MAX_CONTEXT)
     context = arguments.integer("context", min(4096, most) if context is None else context, 1, most)
     batch = arguments.integer("batch", batch, 1, 256)
-    rounded = -(-context // CONTEXT_STEP) * CONTEXT_STEP
-    return Limits(rounded, batch, config.vocab_size)
+    context, most = (-(-tokens // CONTEXT_STEP) * CONTEXT_STEP for tokens in (context, most))
+    return Limits(context, most, batch, config.vocab_size)
 
 
 class Clock:

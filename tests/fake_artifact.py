@@ -90,7 +90,9 @@ def entry_specs(batch: int = BATCH) -> list[EntrySpec]:
     ]
 
 
-def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) -> dict[str, Any]:
+def manifest_fields(
+    context: int = CONTEXT, batch: int = BATCH, max_context: int = CONTEXT, **changes: Any
+) -> dict[str, Any]:
     """Return the fields that a compiler hands to the writer."""
     return {
         "model": MODEL,
@@ -102,6 +104,7 @@ def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) 
         },
         "precision": "f32",
         "context": context,
+        "max_context": max(context, max_context),
         "batch": batch,
         "entries": [
             {
@@ -116,7 +119,7 @@ def manifest_fields(context: int = CONTEXT, batch: int = BATCH, **changes: Any) 
         "row_layouts": {"q8g64": "int8-sums"},
         "arena_bytes": 4096,
         "max_threads": 8,
-        "state": state_layout(context),
+        "state": state_layout(max(context, max_context)),
         "kernels": [
             {
                 "name": "k0",
@@ -209,7 +212,7 @@ def write_fake(
 ) -> Manifest:
     """Write an artifact; `segments` replaces the text segments, `changes` the manifest's fields."""
     fields = manifest_fields(**changes)
-    program = code(fields["context"], fields["batch"]) if with_code else b"not code " * 3
+    program = code(fields["max_context"], fields["batch"]) if with_code else b"not code " * 3
     if segments is None:
         segments = {"tokenizer": tokenizer(), "chat_template": CHAT_TEMPLATE.encode()}
     table = np.zeros((VOCAB, VOCAB), np.float32) if bigram is None else bigram

@@ -33,7 +33,7 @@ def check_consistent(manifest: Manifest) -> None:
     _check_segments(manifest)
     expected_memory = file_layout.memory_plan(
         weights=manifest.weights_bytes,
-        state=manifest.state.bytes,
+        state=manifest.state.used_bytes(manifest.max_context, manifest.context),
         arena=manifest.arena_bytes,
         io=manifest.io.bytes,
         batch=manifest.batch,
@@ -102,8 +102,11 @@ def _check_steps(path: str, entry: Entry, manifest: Manifest) -> None:
 
 
 def _check_state(manifest: Manifest) -> None:
-    if manifest.context % CELLS:
-        raise refuse("$.context", f"not a multiple of {CELLS}", got=manifest.context)
+    for name, size in (("context", manifest.context), ("max_context", manifest.max_context)):
+        if size % CELLS:
+            raise refuse(f"$.{name}", f"not a multiple of {CELLS}", got=size)
+    if manifest.context > manifest.max_context:
+        raise refuse("$.context", "more than the largest", expected=manifest.max_context, got=manifest.context)
     tensors = manifest.state.tensors
     offsets, total = blobs.pack_tensors((tensor.dtype, tensor.shape) for tensor in tensors)
     _check_equal("$.state.tensors offsets", [tensor.offset for tensor in tensors], offsets)
@@ -120,7 +123,7 @@ def _check_state(manifest: Manifest) -> None:
         raise refuse("$.state.tensors", "keys and values lie in two ways", got=sorted(caches))
     form: CacheLayout = next(iter(caches))[0] if caches else "cells32"
     found = Counter((tensor.layout, tensor.shape) for tensor in tensors)
-    expected = expected_state(manifest.model, manifest.context, form)
+    expected = expected_state(manifest.model, manifest.max_context, form)
     _check_equal("$.state.tensors", found, expected)
 
 

@@ -41,7 +41,7 @@ class HasTensor(Protocol):
 
 
 def memory_plan(*, weights: int, state: int, arena: int, io: int, batch: int) -> dict[str, int]:
-    """Return the manifest's `memory`; the peak holds `batch` sequences at the full context."""
+    """Return the manifest's `memory`; the peak holds `batch` sequences of `state` bytes each, at the default context."""
     return {
         "weights": weights,
         "state_per_sequence": state,

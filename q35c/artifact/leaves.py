@@ -59,13 +59,27 @@ class StateTensor:
     def bytes(self) -> int:
         return blobs.tensor_bytes(self.dtype, self.shape)
 
+    def used_cells(self, max_context: int, tokens: int) -> int:
+        """Return how far axis 1 is filled: keys in blocks of tokens, values singly."""
+        return -(-tokens // (max_context // self.shape[1]))
+
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The state of one sequence at the full context; all zero is the empty sequence."""
+    """The state of one sequence at the largest context; all zero is the empty sequence."""
 
     bytes: Bytes
     tensors: Annotated[tuple[StateTensor, ...], Items(1, 4096)]
+
+    def used_bytes(self, max_context: int, tokens: int) -> int:
+        """Return the bytes that are in use after so many tokens."""
+        total = 0
+        for tensor in self.tensors:
+            size = tensor.bytes
+            if tensor.growth == "context":
+                size = size // tensor.shape[1] * tensor.used_cells(max_context, tokens)
+            total += blobs.align(size)
+        return total
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,7 @@ class Manifest:
     target: Target
     precision: Annotated[str, Pattern(r"[a-z0-9_\-]{1,32}")]
     context: Annotated[int, Range(1, MAX_CONTEXT)]
+    max_context: Annotated[int, Range(1, MAX_CONTEXT)]
     batch: Annotated[int, Range(1, 1024)]
     entries: Annotated[tuple[Entry, ...], Items(3, 16)]
     io: Io

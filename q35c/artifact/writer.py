@@ -19,7 +19,7 @@ from typing import Any, cast
 from q35c import strictjson
 from q35c.artifact import layout
 from q35c.artifact.entries import Entry, io_layout
-from q35c.artifact.leaves import Segment, Weight
+from q35c.artifact.leaves import Segment, State, Weight
 from q35c.artifact.manifest import FORMAT, Manifest
 from q35c.artifact.reader import Progress, read_artifact
 from q35c.artifact.schema import decode, encode
@@ -116,9 +116,10 @@ def _add_derived(document: dict[str, Any]) -> None:
     vocab = document["model"]["vocab_size"]
     steps = max(len(entry.steps) for entry in entries)
     document.setdefault("io", io_layout(entries, vocab, steps))
+    state = decode(State, document["state"], "$.state")
     memory = layout.memory_plan(
         weights=document["weights_bytes"],
-        state=document["state"]["bytes"],
+        state=state.used_bytes(document["max_context"], document["context"]),
         arena=document["arena_bytes"],
         io=document["io"]["bytes"],
         batch=document["batch"],

@@ -61,7 +61,9 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "tokens), or auto (f32 with --precision f32, else bf16).",
 )
 @click.option(
-    "--context", type=int, help="Most tokens of a sequence [4096, or the model's own limit]."
+    "--context",
+    type=int,
+    help="Most tokens of a sequence where --context is not given at load [4096, or the model's own limit].",
 )
 @click.option(
     "--batch", type=int, default=4, show_default=True, help="Most sequences decoded together."

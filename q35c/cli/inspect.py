@@ -114,13 +114,13 @@ def describe_manifest(manifest: Any) -> str:
         "target": f"{manifest.target.name} ({' '.join(manifest.target.cpu_features)})",
         "precision": f"{manifest.precision}: {describe_formats(manifest)}",
         "cache": describe_cache(manifest),
-        "limits": f"{manifest.context} tokens a sequence, {manifest.batch} sequences, "
+        "limits": f"{manifest.context} tokens a sequence, up to {manifest.max_context} on request, {manifest.batch} sequences, "
         f"{manifest.max_threads} threads",
         "entries": "; ".join(entries),
         "kernels": f"{len(manifest.kernels)}: "
         + ", ".join(f"{count} {family}" for family, count in sorted(families.items())),
         "weights": f"{len(manifest.weights)} tensors, {size_text(memory.weights)}",
-        "memory": f"state {size_text(memory.state_per_sequence)} a sequence at full context, "
+        "memory": f"state {size_text(memory.state_per_sequence)} a sequence of {manifest.context} tokens, "
         f"arena {size_text(memory.arena)}, io {size_text(memory.io)}, "
         f"peak {size_text(memory.peak)}",
         "segments": "; ".join(hashes),
@@ -137,7 +137,7 @@ def describe_cache(manifest: Any) -> str:
     growing = [tensor for tensor in manifest.state.tensors if tensor.growth == "context"]
     names = {"i8": "int8 with an f32 scale for each token and head"}
     dtype = growing[0].dtype if growing else "none"
-    size = sum(tensor.bytes for tensor in growing) // manifest.context
+    size = sum(tensor.bytes for tensor in growing) // manifest.max_context
     return f"keys and values {names.get(dtype, dtype)}, {size_text(size)} a token"
 
 

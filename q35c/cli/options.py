@@ -21,7 +21,11 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how a model is loaded."""
     threads = click.option("--threads", type=int, help="Worker threads [physical cores].")
-    context = click.option("--context", type=int, help="Most tokens of the sequence [as compiled].")
+    context = click.option(
+        "--context",
+        type=int,
+        help="Most tokens of the sequence, up to the model's own limit [as compiled].",
+    )
     return threads(context(command))
 
 

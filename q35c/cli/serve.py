@@ -20,7 +20,11 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--insecure", is_flag=True, help="Let other machines in without a key.")
 @click.option("--served-model-name", "names", multiple=True, help="Name that requests give the model; may be given several times, '*' accepts any [the file's name].")  # fmt: skip
 @click.option("--threads", type=int, help="Worker threads [physical cores].")
-@click.option("--context", type=int, help="Most tokens of a conversation [as compiled].")
+@click.option(
+    "--context",
+    type=int,
+    help="Most tokens of a conversation, up to the model's own limit [as compiled].",
+)
 @click.option("--batch", type=int, help="Answers that are generated together [as compiled].")
 @click.option("--max-queue", type=int, default=64, show_default=True, help="Requests that may wait; more are told to come back.")  # fmt: skip
 @click.option("--queue-timeout", "queue_seconds", type=float, default=300.0, show_default=True, help="Seconds that a request may wait.")  # fmt: skip

@@ -36,7 +36,8 @@ class Generated:
 class Limits:
     """What the artifact is compiled for."""
 
-    context: int  # tokens per sequence, a multiple of 64
+    context: int  # tokens per sequence where the loader does not ask for others, a multiple of 64
+    max_context: int  # tokens per sequence that addresses leave room for, a multiple of 64
     batch: int  # sequences per decode step
     vocabulary: int
 
@@ -55,10 +56,10 @@ def generate(
     """
     progress("lower", 0.0)
     specs = [entry_spec(graph, backend, limits) for graph in module]
-    state = blobs.state_layout(describe_state(module, policy, limits.context, backend))
+    state = blobs.state_layout(describe_state(module, policy, limits.max_context, backend))
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
     io = io_layout(specs, limits.vocabulary, 0)["fields"]
-    shared = Shared(backend, limits.context, io["positions"]["shape"][-1], offsets)
+    shared = Shared(backend, limits.max_context, io["positions"]["shape"][-1], offsets)
     schedules = [
         backend.lower(graph, shared, spec.rows) for graph, spec in zip(module, specs, strict=True)
     ]
@@ -83,6 +84,7 @@ def generate(
         "target": backend.describe(),
         "precision": policy.name,
         "context": limits.context,
+        "max_context": limits.max_context,
         "batch": limits.batch,
         "entries": entries,
         "row_layouts": shared.row_layouts,

@@ -15,7 +15,6 @@ from typing import Protocol
 
 from q35c.artifact import Manifest
 from q35c.errors import MemoryRefused
-from q35c.layouts import blobs
 from q35c.layouts.cache import CELLS
 
 _SYSTEM = Path("/")
@@ -109,26 +108,13 @@ def _read(directory: Path, name: str) -> str:
 
 def state_bytes(manifest: Manifest, tokens: int) -> int:
     """Return the bytes of one sequence's state that are in use after `tokens` tokens."""
-    total = 0
-    for tensor in manifest.state.tensors:
-        if tensor.growth == "fixed":
-            total += blobs.align(tensor.bytes)
-        else:
-            cells = used_cells(tensor.shape, manifest.context, tokens)
-            total += blobs.align(tensor.bytes // tensor.shape[1] * cells)
-    return total
-
-
-def used_cells(shape: tuple[int, ...], context: int, tokens: int) -> int:
-    """Return how far axis 1 of a state tensor is filled: keys in blocks of tokens, values singly."""
-    tokens_per_cell = context // shape[1]
-    return -(-tokens // tokens_per_cell)
+    return manifest.state.used_bytes(manifest.max_context, tokens)
 
 
 def needed_bytes(manifest: Manifest, context: int, batch: int) -> int:
     """Return the bytes of the loaded model with `batch` sequences of `context` tokens.
 
-    At the compiled context and batch that is the manifest's peak, the code, and what this runtime adds.
+    At the default context and batch that is the manifest's peak, the code, and what this runtime adds.
     """
     fixed = manifest.weights_bytes + manifest.arena_bytes + manifest.io.bytes
     own = manifest.segments["code"].bytes + _RUNTIME_BYTES

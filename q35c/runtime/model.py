@@ -53,7 +53,7 @@ def load_model(
     threads   worker threads, at most one for each CPU (more are not started: Q35CWarning); None: Q35C_THREADS,
               else the physical cores this process may use, and fewer while other processes use them
     verify    check the hash of the weights; None: if they have at most 256 MiB
-    context   tokens per sequence, at most and by default the compiled context
+    context   tokens per sequence, by default as compiled, at most what the model can take
     batch     sequences decoded together, at most and by default the compiled batch
     mmap      map the weights from the file (shared, lazy), or read them into private memory
 
@@ -66,8 +66,8 @@ def load_model(
     artifact = read_artifact(place)
     try:
         manifest = artifact.manifest
-        context = _choose("context", context, manifest.context)
-        batch = _choose("batch", batch, manifest.batch)
+        context = _choose("context", context, manifest.context, manifest.max_context)
+        batch = _choose("batch", batch, manifest.batch, manifest.batch)
         machine = find_machine(manifest, threads)
         machine.check(manifest.target)
         check_memory(manifest, context, batch, machine.available_memory())
@@ -168,7 +168,7 @@ class Model:
         Raises MemoryRefused if it would not fit beside the sessions that are open, OptionError.
         """
         self._executor.check_usable()
-        context = _choose("context", context, self.context)
+        context = _choose("context", context, self.context, self.context)
         return Session(self._executor, self._budget, self._artifact.digest, context)
 
     def cache(self, max_bytes: int | None = None) -> PrefixCache:
@@ -382,10 +382,8 @@ class Model:
             return self._template
 
 
-def _choose(name: str, asked: int | None, limit: int) -> int:
-    if asked is None:
-        return limit
-    return arguments.integer(name, asked, 1, limit, expected=f"1 to {limit}, as compiled")
+def _choose(name: str, asked: int | None, default: int, limit: int) -> int:
+    return default if asked is None else arguments.integer(name, asked, 1, limit)
 
 
 def _readable(messages: Any) -> list[Any]:

@@ -19,7 +19,6 @@ import numpy as np
 
 from q35c.artifact import Manifest
 from q35c.errors import OptionError, Q35CError, StateError
-from q35c.runtime.memory import used_cells
 from q35c.runtime.prefix_tree import RUN, Node, PrefixTree
 from q35c.runtime.saved import Cells, Checkpoint, number_of
 from q35c.runtime.state_file import read_state, write_state
@@ -156,7 +155,7 @@ class PrefixFiles:
         for tensor in tensors:
             if tensor.growth == "context":
                 first, last = (
-                    used_cells(tensor.shape, self._manifest.context, at) for at in (start, end)
+                    tensor.used_cells(self._manifest.max_context, at) for at in (start, end)
                 )
                 yield (tensor.shape[0], last - first, *tensor.shape[2:])
 

@@ -100,7 +100,7 @@ class Session:
         Raises MemoryRefused if they would not fit beside other sessions; then nothing has changed. OptionError for
         fewer than the session holds, or more than were compiled.
         """
-        low, high = max(1, self.length), self._executor.manifest.context
+        low, high = max(1, self.length), self._executor.manifest.max_context
         context = arguments.integer("context", context, low, high)
         before, self.context = self.context, context
         try:
@@ -354,7 +354,7 @@ class Session:
 
     def _check_ids(self, ids: Sequence[int]) -> list[int]:
         manifest = self._executor.manifest
-        return check_ids(ids, manifest.model.vocab_size, manifest.context)
+        return check_ids(ids, manifest.model.vocab_size, manifest.max_context)
 
     def _check_room(self, count: int) -> None:
         self._check_usable()

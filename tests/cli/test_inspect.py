@@ -27,7 +27,7 @@ def test_overview(run: Run, codeless: Path) -> None:
     for text in (
         "qwen3_5, hidden 16, vocabulary 270",
         "2: 1 full attention, 1 linear attention",
-        "256 tokens a sequence, 4 sequences, 8 threads",
+        "256 tokens a sequence, up to 256 on request, 4 sequences, 8 threads",
         "dtype=f32 n=4 taps=(1, 2)",
         "f32[270, 270]",
         "embed_tokens.weight",

@@ -331,3 +331,28 @@ def test_a_closed_model_refuses_every_use(path: Path) -> None:
     other.close()
     with pytest.raises(OptionError, match="closed"):
         _ = other.tokenizer
+
+
+def test_the_context_is_chosen_at_load(tmp_path: Path) -> None:
+    place = tmp_path / "m.q35c"
+    write_fake(place, bigram=script("0123"), context=64, max_context=512)
+    with q35c.load(place) as model:
+        assert model.context == 64
+        assert len(model.generate([1] * 60, max_new_tokens=-1).ids) == 5
+        with pytest.raises(OptionError, match="context"):
+            model.session(65)
+    with q35c.load(place, context=512) as model:
+        assert model.context == 512
+        assert len(model.generate([1] * 500, max_new_tokens=-1).ids) == 13
+    with pytest.raises(OptionError) as caught:
+        q35c.load(place, context=513)
+    assert "512" in str(caught.value) and "513" in str(caught.value)
+
+
+def test_memory_is_asked_for_the_chosen_context(tmp_path: Path) -> None:
+    place = tmp_path / "m.q35c"
+    manifest = write_fake(place, context=64, max_context=1 << 20)
+    assert manifest.state.bytes > 1 << 28
+    assert manifest.memory.state_per_sequence < 1 << 16
+    with q35c.load(place) as model, model.session() as session:
+        session.prefill([1, 2])

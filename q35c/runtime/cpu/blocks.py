@@ -13,7 +13,6 @@ from q35c.artifact.leaves import StateTensor
 from q35c.errors import MemoryRefused, OptionError
 from q35c.layouts import blobs
 from q35c.runtime.device import Saved
-from q35c.runtime.memory import used_cells
 
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.12 on
 
@@ -70,7 +69,7 @@ class StateBlock:
     def __init__(self, manifest: Manifest, context: int) -> None:
         """Reserve the state of up to `context` tokens: one for all is used whole, of others what does not grow."""
         state = manifest.state
-        is_full = context == manifest.context
+        is_full = context == manifest.max_context
         self._manifest = manifest
         self._region = Region(
             state.bytes, huge_bytes=state.bytes if is_full else _fixed_prefix(state.tensors)
@@ -106,7 +105,7 @@ class StateBlock:
         """Yield views of the state that so many tokens use: along axis 1 where it grows."""
         for tensor, view in self._views():
             if tensor.growth == "context":
-                view = view[:, : used_cells(tensor.shape, self._manifest.context, tokens)]
+                view = view[:, : tensor.used_cells(self._manifest.max_context, tokens)]
             yield view
 
     def _cells(self, start: int, end: int) -> Iterator[NDArray[Any]]:
@@ -114,8 +113,7 @@ class StateBlock:
         for tensor, view in self._views():
             if tensor.growth == "context":
                 first, last = (
-                    used_cells(tensor.shape, self._manifest.context, tokens)
-                    for tokens in (start, end)
+                    tensor.used_cells(self._manifest.max_context, tokens) for tokens in (start, end)
                 )
                 yield view[:, first:last]
 
