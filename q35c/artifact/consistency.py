@@ -106,7 +106,12 @@ def _check_state(manifest: Manifest) -> None:
         if size % CELLS:
             raise refuse(f"$.{name}", f"not a multiple of {CELLS}", got=size)
     if manifest.context > manifest.max_context:
-        raise refuse("$.context", "more than the largest", expected=manifest.max_context, got=manifest.context)
+        raise refuse(
+            "$.context",
+            "more than the largest",
+            expected=manifest.max_context,
+            got=manifest.context,
+        )
     tensors = manifest.state.tensors
     offsets, total = blobs.pack_tensors((tensor.dtype, tensor.shape) for tensor in tensors)
     _check_equal("$.state.tensors offsets", [tensor.offset for tensor in tensors], offsets)

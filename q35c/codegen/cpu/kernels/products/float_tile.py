@@ -27,6 +27,7 @@ from q35c.codegen.cpu.kernels.products.product import (
     Vectors,
     accumulators,
     clear,
+    fetch_ahead,
     finish,
     load_sums,
     store_sums,
@@ -122,6 +123,7 @@ def _short_tiles(
         clear(matmul, acc)
         if matmul.dtype == "f32":
             with T.serial(matmul.K) as k:
+                fetch_ahead(operands.w, operands.block, k * BLOCK, 1)
                 weights = _line(matmul, operands, k, matmul.vectors)
                 _multiply(matmul, acc, weights, [operands.x[row, k] for row in x_rows])
         else:
@@ -136,6 +138,7 @@ def _short_bf16(
 ) -> None:
     size, x = matmul.isa.lanes, operands.x
     with T.serial(matmul.K // 2) as pair:
+        fetch_ahead(operands.w, operands.block, pair * BLOCK, 1)
         words = [T.Bind(word) for word in _line(matmul, operands, pair, matmul.vectors)]
         low = [widen_low(word, size) for word in words]
         _multiply(matmul, acc, low, [x[row, pair * 2] for row in x_rows])

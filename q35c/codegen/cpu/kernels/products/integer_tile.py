@@ -136,9 +136,7 @@ def _tiles(
     product: IntegerProduct, operands: Operands, begin: Expr, count: Expr, rows: int
 ) -> None:
     """Emit tiles that read the packed block, all its groups at once."""
-    # One row keeps up with memory by itself where one instruction multiplies bytes.
-    runs_ahead = rows > 1 or not product.isa.offers("dot4_u8s8")
-    packed = Packed(product.layout, operands.w, operands.block, runs_ahead)
+    packed = Packed(product.layout, operands.w, operands.block)
     with T.serial(count) as tile:
         first = T.Bind(begin + tile * rows)
         x_rows = [T.Bind(operands.x_row(first + i)) for i in range(rows)]
@@ -157,7 +155,7 @@ def _sharing_tiles(
 ) -> None:
     """Emit tiles that share a chunk of unpacked groups, of up to _SHARING_ROWS rows; their sums wait on the stack."""
     form, together = product.form, _SHARING_ROWS // rows
-    packed = Packed(product.layout, operands.w, operands.block, runs_ahead=True)
+    packed = Packed(product.layout, operands.w, operands.block)
     most = product.isa.tuning.unpacked_inputs // form.group
     with T.serial(T.truncdiv(count + (together - 1), together)) as turn:
         sums = sums_buffer(together * rows)

@@ -20,12 +20,12 @@ from q35c.codegen.cpu.isa.byte_products import (
     look_up_modulo,
     low_halves,
 )
-from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import AHEAD_BYTES, SCALE_BITS, WHOLE_SCALES
+from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import SCALE_BITS, WHOLE_SCALES
+from q35c.codegen.cpu.kernels.products.product import fetch_ahead
 from q35c.codegen.cpu.kernels.vectors import (
     STACK,
     Expr,
     bits,
-    fetch,
     from_bits,
     let,
     ramp,
@@ -33,7 +33,7 @@ from q35c.codegen.cpu.kernels.vectors import (
     vector,
 )
 from q35c.formats.integer import IntegerFormat
-from q35c.layouts.weights import BLOCK, LINE_WORDS, IntegerBlock
+from q35c.layouts.weights import BLOCK, IntegerBlock
 
 Parts = Callable[[int], list[Expr]]  # 4 inputs of a set -> their words, a vector for each `Vectors`
 
@@ -67,18 +67,17 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Packed:
-    """Read a block of w [blocks, words] as it is stored; `runs_ahead` fetches what comes later."""
+    """Read a block of w [blocks, words] as it is stored, and fetch what comes later."""
 
     layout: IntegerLayout
     w: Expr
     block: Expr
-    runs_ahead: bool
 
     def parts(self, group: Expr, number: Expr, vectors: Sequence[int]) -> Parts:
         layout, size = self.layout, self.layout.isa.lanes
         start = layout.set_start(group, number)
-        if self.runs_ahead and 0 in vectors:  # the first pass over a line
-            _fetch_lines(self.w, self.block, start + AHEAD_BYTES // 4, layout.set_lines)
+        if 0 in vectors:  # the first pass over a line
+            fetch_ahead(self.w, self.block, start, layout.set_lines)
         # Bound in the order in which they lie: the processor's own prefetching loses a stream whose lines are first
         # touched out of order (measured: one row of 5 bits 3 to 15 % slower).
         lines = [
@@ -130,16 +129,6 @@ def whole_scale_of(code: Expr, lanes: int) -> Expr:
         return (whole & splat_int(0xFFFF, lanes)) | (whole << splat_int(16, lanes))
 
     return let(T.cast(scale, vector("int32", lanes)), pair)
-
-
-def _fetch_lines(w: Expr, block: Expr, start: Expr, lines: int) -> None:
-    """Emit prefetches of some lines into L1. A tile of few rows alternates between waiting for memory and multiplying.
-
-    Measured: tiles of 4 to 8 rows 20 to 35 % faster with 4 bits and up to twice as fast with 5; a distance of 2 KiB
-    or a prefetch into L2 gains less. One row becomes up to 15 % slower with VNNI, and up to 3 times as fast without.
-    """
-    for word in range(0, lines * BLOCK, LINE_WORDS):
-        fetch(w[block, start + word], 1)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from q35c.codegen.cpu.kernels.products.product import (
     Product,
     accumulators,
     clear,
+    fetch_ahead,
     finish,
     store_sums,
     sums_buffer,
@@ -74,6 +75,8 @@ def _tiles(product: PairProduct, operands: Operands, begin: Expr, count: Expr, r
         acc = accumulators(product, rows, vectors)
         clear(product, acc)
         with T.serial(product.pairs) as pair:
+            if rows < product.heights[0]:  # tall tiles share a block that is in L2
+                fetch_ahead(operands.w, operands.block, pair * BLOCK, 1)
             weights = [
                 T.Bind(operands.w[operands.block, ramp(pair * BLOCK + v * size, size)])
                 for v in vectors

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat, vsilu
-from q35c.layouts.weights import BLOCK, ceil_div
+from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import AHEAD_BYTES
+from q35c.codegen.cpu.kernels.vectors import STACK, Expr, fetch, ramp, splat, vsilu
+from q35c.layouts.weights import BLOCK, LINE_WORDS, ceil_div
 
 Vectors = Sequence[int]  # indices of vectors in a line of 32 outputs
 
@@ -113,6 +114,18 @@ def accumulators(product: Product, rows: int, vectors: Vectors, dtype: str = "fl
 def sums_buffer(rows: int) -> Expr:
     """Allocate the sums of some rows with one block."""
     return T.alloc_buffer((rows, BLOCK), "float32", annotations=STACK)
+
+
+def fetch_ahead(w: Expr, block: Expr, start: Expr, lines: int) -> None:
+    """Emit prefetches into L1 of the lines of 32 words that lie AHEAD_BYTES behind some of a packed block.
+
+    A tile of few rows alternates between waiting for memory and multiplying. Measured for integers: tiles of 4 to 8 rows 20 to 35 %
+    faster with 4 bits and up to twice as fast with 5; a distance of 2 KiB or a prefetch into L2 gains less. One row becomes up
+    to 3 times as fast without VNNI; with it, 1.5 times on one machine and 15 % slower on another. bf16: one row 1.4 times as
+    fast, 4 rows 1.6 times.
+    """
+    for word in range(0, lines * BLOCK, LINE_WORDS):
+        fetch(w[block, start + AHEAD_BYTES // 4 + word], 1)
 
 
 def load_sums(product: Product, acc: Expr, sums: Expr, first: Expr, vectors: Vectors) -> None:
