@@ -54,7 +54,7 @@ ROOMS: dict[str, set[str]] = {
     "codegen.cpu.backend": {
         "codegen", "codegen.calls", "codegen.cpu", "codegen.cpu.isa", CPU, f"{CPU}.rows", "ir", "formats", "layouts",
     },
-    "codegen.cpu.isa": {"tvm", CPU},
+    "codegen.cpu.isa": {"numpy", "tvm", CPU},
     CPU: KERNELS,
     f"{CPU}.rows": KERNELS,
     f"{CPU}.products": {f"{CPU}.rows", *KERNELS},

@@ -102,9 +102,7 @@ def resolve_options(
     given = {name: value for name, value in sampling.items() if value is not None}
     for name in given.keys() - set(known):
         raise OptionError("unknown option", where=name, expected=", ".join(known))
-    if isinstance(bias := given.get("logit_bias"), Mapping):
-        for token in cast(Mapping[Any, Any], bias):
-            arguments.integer("logit_bias", token, 0, vocab - 1)
+    _check_biased_tokens(given.get("logit_bias"), vocab)
     if do_sample is not None:
         do_sample = arguments.flag("do_sample", do_sample)
     else:
@@ -120,6 +118,13 @@ def resolve_options(
         frozenset(defaults.stop_ids) if stop_ids is None else _check_stop_ids(stop_ids, vocab),
         seed,
     )
+
+
+def _check_biased_tokens(bias: Any, vocab: int) -> None:
+    """Raise OptionError for the bias of a token that the model lacks."""
+    if isinstance(bias, Mapping):
+        for token in cast(Mapping[Any, Any], bias):
+            arguments.integer("logit_bias", token, 0, vocab - 1)
 
 
 def _token_limit(asked: int | None) -> int:

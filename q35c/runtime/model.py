@@ -181,7 +181,7 @@ class Model:
         limit = arguments.integer("max_bytes", limit, 0, 2**62)
         has_text = self._artifact.has_segment("tokenizer")
         start = self.tokenizer.token_id(MESSAGE_START) if has_text else None
-        return PrefixCache(self.session, self.manifest, limit, start)
+        return PrefixCache(self.session, self.manifest, limit, start, self._artifact.digest)
 
     def record(self) -> AbstractContextManager[list[Recording]]:
         """Return a context in which the times of every kernel are added to the list that it yields."""

@@ -13,6 +13,7 @@ where those that begin alike share it; and there the oldest checkpoints go.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -21,10 +22,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from q35c import arguments
 from q35c.artifact import Manifest
 from q35c.errors import MemoryRefused
 from q35c.runtime.device import Logits
 from q35c.runtime.memory import give_back_memory, state_bytes
+from q35c.runtime.prefix_files import PrefixFiles
 from q35c.runtime.prefix_tree import RUN, Node, PrefixTree, TokenIds
 from q35c.runtime.recent import Miss, RecentPrompts
 from q35c.runtime.saved import Checkpoint
@@ -140,27 +143,28 @@ class PrefixCache:
         manifest: Manifest,
         max_bytes: int,
         message_start: int | None = None,
-        *,
-        shares_lent: bool = False,
+        digest: str = "",
     ) -> None:
         """Keep states that nobody uses.
 
         max_bytes      of them at most; 0: none
         message_start  as for `plan_points`
-        shares_lent    copy from sessions in use, too: their users and the cache's must be one thread
+        digest         the artifact's, for files
         """
         self.max_bytes = max_bytes
         self.evictions = 0
         self.misses: Counter[str] = Counter()
         self._open_session = open_session
-        self.manifest = manifest
+        self.manifest, self.digest = manifest, digest
         self._message_start = message_start
         self._parked: list[Branch] = []
         self._lent: list[Branch] = []
         self._tree = PrefixTree()
         self._recent = RecentPrompts()
         self._clock = 0
-        self._shares_lent = shares_lent
+        self.shares_lent = (
+            False  # copy from sessions in use, too: their users and the cache's must be one thread
+        )
         self._lock = threading.RLock()
 
     def open(self, prompt: Sequence[int], context: int, salt: str = "") -> Lease:
@@ -210,6 +214,29 @@ class PrefixCache:
         give_back_memory()
         return has_evicted
 
+    def save(self, directory: str | os.PathLike[str]) -> int:
+        """Write all that is not lent to files below a directory, which become part of what is kept there.
+
+        Returns the files written. Raises OptionError, DiskRefused.
+        """
+        files = self._files(directory)
+        with self._lock:
+            while self._parked:
+                self._move(self._oldest())
+            return files.save(self._tree)
+
+    def load(self, directory: str | os.PathLike[str]) -> int:
+        """Add what `save` has written for this model, the newest within `max_bytes`; return the checkpoints added.
+
+        Files that cannot be used are skipped. Raises OptionError for a directory that cannot be.
+        """
+        files = self._files(directory)
+        with self._lock:
+            return files.load(self._tree, self.max_bytes - self.parked_bytes - self.cached_bytes)
+
+    def _files(self, directory: str | os.PathLike[str]) -> PrefixFiles:
+        return PrefixFiles(arguments.path("directory", directory), self.manifest, self.digest)
+
     def close(self) -> None:
         """Give up everything that is not lent."""
         with self._lock:
@@ -244,7 +271,7 @@ class PrefixCache:
     ) -> tuple[Branch | None, Checkpoint | None]:
         """Return the session that has the most of a prompt, parked ones first, and its checkpoint there."""
         source, best, best_rank = None, None, (0, False)
-        for branch in (*self._parked, *(self._lent if self._shares_lent else ())):
+        for branch in (*self._parked, *(self._lent if self.shares_lent else ())):
             found = branch.best(ids, limit) if branch.salt == salt else None
             if found is None:
                 continue

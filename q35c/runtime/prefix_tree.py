@@ -56,6 +56,16 @@ class PrefixTree:
                 best = node
         return best
 
+    def known_tokens(self, ids: TokenIds, salt: str) -> int:
+        """Return how many of a prompt's first tokens have cells here."""
+        node, count = self._roots.get(salt), 0
+        for key in _keys(ids):
+            node = None if node is None else node.children.get(key)
+            if node is None:
+                break
+            count += RUN
+        return count
+
     def add(
         self,
         checkpoints: Sequence[Checkpoint],

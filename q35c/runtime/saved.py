@@ -52,7 +52,7 @@ class Snapshot:
         """
         place = arguments.path("path", path)
         metadata, arrays = read_state(place)
-        length, position = (_number(metadata.get(name)) for name in ("length", "position"))
+        length, position = (number_of(metadata.get(name)) for name in ("length", "position"))
         is_right = metadata.get("kind") == "snapshot" and bool(arrays)
         if not is_right or arrays[0].dtype != np.int32 or arrays[0].shape != (length,):
             raise StateError("not a snapshot", where=str(place))
@@ -104,5 +104,10 @@ def end_of(ranges: Sequence[Cells]) -> int:
     return reached
 
 
-def _number(text: str | None) -> int:
-    return int(text) if text is not None and text.isascii() and text.isdigit() else -1
+def number_of(text: str | None) -> int:
+    """Return the number that a text of a file is, -1 if it is none."""
+    return (
+        int(text)
+        if text is not None and text.isascii() and text.isdigit() and len(text) < 16
+        else -1
+    )

@@ -6,21 +6,24 @@ while something is computed or posted.
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 from typing import Any
 
 from q35c import arguments
-from q35c.errors import OptionError, Overloaded, TokenizerError, Unavailable
+from q35c.errors import OptionError, Overloaded, Q35CError, TokenizerError, Unavailable
 from q35c.runtime.grammar import Grammars
 from q35c.runtime.model import Model
-from q35c.runtime.prefix import MESSAGE_START, SLICE, PrefixCache
+from q35c.runtime.prefix import SLICE
 from q35c.runtime.prompts import check_ids
 from q35c.runtime.recent import MISS_REASONS
 from q35c.serve.request import Post, Request, Statistics, Structure, Ticket
 from q35c.serve.schedule import Job, Pace
 from q35c.serve.turns import Turns
 
+log = logging.getLogger("q35c.serve")
 MAX_QUEUE_TOKENS = 1 << 20
 _LEAST_RETRY_SECONDS = 1.0
 
@@ -37,6 +40,7 @@ class Engine:
         max_queue_tokens: int = MAX_QUEUE_TOKENS,
         max_stall: float = 0.2,
         cache_bytes: int = 0,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         """Start the thread. The model stays its owner's, who closes it after the engine.
 
@@ -44,6 +48,7 @@ class Engine:
         max_queue    requests that may wait, of at most `max_queue_tokens` in all
         max_stall    seconds that a step and the slices of prompts behind it should take together
         cache_bytes  memory for what is kept of prompts; 0: nothing
+        cache_dir    where that is written at the end, and read from at the beginning
 
         Raises OptionError.
         """
@@ -59,14 +64,17 @@ class Engine:
             tokenizer = model.tokenizer
         except TokenizerError:
             tokenizer = None
-        start, self._grammars = None, None
+        self._grammars = None
         if tokenizer is not None:
-            start = tokenizer.token_id(MESSAGE_START)
             stops = model.manifest.generation.stop_ids
             self._grammars = Grammars(tokenizer, model.vocab_size, stops)
-        self._cache = PrefixCache(
-            model.session, model.manifest, cache_bytes, start, shares_lent=True
+        self._cache = model.cache(cache_bytes)
+        self._cache.shares_lent = True
+        self._cache_directory = (
+            None if cache_dir is None else arguments.path("cache_dir", cache_dir)
         )
+        if self._cache_directory is not None:
+            self._cache.load(self._cache_directory)
         self._turns = Turns(
             model,
             tokenizer,
@@ -194,6 +202,11 @@ class Engine:
         while self._take_commands():
             turns.settle()
             turns.take_turn(self._is_wanted)
+        if self._cache_directory is not None:
+            try:
+                self._cache.save(self._cache_directory)
+            except (Q35CError, OSError) as error:
+                log.warning("what is kept of prompts could not be written: %s", error)
         self._cache.close()
 
     def _take_commands(self) -> bool:

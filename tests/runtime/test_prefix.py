@@ -27,7 +27,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[q35c.Model]:
 
 
 def cache_of(model: q35c.Model, max_bytes: int = 1 << 30) -> PrefixCache:
-    return PrefixCache(model.session, model.manifest, max_bytes, START, shares_lent=True)
+    cache = PrefixCache(model.session, model.manifest, max_bytes, START)
+    cache.shares_lent = True
+    return cache
 
 
 def text(count: int, seed: int) -> list[int]:

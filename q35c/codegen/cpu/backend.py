@@ -42,12 +42,12 @@ class CpuBackend:
         return {**named, "cpu_features": features, "lanes": self.isa.lanes}
 
     def cache_layout(self, dtype: str) -> CacheLayout:
-        return cache_layout(dtype, self.isa.has_bf16)
+        return cache_layout(dtype, self.isa.offers("dot2_bf16"))
 
     def row_layout(self, dtype: str) -> RowLayout:
         if dtype == "bf16":
-            return "bf16-pairs" if self.isa.has_bf16 else "bf16-words"
-        return "int8-sums" if self.isa.has_vnni else "int8-sums-starts"
+            return "bf16-pairs" if self.isa.offers("dot2_bf16") else "bf16-words"
+        return "int8-sums" if self.isa.offers("dot4_u8s8") else "int8-sums-starts"
 
     def decode_splits(self, kv_heads: int, context: int) -> int:
         """Return into how many parts the cells of one key head are split when a decode step attends to them."""

@@ -26,7 +26,7 @@ from q35c.codegen.child import room_in, run_in_child, tool_failed
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.object_key import object_key
 from q35c.codegen.cpu.program import HELPERS, helper_symbol, kernel_symbol
-from q35c.codegen.cpu.support import BF16_IR, SUPPORT_IR
+from q35c.codegen.cpu.support import support_ir
 from q35c.errors import ToolchainError
 from q35c.temporary import system_directory, temporary_folder
 from q35c.user_cache import PrivateFolder, private_folder
@@ -155,13 +155,9 @@ def _nothing() -> T.int32:
 
 def _support(isa: Isa) -> PrimFunc:
     """Return a function that LLVM drops, but with which what kernels call by name comes into a module."""
-    text = tvm.ir.StringImm(_support_text(isa))
+    text = tvm.ir.StringImm(support_ir(isa))
     function: Any = _nothing
     return function.with_body(tirx.AttrStmt(T.int32(0), "pragma_import_llvm", text, function.body))
-
-
-def _support_text(isa: Isa) -> str:
-    return SUPPORT_IR + (BF16_IR if isa.has_bf16 else "")
 
 
 def _write_object(
@@ -171,7 +167,7 @@ def _write_object(
     if kept is None:
         _write(path, _build(members, isa).write_to_file)
         return
-    key = object_key(members, _support_text(isa), _target(isa), _RECIPE)
+    key = object_key(members, support_ir(isa), _target(isa), _RECIPE)
     data = kept.load(key)
     if data is not None:
         _write(path, lambda name: Path(name).write_bytes(data))

@@ -22,9 +22,8 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.calls import Call, Nt, Pointer, Tid, Tokens
+from q35c.codegen.cpu.isa.apply import apply
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.isa.byte_products import add_products as add_byte_products
-from q35c.codegen.cpu.isa.byte_products import dot_bytes
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat_int, vector
 from q35c.codegen.cpu.program import program_entry
 from q35c.layouts.blobs import STAMP_BYTES
@@ -63,16 +62,12 @@ def probes(isa: Isa) -> Iterator[Probe]:
     yield Probe("clock", None, 1)
     yield Probe("read", reading(isa, is_cached=False), 4 * _PAGE_WORDS)
     yield Probe("cache", reading(isa, is_cached=True), 4 * _PAGE_WORDS * _CACHED_PAGES)
-    one = sums_of(isa) * isa.lanes
-    yield Probe("int8", multiplying(isa, add_bytes), 8 * one)
-    if isa.has_bf16:
+    one = isa.tuning.probe_sums * isa.lanes
+    if isa.offers("dot4_u8s8") or isa.offers("add2_u8s8"):
+        yield Probe("int8", multiplying(isa, add_bytes), 8 * one)
+    if isa.offers("dot2_bf16"):
         yield Probe("bf16", multiplying(isa, add_pairs), 4 * one)
     yield Probe("f32", multiplying(isa, add_products), 2 * one)
-
-
-def sums_of(isa: Isa) -> int:
-    """Return how many sums fit the registers and hide the latency of each other's addition."""
-    return 24 if isa.registers == 32 else 12
 
 
 def reading(isa: Isa, is_cached: bool) -> PrimFunc:
@@ -109,7 +104,7 @@ def reading(isa: Isa, is_cached: bool) -> PrimFunc:
 
 def multiplying(isa: Isa, add: Callable[[Isa, Expr, Expr], Expr]) -> PrimFunc:
     """Make the kernel that lets `add` change every sum `amount` times: words, words -> words."""
-    L, sums = isa.lanes, sums_of(isa)
+    L, sums = isa.lanes, isa.tuning.probe_sums
 
     @T.prim_func(private=True, s_tir=True)
     def probe_multiplying(
@@ -141,15 +136,13 @@ def stamp(data: Expr, first: Expr, index: int) -> Expr:
 
 
 def add_bytes(isa: Isa, total: Expr, factor: Expr) -> Expr:
-    if isa.has_vnni:
-        return dot_bytes(isa, total, total, factor)
-    return add_byte_products(isa, total, total, factor)
+    operation = "dot4_u8s8" if isa.offers("dot4_u8s8") else "add2_u8s8"
+    return apply(isa, operation, total, total, factor)
 
 
 def add_pairs(isa: Isa, total: Expr, factor: Expr) -> Expr:
-    kind = vector("float32", isa.lanes)
-    value = T.reinterpret(total, dtype=kind)
-    value = T.call_pure_extern(kind, "q35c_dpbf16", value, total, factor)
+    value = T.reinterpret(total, dtype=vector("float32", isa.lanes))
+    value = apply(isa, "dot2_bf16", value, total, factor)
     return T.reinterpret(value, dtype=vector("int32", isa.lanes))
 
 

@@ -2,8 +2,7 @@
 
 - the barrier between two kernels of a program, and flush-to-zero for the threads that run one;
 - the fixed-order sum of a vector's lanes;
-- products of bytes where no instruction adds them up (isa/byte_products.py);
-- products of bf16 pairs and what goes with them, where the instruction set has them;
+- what an instruction set's rows bring along (isa/);
 - the meeting of threads that end parts of one group (products/rounded_blocks.py);
 - the clock: where asked, thread 0 notes the processor's cycle counter before each kernel;
 - an empty stand-in for the one function that TVM's argument checks import, so that the shared object needs no library of
@@ -12,91 +11,26 @@
 
 from __future__ import annotations
 
+from string import Template
+
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from q35c.codegen.cpu.isa.base import Isa
+
+SUMMED_LANES = (4, 8, 16)
 CYCLES_BEFORE_SLEEP = 200_000  # about 70 us; then another thread may need this core
-_FUTEX, _WAIT, _WAKE = 202, 128, 129  # the Linux system call and its process-private operations
-
-# Flush-to-zero (bit 15) and denormals-are-zero (bit 6) of MXCSR: decayed state makes denormals, which are slow.
-_FLUSH_BITS = 0x8040
-
-
-def _dot_bytes(lanes: int) -> str:
-    """Return the function that adds to int32 lanes the products of four u8 by four s8, times a factor in 16 bits.
-
-    As one block of assembly: LLVM would add pairs of products before it adds them to the sum, and with so many values alive
-    spill sums that fit 16 registers (measured on Zen 3: tiles up to 7 % faster, one row as fast as before).
-    """
-    kind = f"<{lanes} x i32>"
-    steps = "\\0A".join(("vpmaddubsw $3, $2, $1", "vpmaddwd $4, $1, $1", "vpaddd $1, $0, $0"))
-    return f"""
-define linkonce_odr hidden {kind} @q35c_dot_bytes_x{lanes}({kind} %sum, {kind} %u, {kind} %s, {kind} %factors) alwaysinline {{
-  %r = call {{ {kind}, {kind} }} asm "{steps}", "=v,=&v,v,v,v,0"({kind} %u, {kind} %s, {kind} %factors, {kind} %sum)
-  %total = extractvalue {{ {kind}, {kind} }} %r, 0
-  ret {kind} %total
-}}
-"""
-
-
-def _add_products(lanes: int) -> str:
-    """Return the function that adds to pairs of 16-bit sums the products of two u8 by two s8 each.
-
-    As assembly, too: LLVM would add products to each other before it adds them to sums.
-    """
-    kind = f"<{lanes} x i32>"
-    steps = "\\0A".join(("vpmaddubsw $3, $2, $1", "vpaddw $1, $0, $0"))
-    return f"""
-define linkonce_odr hidden {kind} @q35c_add_products_x{lanes}({kind} %sums, {kind} %u, {kind} %s) alwaysinline {{
-  %r = call {{ {kind}, {kind} }} asm "{steps}", "=v,=&v,v,v,0"({kind} %u, {kind} %s, {kind} %sums)
-  %total = extractvalue {{ {kind}, {kind} }} %r, 0
-  ret {kind} %total
-}}
-"""
-
 
 # Generation barrier: the last thread to arrive clears the count before it opens the next generation, so the
 # words are ready again, for any number of threads. Who has spun long enough sleeps on the generation; measured:
 # yielding instead lets a spinner keep the core that the thread it waits for was woken on, for milliseconds.
 # The wait is bounded by time and has no `pause`: under a hypervisor each may cost an exit, 2,000 of them milliseconds.
 # Either the opener sees the sleeper's count, or the kernel sees the new generation and does not let it sleep.
-SUPPORT_IR = f"""
-{_dot_bytes(8)}{_dot_bytes(16)}
-{_add_products(8)}{_add_products(16)}
+_COMMON_IR = Template("""
 declare i64 @llvm.readcyclecounter()
-declare void @llvm.x86.sse.stmxcsr(ptr)
-declare void @llvm.x86.sse.ldmxcsr(ptr)
-declare float @llvm.vector.reduce.fadd.v8f32(float, <8 x float>)
-declare float @llvm.vector.reduce.fadd.v16f32(float, <16 x float>)
-
-define linkonce_odr hidden float @q35c_sum_f32x8(<8 x float> %x) alwaysinline {{
-  %r = call reassoc float @llvm.vector.reduce.fadd.v8f32(float -0.0, <8 x float> %x)
-  ret float %r
-}}
-
-define linkonce_odr hidden float @q35c_sum_f32x16(<16 x float> %x) alwaysinline {{
-  %r = call reassoc float @llvm.vector.reduce.fadd.v16f32(float -0.0, <16 x float> %x)
-  ret float %r
-}}
-
-define linkonce_odr hidden i32 @q35c_flush_denormals() {{
-  %word = alloca i32, align 4
-  call void @llvm.x86.sse.stmxcsr(ptr %word)
-  %old = load i32, ptr %word, align 4
-  %new = or i32 %old, {_FLUSH_BITS}
-  store i32 %new, ptr %word, align 4
-  call void @llvm.x86.sse.ldmxcsr(ptr %word)
-  ret i32 %old
-}}
-
-define linkonce_odr hidden i32 @q35c_restore_denormals(i32 %old) {{
-  %word = alloca i32, align 4
-  store i32 %old, ptr %word, align 4
-  call void @llvm.x86.sse.ldmxcsr(ptr %word)
-  ret i32 0
-}}
-
-define linkonce_odr hidden i32 @q35c_barrier(ptr %arrivals, i32 %nt) {{
+$sums
+$flush
+define linkonce_odr hidden i32 @q35c_barrier(ptr %arrivals, i32 %nt) {
   %generation = getelementptr i8, ptr %arrivals, i64 64
   %sleepers = getelementptr i8, ptr %arrivals, i64 68
   %before = load atomic i32, ptr %generation acquire, align 4
@@ -112,7 +46,7 @@ open:
   %quiet = icmp eq i32 %asleep, 0
   br i1 %quiet, label %done, label %wake
 wake:
-  %woken = call i64 asm sideeffect "syscall", "={{rax}},{{rax}},{{rdi}},{{rsi}},{{rdx}},~{{rcx}},~{{r11}},~{{memory}}"(i64 {_FUTEX}, ptr %generation, i64 {_WAKE}, i64 2147483647)
+  %woken = call i64 $wake
   br label %done
 spin:
   %start = call i64 @llvm.readcyclecounter()
@@ -124,19 +58,19 @@ look:
 wait:
   %clock = call i64 @llvm.readcyclecounter()
   %waited = sub i64 %clock, %start
-  %patient = icmp ult i64 %waited, {CYCLES_BEFORE_SLEEP}
+  %patient = icmp ult i64 %waited, $cycles
   br i1 %patient, label %look, label %sleep
 sleep:
   %one_more = atomicrmw add ptr %sleepers, i32 1 seq_cst
   %expected = zext i32 %before to i64
-  %slept = call i64 asm sideeffect "syscall", "={{rax}},{{rax}},{{rdi}},{{rsi}},{{rdx}},{{r10}},~{{rcx}},~{{r11}},~{{memory}}"(i64 {_FUTEX}, ptr %generation, i64 {_WAIT}, i64 %expected, i64 0)
+  %slept = call i64 $wait
   %one_less = atomicrmw sub ptr %sleepers, i32 1 seq_cst
   br label %look
 done:
   ret i32 0
-}}
+}
 
-define linkonce_odr hidden i32 @q35c_arrive(ptr %counter, i32 %count, i32 %whole) alwaysinline {{
+define linkonce_odr hidden i32 @q35c_arrive(ptr %counter, i32 %count, i32 %whole) alwaysinline {
   %alone = icmp eq i32 %count, %whole
   br i1 %alone, label %complete, label %meet
 meet:
@@ -151,9 +85,9 @@ complete:
   ret i32 1
 others:
   ret i32 0
-}}
+}
 
-define linkonce_odr hidden i32 @q35c_claim(ptr %counter, i32 %parts, i32 %tid, i32 %nt, i32 %last) alwaysinline {{
+define linkonce_odr hidden i32 @q35c_claim(ptr %counter, i32 %parts, i32 %tid, i32 %nt, i32 %last) alwaysinline {
   %divided = icmp sgt i32 %parts, %nt
   br i1 %divided, label %claim, label %share
 share:
@@ -171,9 +105,9 @@ reset:
   br label %done
 done:
   ret i32 %part
-}}
+}
 
-define linkonce_odr hidden i64 @q35c_clock(ptr %words, i32 %tid) alwaysinline {{
+define linkonce_odr hidden i64 @q35c_clock(ptr %words, i32 %tid) alwaysinline {
   %flag = load i64, ptr %words, align 8
   %is_off = icmp eq i64 %flag, 0
   %is_first = icmp eq i32 %tid, 0
@@ -182,9 +116,9 @@ define linkonce_odr hidden i64 @q35c_clock(ptr %words, i32 %tid) alwaysinline {{
   %mine = select i1 %is_first, i64 %address, i64 -1
   %clock = select i1 %is_off, i64 0, i64 %mine
   ret i64 %clock
-}}
+}
 
-define linkonce_odr hidden i32 @q35c_stamp(i64 %clock, i64 %index) alwaysinline {{
+define linkonce_odr hidden i32 @q35c_stamp(i64 %clock, i64 %index) alwaysinline {
   %is_off = icmp sle i64 %clock, 0
   br i1 %is_off, label %done, label %stamp
 stamp:
@@ -195,45 +129,33 @@ stamp:
   br label %done
 done:
   ret i32 0
-}}
+}
 
-define weak hidden void @TVMFFIErrorSetRaisedFromCStrParts(ptr %kind, ptr %parts, i32 %count) {{
+define weak hidden void @TVMFFIErrorSetRaisedFromCStrParts(ptr %kind, ptr %parts, i32 %count) {
   ret void
+}
+""")
+
+
+def _sum_ir(lanes: int) -> str:
+    """Return the function that adds the lanes of a vector in the order of a tree."""
+    kind = f"<{lanes} x float>"
+    return f"""
+declare float @llvm.vector.reduce.fadd.v{lanes}f32(float, {kind})
+
+define linkonce_odr hidden float @q35c_sum_f32x{lanes}({kind} %x) alwaysinline {{
+  %r = call reassoc float @llvm.vector.reduce.fadd.v{lanes}f32(float -0.0, {kind} %x)
+  ret float %r
 }}
 """
 
-# Linked only where the instruction set has bf16 products: TIR knows neither bfloat vectors nor these instructions.
-# bf16 pairs travel as int32 words, the even element low. `nnan` lets the maximum be one instruction a step;
-# the scores that it compares keep their NaN.
-BF16_IR = """
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
-declare <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float>, <16 x float>, <16 x float>, i16, i32)
-declare float @llvm.vector.reduce.fmax.v16f32(<16 x float>)
 
-define linkonce_odr hidden <16 x float> @q35c_dpbf16(<16 x float> %sum, <16 x i32> %a, <16 x i32> %b) alwaysinline {
-  %x = bitcast <16 x i32> %a to <32 x bfloat>
-  %y = bitcast <16 x i32> %b to <32 x bfloat>
-  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %sum, <32 x bfloat> %x, <32 x bfloat> %y)
-  ret <16 x float> %r
-}
-
-define linkonce_odr hidden <16 x i32> @q35c_pack_bf16(<16 x float> %low, <16 x float> %high) alwaysinline {
-  %r = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %high, <16 x float> %low)
-  %i = bitcast <32 x bfloat> %r to <16 x i32>
-  ret <16 x i32> %i
-}
-
-define linkonce_odr hidden <16 x float> @q35c_scale_f32x16(<16 x float> %x, <16 x float> %power) alwaysinline {
-  %r = call <16 x float> @llvm.x86.avx512.mask.scalef.ps.512(<16 x float> %x, <16 x float> %power, <16 x float> zeroinitializer, i16 -1, i32 4)
-  ret <16 x float> %r
-}
-
-define linkonce_odr hidden float @q35c_max_f32x16(<16 x float> %x) alwaysinline {
-  %r = call nnan float @llvm.vector.reduce.fmax.v16f32(<16 x float> %x)
-  ret float %r
-}
-"""
+def support_ir(isa: Isa) -> str:
+    """Return all that may come into an object of an instruction set; LLVM drops what is not called."""
+    system, rows = isa.system, "".join(row.support for row in isa.instructions)
+    texts = {"flush": system.flush, "wait": system.wait, "wake": system.wake}
+    texts["sums"] = "".join(map(_sum_ir, SUMMED_LANES))
+    return _COMMON_IR.substitute(texts, cycles=CYCLES_BEFORE_SLEEP) + rows
 
 
 def barrier() -> PrimFunc:

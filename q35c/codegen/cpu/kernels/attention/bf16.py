@@ -19,6 +19,8 @@ import math
 
 from tvm.script import tirx as T
 
+from q35c.codegen.cpu.isa.apply import apply
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.pairs import Form, Work, fetch_ahead
 from q35c.codegen.cpu.kernels.vectors import Expr, ramp, splat
 from q35c.layouts.cache import CELLS
@@ -29,19 +31,8 @@ _PAIRS = CELLS // 2  # pairs of cells in a block
 _ONES = 0x3F803F80  # a pair of bf16 ones
 
 
-def dot_pairs(sums: Expr, a: Expr, b: Expr) -> Expr:
-    """Return sums + a.low * b.low + a.high * b.high of int32 lanes that hold bf16 pairs."""
-    return T.call_pure_extern("float32x16", "q35c_dpbf16", sums, a, b)
-
-
-def pack_pairs(low: Expr, high: Expr) -> Expr:
-    """Round 32 consecutive f32, given as two vectors, to 16 bf16 pairs."""
-    return T.call_pure_extern("int32x16", "q35c_pack_bf16", low, high)
-
-
-def scale_by_power(x: Expr, power: Expr, lanes: int) -> Expr:
-    """Return x * 2^power for whole powers; what is too small becomes 0, NaN stays NaN."""
-    return T.call_pure_extern(f"float32x{lanes}", "q35c_scale_f32x16", x, power)
+def _scale(isa: Isa, x: Expr, power: Expr) -> Expr:
+    return apply(isa, "scale_f32", x, power)
 
 
 def _pack_query(work: Work, q: Expr, row: Expr, token: Expr, column: Expr) -> None:
@@ -52,17 +43,17 @@ def _pack_query(work: Work, q: Expr, row: Expr, token: Expr, column: Expr) -> No
         if (group + 1) * 2 * _L > work.shape.D:
             high = splat(0.0, _L)
         log2e = splat(math.log2(math.e), _L)
-        pairs = pack_pairs(low * log2e, high * log2e)
+        pairs = apply(work.shape.isa, "round2_bf16", low * log2e, high * log2e)
         T.buffer_store(work.queries, pairs, [row, ramp(group * _L, _L)])
 
 
-def _multiply(acc: Expr, words: list[Expr], scalars: list[Expr]) -> None:
+def _multiply(work: Work, acc: Expr, words: list[Expr], scalars: list[Expr]) -> None:
     """Emit acc[r, j] += words[j] . scalars[r], over pairs."""
     words = [T.Bind(word) for word in words]
     for r, scalar in enumerate(scalars):
         wide = T.Bind(splat(scalar, _L))
         for j, word in enumerate(words):
-            value = dot_pairs(acc[r, j, ramp(0, _L)], word, wide)
+            value = apply(work.shape.isa, "dot2_bf16", acc[r, j, ramp(0, _L)], word, wide)
             T.buffer_store(acc, value, [r, j, ramp(0, _L)])
 
 
@@ -82,7 +73,7 @@ def _score(work: Work, state: Expr, keys: Expr, blocks: Expr) -> None:
                 for j in range(vectors):
                     fetch_ahead(work, state, at + j * _L)
                 words = [state[ramp(at + j * _L, _L)] for j in range(vectors)]
-                _multiply(acc, words, [work.queries[row, pair] for row in rows])
+                _multiply(work, acc, words, [work.queries[row, pair] for row in rows])
             for r, row in enumerate(rows):
                 for j in range(vectors):
                     columns = ramp(block * CELLS + j * _L, _L)
@@ -93,10 +84,11 @@ def _pack_weights(
     work: Work, state: Expr, values: Expr, row: Expr, weights: list[Expr], total: Expr
 ) -> Expr:
     """Emit a step's weights as pairs; return the sum of the rounded ones added to `total`."""
+    isa = work.shape.isa
     for v in range(0, len(weights), 2):
-        pairs = T.Bind(pack_pairs(weights[v], weights[v + 1]))
+        pairs = T.Bind(apply(isa, "round2_bf16", weights[v], weights[v + 1]))
         T.buffer_store(work.weights, pairs, [row, ramp(v * (_L // 2), _L)])
-        total = dot_pairs(total, pairs, T.broadcast(T.int32(_ONES), _L))
+        total = apply(isa, "dot2_bf16", total, pairs, T.broadcast(T.int32(_ONES), _L))
     return total
 
 
@@ -121,10 +113,10 @@ def _add_values(work: Work, state: Expr, values: Expr, blocks: Expr, cells: Expr
                     fetch_ahead(work, state, at + j * _L)
                 words = [state[ramp(at + j * _L, _L)] for j in range(width // _L)]
                 column = block * _PAIRS + pair
-                _multiply(acc, words, [work.weights[row, column] for row in rows])
+                _multiply(work, acc, words, [work.weights[row, column] for row in rows])
         for r, place in enumerate(places):
             for j in range(width // _L):
                 T.buffer_store(work.sums, acc[r, j, ramp(0, _L)], [ramp(place + j * _L, _L)])
 
 
-BF16 = Form(_pack_query, _score, scale_by_power, _pack_weights, _add_values)
+BF16 = Form(_pack_query, _score, _scale, _pack_weights, _add_values)

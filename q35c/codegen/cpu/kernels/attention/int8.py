@@ -19,6 +19,8 @@ import math
 
 from tvm.script import tirx as T
 
+from q35c.codegen.cpu.isa.apply import apply
+from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.pairs import Form, Work, fetch_ahead, whole_power
 from q35c.codegen.cpu.kernels.attention.shape import cell_scale
 from q35c.codegen.cpu.kernels.vectors import (
@@ -37,20 +39,10 @@ _LEAST_LANES = 8  # half of the least head dim
 _QUERY, _WEIGHTS = 0, 1  # places in a row's scales
 _TOP = 32767.0  # of the 16-bit integers
 _TINY = 1e-30  # what is smaller rounds to 0: its reciprocal would be infinite
-_MULTIPLY_ADD = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 
-def dot_pairs(sums: Expr, a: Expr, b: Expr, lanes: int) -> Expr:
-    """Return sums + a.low * b.low + a.high * b.high of int32 lanes, for a and b of twice as many int16.
-
-    LLVM makes one instruction of both where there is vpdpwssd.
-    """
-    name = T.llvm_lookup_intrinsic_id(_MULTIPLY_ADD[lanes])
-    return sums + T.call_llvm_pure_intrin(name, a, b, dtype=f"int32x{lanes}")
-
-
-def _scale(x: Expr, power: Expr, lanes: int) -> Expr:
-    return x * whole_power(power, lanes)
+def _scale(isa: Isa, x: Expr, power: Expr) -> Expr:
+    return x * whole_power(power, isa.lanes)
 
 
 def _pack(low: Expr, high: Expr, lanes: int) -> Expr:
@@ -84,13 +76,14 @@ def _pack_query(work: Work, q: Expr, row: Expr, token: Expr, column: Expr) -> No
 
 def _multiply(work: Work, acc: Expr, state: Expr, at: Expr, scalars: list[Expr]) -> None:
     """Emit acc[r, j] += bytes at vector j . scalars[r], over pairs."""
-    lanes, vectors = work.lanes, int(acc.shape[1])
+    isa, lanes, vectors = work.shape.isa, work.lanes, int(acc.shape[1])
     fetch_ahead(work, state, at)  # the vectors lie in one line
     wide = [T.Bind(T.cast(state[ramp(at + j * (2 * lanes), 2 * lanes)], f"int16x{2 * lanes}")) for j in range(vectors)]  # fmt: skip
     for r, scalar in enumerate(scalars):
         pair = T.Bind(T.reinterpret(splat(scalar, lanes), dtype=f"int16x{2 * lanes}"))
         for j, words in enumerate(wide):
-            value = dot_pairs(acc[r, j, ramp(0, lanes)], words, pair, lanes)
+            # LLVM makes one instruction of product and sum where there is vpdpwssd.
+            value = acc[r, j, ramp(0, lanes)] + apply(isa, "dot2_s16", words, pair)
             T.buffer_store(acc, value, [r, j, ramp(0, lanes)])
 
 

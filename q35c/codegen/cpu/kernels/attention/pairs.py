@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
+from q35c.codegen.cpu.isa.apply import apply
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.shape import LOWEST, STEP, AttentionShape
 from q35c.codegen.cpu.kernels.vectors import (
@@ -106,14 +107,14 @@ class Form:
 
     pack_query(work, q, row, token, column): the row's queries in pairs.
     score(work, state, keys, blocks): scores[row, cell of the step] = q_row . k for the blocks that hold cells.
-    scale(x, power, lanes): x * 2^power for whole powers <= 0; what is too small becomes 0, NaN stays NaN.
+    scale(isa, x, power): x * 2^power for whole powers <= 0; what is too small becomes 0, NaN stays NaN.
     pack_weights(work, state, values, row, weights, total): the step's weights in pairs; returns total + their sum.
     add_values(work, state, values, blocks, cells): sums = sums * factor + weights V, over all dims.
     """
 
     pack_query: Callable[[Work, Expr, Expr, Expr, Expr], None]
     score: Callable[[Work, Expr, Expr, Expr], None]
-    scale: Callable[[Expr, Expr, int], Expr]
+    scale: Callable[[Isa, Expr, Expr], Expr]
     pack_weights: Callable[[Work, Expr, Expr, Expr, list[Expr], Expr], Expr]
     add_values: Callable[[Work, Expr, Expr, Expr, Expr], None]
 
@@ -172,16 +173,16 @@ def _mask(work: Work, first: Expr, tokens: Expr, start: Expr, cell: Expr) -> Non
 
 def _soften(form: Form, work: Work, state: Expr, values: Expr, row: Expr) -> None:
     """Emit the online softmax of one row: its maximum, factor, weights and sum of weights."""
-    lanes, line = work.lanes, ramp(0, work.lanes)
+    isa, lanes, line = work.shape.isa, work.lanes, ramp(0, work.lanes)
     scores = [work.scores[row, ramp(v * lanes, lanes)] for v in range(STEP // lanes)]
     scores = [T.Bind(score) for score in scores]
     best = scores
     while len(best) > 1:
         best = [T.max(a, b) for a, b in zip(best[::2], best[1::2], strict=True)]
     old = T.Bind(work.peak[row, line])
-    new = T.Bind(T.max(old, splat(T.ceil(largest(best[0], work.shape.isa)), lanes)))
-    factor = T.Bind(form.scale(splat(1.0, lanes), old - new, lanes))
-    weights = [_power_of_two(form, score, new, lanes) for score in scores]
+    new = T.Bind(T.max(old, splat(T.ceil(largest(best[0], isa)), lanes)))
+    factor = T.Bind(form.scale(isa, splat(1.0, lanes), old - new))
+    weights = [_power_of_two(form, isa, score, new) for score in scores]
     total = form.pack_weights(work, state, values, row, weights, work.total[row, line] * factor)
     T.buffer_store(work.total, total, [row, line])
     T.buffer_store(work.peak, new, [row, line])
@@ -198,17 +199,18 @@ def _finish(work: Work) -> None:
 
 def largest(x: Expr, isa: Isa) -> Expr:
     """Return the largest lane, none of which should be NaN."""
-    if isa.has_bf16:
-        return T.call_pure_extern("float32", "q35c_max_f32x16", x)
+    if isa.offers("max_f32"):
+        return apply(isa, "max_f32", x)
     return hmax(x, isa.lanes)
 
 
-def _power_of_two(form: Form, x: Expr, shift: Expr, lanes: int) -> Expr:
+def _power_of_two(form: Form, isa: Isa, x: Expr, shift: Expr) -> Expr:
     """Return 2^(x - shift) for a whole shift: the mantissa does not depend on it."""
+    lanes = isa.lanes
 
     def split(x: Expr, whole: Expr) -> Expr:
         tail = let(x - whole, lambda f: horner(f, _POWER_TAIL, lanes) * f + splat(1.0, lanes))
-        return form.scale(tail, whole - shift, lanes)
+        return form.scale(isa, tail, whole - shift)
 
     return let(x, lambda x: let(T.nearbyint(x), lambda whole: split(x, whole)))
 

@@ -14,10 +14,7 @@ from q35c.layouts.weights import ceil_div
 
 # Cells of one step of the online softmax; steps begin at cell 0, whatever a call's first token.
 STEP = 2 * CELLS
-# By number of registers. Rows of a prefill task: their sums and queries take 100 to 200 KiB of L2; AVX2 widens keys and values
-# once a task, which more rows share (96 instead of 72: 3 % faster). Rows of a register tile.
-QUERY_ROWS = {16: 96, 32: 64}
-_TILE_ROWS = {16: (6, 4), 32: (8,)}
+FEWEST_QUERY_ROWS = 64  # of a prefill task, on any target
 LOWEST = -1e30  # below any score; a real -inf would make NaN of inf - inf
 
 
@@ -112,7 +109,7 @@ def cell_scale(D: int, lane: Expr) -> Expr:
 
 def is_paired(kv_dtype: str, isa: Isa) -> bool:
     """Tell whether a cache of this type is stored in pairs, and so read by pairs.py."""
-    return cache_layout(kv_dtype, isa.has_bf16) != "cells32"
+    return cache_layout(kv_dtype, isa.offers("dot2_bf16")) != "cells32"
 
 
 def make_cache(
@@ -168,7 +165,7 @@ class AttentionShape:
     @property
     def tile_rows(self) -> int:
         """Query rows of a register tile, with two vectors of sums for each: of several heights the one that leaves fewest empty."""
-        heights = [min(self.rows, height) for height in _TILE_ROWS[self.isa.registers]]
+        heights = [min(self.rows, height) for height in self.isa.tuning.query_tile_rows]
         return min(heights, key=lambda height: ceil_div(self.rows, height) * height)
 
     @property
@@ -194,11 +191,11 @@ class AttentionShape:
 
 
 def query_tokens(group: int, isa: Isa) -> int:
-    """Return the tokens of a prefill task: about QUERY_ROWS rows. For tiles of 8 a power of two, which fills whole ones where
+    """Return the tokens of a prefill task: about as many rows as measured. For tiles of one height a power of two, which fills whole ones where
     the group is no larger than one.
     """
-    tokens = max(1, QUERY_ROWS[isa.registers] // group)
-    return tokens if isa.registers == 16 else 1 << (tokens.bit_length() - 1)
+    tokens = max(1, isa.tuning.query_rows // group)
+    return tokens if len(isa.tuning.query_tile_rows) > 1 else 1 << (tokens.bit_length() - 1)
 
 
 def cell_bytes(dtype: str, dim: int) -> float:

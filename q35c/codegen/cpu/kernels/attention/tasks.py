@@ -24,8 +24,8 @@ from q35c.codegen.cpu.kernels.attention.f32 import attend
 from q35c.codegen.cpu.kernels.attention.int8 import INT8
 from q35c.codegen.cpu.kernels.attention.pairs import Form, attend_paired, whole_power
 from q35c.codegen.cpu.kernels.attention.shape import (
+    FEWEST_QUERY_ROWS,
     LOWEST,
-    QUERY_ROWS,
     STEP,
     AttentionShape,
     cell_bytes,
@@ -285,7 +285,7 @@ def _division(p: Parameters) -> Division:
     if p["rows"] == "batch":  # keys and values, were the sequence half as long as it may become
         return Division(p["Hkv"] * p["splits"], p["context"] // 2 * p["Hkv"] * p["D"] * 4)
     # Of a task, on any target: more parts than tasks do no harm.
-    return Division(ceil_div(p["Hq"] * p["context"], min(QUERY_ROWS.values())), PART_BYTES)
+    return Division(ceil_div(p["Hq"] * p["context"], FEWEST_QUERY_ROWS), PART_BYTES)
 
 
 def _cost(p: Parameters) -> Cost:

@@ -44,7 +44,7 @@ def tile_for(columns: int, isa: Isa) -> TileShape:
     4 x 2 ran as fast as 6 x 2 here, and 4 divides every size that occurs. AVX-512 has 32 registers and takes 8 x 2.
     """
     vectors = 2 if columns % (2 * isa.lanes) == 0 else 1
-    return TileShape(4 if isa.registers == 16 else 8, vectors, isa.lanes)
+    return TileShape(isa.tuning.delta_rows, vectors, isa.lanes)
 
 
 def scalars(buffer: Expr, base: Expr, row_stride: Expr, step: Expr, lanes: int) -> Left:

@@ -18,5 +18,5 @@ def make_product(N: int, K: int, dtype: str, epilogue: str, isa: Isa, rows: str 
     """
     if integer_format(dtype):
         return IntegerProduct(N, K, dtype, epilogue, isa)
-    kind = PairProduct if rows == "bf16" and isa.has_bf16 else FloatProduct
+    kind = PairProduct if rows == "bf16" and isa.offers("dot2_bf16") else FloatProduct
     return kind(N, K, dtype, epilogue, isa)

@@ -63,20 +63,20 @@ class FloatProduct(Product):
     @property
     def tall_rows(self) -> int:
         """Number of rows of a tall tile."""
-        return 6 if self.isa.registers == 16 else 8
+        return self.isa.tuning.float_rows[0]
 
     @property
     def short_rows(self) -> tuple[int, ...]:
         """Heights of the short tiles: each takes what the taller ones leave."""
-        return (3, 2, 1) if self.isa.registers == 16 else (4, 2, 1)
+        return self.isa.tuning.float_rows[1:]
 
     @property
     def passes(self) -> tuple[Vectors, ...]:
         """Vectors of a line that one tall tile takes at a time."""
-        if len(self.vectors) == 2:
-            return (self.vectors,)
-        # swiglu needs a gate vector and its up vector, 16 columns further, in one pass.
-        return ((0, 2), (1, 3)) if self.is_swiglu else ((0, 1), (2, 3))
+        half = len(self.vectors) // 2
+        if self.is_swiglu:  # a gate vector and its up vector, 16 columns further
+            return tuple((v, v + half) for v in range(half))
+        return tuple((2 * v, 2 * v + 1) for v in range(half))
 
     @property
     def unroll(self) -> int:

@@ -94,50 +94,35 @@ class IntegerProduct(Product):
     @property
     def heights(self) -> tuple[int, ...]:
         """Rows of a tile: each height takes what the taller ones leave."""
-        if self.isa.registers == 32:
-            return (8, 6, 5, 4, 3, 2, 1)
-        return tuple(range(TALLEST if self.is_assembled else 4, 0, -1))
+        return tuple(range(TALLEST, 0, -1)) if self.is_assembled else self.isa.tuning.integer_rows
 
     @property
     def is_assembled(self) -> bool:
         """Whether tiles are those of narrow_tile_avx2.py."""
-        return self.layout.has_narrow_sums and self.isa.registers == 16
+        return self.layout.has_narrow_sums and self.isa.tuning.has_assembled_tiles
 
     def passes(self, rows: int) -> tuple[Vectors, ...]:
         """Vectors of a line that one tile takes at a time: its sums must fit the registers."""
-        if len(self.vectors) == 2 or rows == 1:
+        if rows == 1:
             return (self.vectors,)
-        return (self.vectors[:2], self.vectors[2:])
+        return tuple(self.vectors[v : v + 2] for v in range(0, len(self.vectors), 2))
 
     @property
     def moves_signs(self) -> bool:
         """Whether levels are multiplied as signed bytes: half the products, where there is no VNNI (isa/byte_products.py)."""
-        return self.form.bits == 8 and self.isa.lanes == 8
-
-    @property
-    def sharing_tiles(self) -> int:
-        """The fewest tall tiles that share what was unpacked.
-
-        Measured: up to 6 of 8 rows are as fast or faster alone, two of 4 or 6 rows are not.
-        """
-        return 2 if self.isa.registers == 16 else 8
-
-    @property
-    def chunk(self) -> int:
-        """Inputs that are unpacked at once: 16 KiB, half of L1, or half of that for AVX2 (3 % faster)."""
-        return 256 if self.isa.registers == 16 else 512
+        return self.form.bits == 8 and self.isa.offers("move_sign_s8")
 
     @property
     def unpacks_slowly(self) -> bool:
-        """Whether tiles should share what is unpacked: 5 bits take more steps, and AVX2's tiles use it less often."""
-        return self.form.bits == 5 or (self.form.bits == 4 and self.isa.registers == 16)
+        """Whether tiles should share what is unpacked."""
+        return self.form.bits in self.isa.tuning.slow_bits
 
     def sweep(self, operands: Operands, begin: Expr, end: Expr) -> None:
         position = begin
         for rows in self.heights:
             count = T.Bind(T.truncdiv(end - position, rows))
             if rows == self.heights[0] and self.unpacks_slowly:
-                with T.If(count < self.sharing_tiles):
+                with T.If(count < self.isa.tuning.sharing_tiles):
                     with T.Then():
                         _tiles(self, operands, position, count, rows)
                     with T.Else():
@@ -152,7 +137,7 @@ def _tiles(
 ) -> None:
     """Emit tiles that read the packed block, all its groups at once."""
     # One row keeps up with memory by itself where one instruction multiplies bytes.
-    runs_ahead = rows > 1 or not product.isa.has_vnni
+    runs_ahead = rows > 1 or not product.isa.offers("dot4_u8s8")
     packed = Packed(product.layout, operands.w, operands.block, runs_ahead)
     with T.serial(count) as tile:
         first = T.Bind(begin + tile * rows)
@@ -173,7 +158,7 @@ def _sharing_tiles(
     """Emit tiles that share a chunk of unpacked groups, of up to _SHARING_ROWS rows; their sums wait on the stack."""
     form, together = product.form, _SHARING_ROWS // rows
     packed = Packed(product.layout, operands.w, operands.block, runs_ahead=True)
-    most = product.chunk // form.group
+    most = product.isa.tuning.unpacked_inputs // form.group
     with T.serial(T.truncdiv(count + (together - 1), together)) as turn:
         sums = sums_buffer(together * rows)
         first = T.Bind(begin + turn * (together * rows))
@@ -296,5 +281,5 @@ def _factor(product: IntegerProduct, word: Expr) -> Expr:
 
 def _add_products(product: IntegerProduct, total: Expr, levels: Expr, signed: Expr) -> Expr:
     if product.moves_signs:
-        return dot_levels(total, levels, signed)
+        return dot_levels(product.isa, total, levels, signed)
     return dot_bytes(product.isa, total, levels, signed)

@@ -47,7 +47,7 @@ class IntegerLayout(IntegerBlock):
     @property
     def has_narrow_sums(self) -> bool:
         """Whether products are added up in 16 bits and scales are integers (narrow_sums.py)."""
-        return self.form.bits != 8 and not self.isa.has_vnni
+        return self.form.bits != 8 and not self.isa.offers("dot4_u8s8")
 
 
 class Weights(Protocol):
@@ -187,35 +187,36 @@ def unpack_groups(packed: Packed, first: Expr, count: Expr, most: int) -> Unpack
 
 def unpack_part(layout: IntegerLayout, lines: Sequence[Expr], part: int) -> Expr:
     """Return the unsigned levels of the inputs 4 part.. of a set from the lines that store it; see `pack_words`."""
-    form, lanes = layout.form, layout.isa.lanes
+    form, isa, lanes = layout.form, layout.isa, layout.isa.lanes
     if form.bits == 8:
         return lines[part]
-    if layout.isa.has_vbmi:
-        return _permuted(form, lines, part)
+    if isa.offers("lookup64"):
+        return _permuted(isa, form, lines, part)
     first = 1 if form.bits == 5 else 0
     low = (high_halves if part % 2 else low_halves)(lines[first + part // 2], lanes)
     unsigned = [level + form.zero_point for level in form.levels]
     if form.bits == 4:
-        return look_up(unsigned, low, lanes)
+        return look_up(isa, unsigned, low)
     # As the sign of its byte, the fifth bit is what a blend of bytes looks at.
     signs = as_bytes(lines[0] << splat_int(7 - part, lanes) if part < 7 else lines[0], lanes)
     is_high = signs < T.broadcast(T.int8(0), 4 * lanes)
-    both = [as_bytes(look_up(half, low, lanes), lanes) for half in (unsigned[16:], unsigned[:16])]
+    both = [as_bytes(look_up(isa, half, low), lanes) for half in (unsigned[16:], unsigned[:16])]
     return T.reinterpret(T.Select(is_high, *both), dtype=f"int32x{lanes}")
 
 
-def _permuted(form: IntegerFormat, lines: Sequence[Expr], part: int) -> Expr:
+def _permuted(isa: Isa, form: IntegerFormat, lines: Sequence[Expr], part: int) -> Expr:
     """Return the unsigned levels with one permutation, which ignores what lies above the bits of a code."""
     table = [level + form.zero_point for level in form.levels]
     low = lines[(1 if form.bits == 5 else 0) + part // 2]
     if part % 2:
-        low = low >> splat_int(4, 16)
+        low = low >> splat_int(4, isa.lanes)
     if form.bits == 4:
-        return look_up_modulo(table, low)
+        return look_up_modulo(isa, table, low)
     # Bit `part` of every byte of the first line becomes its bit 4.
     high = lines[0]
     if part != 4:
-        distance = splat_int(abs(part - 4), 16)
+        distance = splat_int(abs(part - 4), isa.lanes)
         high = high << distance if part < 4 else high >> distance
-    codes = (low & splat_int(0x0F0F0F0F, 16)) | (high & splat_int(-0x0F0F0F10, 16))
-    return look_up_modulo(table, codes)
+    low, high = low & splat_int(0x0F0F0F0F, isa.lanes), high & splat_int(-0x0F0F0F10, isa.lanes)
+    codes = low | high
+    return look_up_modulo(isa, table, codes)

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 
 from tvm.script import tirx as T
 
+from q35c.codegen.cpu.isa.apply import apply
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.isa.byte_products import add_products, scale_sums
 from q35c.codegen.cpu.kernels.products.integer_weights import Packed, Unpacked, Weights
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import Tile
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, splat, splat_int
@@ -58,7 +58,7 @@ def add_group_narrowly(
                 T.buffer_store(narrow, splat_int(start, isa.lanes), [i, j, lanes])
         _add_levels(isa, x, narrow, x_rows, vectors, weights, group, part)
         for at in places:
-            scaled = scale_sums(isa, narrow[*at], scales[at[1]])
+            scaled = apply(isa, "dot2_s16", narrow[*at], scales[at[1]])
             T.buffer_store(wide, wide[*at] + scaled, at)
     for i, row in enumerate(x_rows):
         row_scale = T.reinterpret(x[row, layout.scales + group], dtype="float32")
@@ -144,5 +144,5 @@ def _add_levels(
             for i, row in enumerate(x_rows):
                 signed = T.Bind(splat_int(x[row, column + word], isa.lanes))
                 for j, level in enumerate(levels):
-                    sums = add_products(isa, narrow[i, j, lanes], level, signed)
+                    sums = apply(isa, "add2_u8s8", narrow[i, j, lanes], level, signed)
                     T.buffer_store(narrow, sums, [i, j, lanes])

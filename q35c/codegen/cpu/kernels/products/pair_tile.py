@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from tvm.script import tirx as T
 
+from q35c.codegen.cpu.isa.apply import apply
 from q35c.codegen.cpu.kernels.products.product import (
     Operands,
     Product,
@@ -81,12 +82,8 @@ def _tiles(product: PairProduct, operands: Operands, begin: Expr, count: Expr, r
                 x = T.Bind(splat_int(operands.x[row, pair], size))
                 for j, weight in enumerate(weights):
                     at = [i, j, ramp(0, size)]
-                    T.buffer_store(acc, dot_pairs(acc[*at], weight, x, size), at)
+                    value = apply(product.isa, "dot2_bf16", acc[*at], weight, x)
+                    T.buffer_store(acc, value, at)
         sums = sums_buffer(rows)
         store_sums(product, acc, sums, T.int64(0), vectors)
         finish(product, operands, sums, first, T.int64(rows))
-
-
-def dot_pairs(total: Expr, a: Expr, b: Expr, lanes: int) -> Expr:
-    """Return total + the two products of each lane's bf16 pair."""
-    return T.call_pure_extern(f"float32x{lanes}", "q35c_dpbf16", total, a, b)

@@ -22,8 +22,8 @@ _SEGMENT = 128  # values of one work item
 
 def round_rows(K: int, isa: Isa, pairs: int = 1) -> PrimFunc:
     """Make the kernel (X f32 [T * pairs, K], Y [T * pairs, ..], T, ld_x, ld_y, tid, nt), strides in words."""
-    element = "uint16" if isa.has_bf16 else "float32"
-    word_elements = 2 if isa.has_bf16 else 1
+    element = "uint16" if isa.offers("dot2_bf16") else "float32"
+    word_elements = 2 if isa.offers("dot2_bf16") else 1
     segments = ceil_div(K, _SEGMENT)
 
     @T.prim_func(private=True, s_tir=True)
@@ -60,7 +60,7 @@ def _round_segment(K: int, isa: Isa, x: Expr, y: Expr, row: Expr, number: Expr) 
         _round_values(x, y, row, begin + v * isa.lanes, isa.lanes)
     with T.serial(width - whole * isa.lanes) as i:
         _round_values(x, y, row, begin + whole * isa.lanes + i, 1)
-    if K % 2 and isa.has_bf16:
+    if K % 2 and isa.offers("dot2_bf16"):
         with T.If(number == ceil_div(K, _SEGMENT) - 1), T.Then():
             T.buffer_store(y, T.uint16(0), [row, T.int64(K)])
 

@@ -42,7 +42,7 @@ _ROUND_BITS = 0x4B400000
 
 def row_layout(K: int, group: int, isa: Isa) -> IntegerRow:
     """Return how a row of K values is laid out: with starts where bytes have no product of their own."""
-    return IntegerRow(K, group, has_starts=not isa.has_vnni)
+    return IntegerRow(K, group, has_starts=not isa.offers("dot4_u8s8"))
 
 
 def quantize_rows(K: int, group: int, isa: Isa, pairs: int = 1) -> PrimFunc:
