@@ -15,8 +15,8 @@ from typing import Any
 from q35c import arguments
 from q35c.errors import OptionError, Overloaded, Q35CError, TokenizerError, Unavailable
 from q35c.runtime.grammar import Grammars
+from q35c.runtime.lease import SLICE
 from q35c.runtime.model import Model
-from q35c.runtime.prefix import SLICE
 from q35c.runtime.prompts import check_ids
 from q35c.runtime.recent import MISS_REASONS
 from q35c.serve.request import Post, Request, Statistics, Structure, Ticket

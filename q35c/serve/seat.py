@@ -10,7 +10,7 @@ import numpy as np
 from q35c.errors import ExecutionError, Q35CError
 from q35c.runtime.device import Logits
 from q35c.runtime.generate import FinishReason, Row
-from q35c.runtime.prefix import SLICE, Lease
+from q35c.runtime.lease import SLICE, Lease
 from q35c.runtime.sampling import log_shares
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import Tokenizer

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 
 from q35c.errors import MemoryRefused
 from q35c.runtime.device import Logits
+from q35c.runtime.lease import Branch, Lease
 from q35c.runtime.memory import state_bytes
 from q35c.runtime.model import Model
-from q35c.runtime.prefix import Branch, Lease, PrefixCache
+from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.saved import Snapshot
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import Tokenizer

@@ -9,8 +9,9 @@ import pytest
 
 import q35c
 from q35c.layouts.cache import CELLS
+from q35c.runtime.lease import last_cut
 from q35c.runtime.memory import state_bytes
-from q35c.runtime.prefix import PrefixCache, last_cut
+from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.session import Session
 from tests.compiled import artifact
 from tests.parity.test_cuts import ALL_MODELS
