@@ -43,6 +43,7 @@ class Grammars:
         self.vocab = vocab
         self.stop_ids = tuple(sorted(stop_ids))
         self._lock = threading.Lock()
+        self._backend: LLTokenizer | None = None
 
     def compile(
         self,
@@ -81,19 +82,24 @@ class Grammars:
             thinking_tokens = arguments.integer("thinking_tokens", thinking_tokens, 0)
         return Constraint(self, matcher, where, is_thinking, thinking_tokens)
 
-    @functools.cached_property
+    @property
     def backend(self) -> LLTokenizer:
         """Return the vocabulary as the package needs it: a second or two at first. Raises ToolchainError."""
         with self._lock:
-            try:
-                from llguidance import LLTokenizer
-            except ModuleNotFoundError:
-                raise ToolchainError(
-                    "structured answers need the package 'llguidance', which is not installed",
-                    hint="pip install 'q35c[serve]'",
-                ) from None
-            document, stops = self.tokenizer.document, list(self.stop_ids) or None
-            return LLTokenizer(document, n_vocab=self.vocab, eos_token=stops)
+            if self._backend is None:
+                self._backend = self._load()
+            return self._backend
+
+    def _load(self) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer
+        except ModuleNotFoundError:
+            raise ToolchainError(
+                "structured answers need the package 'llguidance', which is not installed",
+                hint="pip install 'q35c[serve]'",
+            ) from None
+        document, stops = self.tokenizer.document, list(self.stop_ids) or None
+        return LLTokenizer(document, n_vocab=self.vocab, eos_token=stops)
 
     @functools.cached_property
     def reasoning_mask(self) -> Mask:

@@ -176,7 +176,7 @@ class Turns:
         try:
             seat = Seat(job, lease, self._tokenizer)
         except BaseException:
-            lease.end(keeps=False)
+            lease.end()  # the fault is not the session's
             raise
         self.queue.take(job.number)
         self.seats[job.number] = seat
