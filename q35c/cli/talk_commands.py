@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from q35c import arguments
 from q35c.cli.talk import Talk
 from q35c.errors import OptionError
+
+if TYPE_CHECKING:
+    from q35c.runtime.answers import ChatAnswer
 
 Run = Callable[[Talk, str], str]
 EXIT = "/exit"
@@ -117,16 +121,15 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def describe_answer(answer: object) -> str:
-    """Return one line about a `ChatAnswer`: why it ended, and its speed."""
-    from q35c.runtime.answering import ChatAnswer
-
-    assert isinstance(answer, ChatAnswer)
+def describe_answer(answer: ChatAnswer) -> str:
+    """Return a line about an answer: why it ended, and its speed; and what to do where the context is full."""
     usage = answer.usage
     computed = usage.prompt_tokens - usage.cached_tokens
     rate = computed / usage.prefill_seconds if usage.prefill_seconds else 0.0
+    is_full = answer.finish_reason == "context"
+    hint = "\nthe context is full: /reset begins anew, /undo takes a turn back" if is_full else ""
     return (
         f"[{answer.finish_reason}; prompt {usage.prompt_tokens} tokens, {usage.cached_tokens} cached, "
         f"the rest at {rate:.1f} tok/s; new {usage.new_tokens} tokens at "
-        f"{usage.decode_tokens_per_second:.1f} tok/s]"
+        f"{usage.decode_tokens_per_second:.1f} tok/s]{hint}"
     )

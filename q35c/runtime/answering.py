@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,18 +25,39 @@ from q35c.runtime.chat.normalise import normalise
 from q35c.runtime.device import Logits
 from q35c.runtime.generate import UNLIMITED, Row, Stream, resolve_options, run_rows
 from q35c.runtime.grammar import Matcher
-from q35c.runtime.lease import Lease, last_cut
+from q35c.runtime.lease import Lease
 from q35c.runtime.memory import state_bytes
+from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.prompts import check_ids
 from q35c.runtime.sampling import Mask
+from q35c.runtime.session import Session
 from q35c.runtime.structures import Wanted, read_format, read_tool_choice
 from q35c.runtime.tokenizer import StopScanner, Tokenizer
 
 if TYPE_CHECKING:
     from q35c.runtime.model import Model
-    from q35c.runtime.session import Session
 
 _KEPT_SESSIONS = 2  # full ones, whose memory a conversation may keep
+
+
+class _Row(Row):
+    """A row whose tokens a structure may decide with."""
+
+    matcher: Matcher | None = None
+    cached_tokens: int = 0
+
+    def start(self, place: Session | Lease) -> str:
+        """Prefill the prompt, and sample the first token."""
+        self.cached_tokens = place.cached_tokens if isinstance(place, Lease) else 0
+        return super().start(place)
+
+    def accept(self, logits: Logits, mask: Mask | None = None) -> str:
+        """Sample a token, of those that the structure allows."""
+        if self.matcher is None:
+            return super().accept(logits, mask)
+        text = super().accept(logits, self.matcher.mask())
+        self.matcher.accept(self.last_token)
+        return text
 
 
 class ChatStream(Iterator[Part]):
@@ -48,13 +68,11 @@ class ChatStream(Iterator[Part]):
 
     def __init__(
         self,
-        row: Row,
+        row: _Row,
         stream: Stream,
         parser: AnswerParser,
         stops: tuple[str, ...],
         is_parallel: bool,
-        cached_tokens: int,
-        fill_seconds: float,
     ) -> None:
         """Made by `Model.chat` and `Conversation.answer`."""
         self._row, self._stream, self._parser = row, stream, parser
@@ -66,7 +84,6 @@ class ChatStream(Iterator[Part]):
         self._calls: list[ToolCall] = []
         self._complete = 0
         self._reasoning_tokens = 0
-        self._cached_tokens, self._fill_seconds = cached_tokens, fill_seconds
 
     def __next__(self) -> Part:
         while not self._ready:
@@ -108,10 +125,10 @@ class ChatStream(Iterator[Part]):
             seed=made.seed,
             usage=ChatUsage(
                 prompt_tokens=timings.prompt_tokens,
-                cached_tokens=self._cached_tokens,
+                cached_tokens=self._row.cached_tokens,
                 new_tokens=timings.new_tokens,
                 reasoning_tokens=self._reasoning_tokens,
-                prefill_seconds=self._fill_seconds + timings.prefill_seconds,
+                prefill_seconds=timings.prefill_seconds,
                 decode_seconds=timings.decode_seconds,
             ),
         )
@@ -157,20 +174,6 @@ class ChatStream(Iterator[Part]):
             self._ready.append(ContentDelta(text))
 
 
-class _Row(Row):
-    """A row whose tokens a structure may decide with."""
-
-    matcher: Matcher | None = None
-
-    def accept(self, logits: Logits, mask: Mask | None = None) -> str:
-        """Sample a token, of those that the structure allows."""
-        if self.matcher is None:
-            return super().accept(logits, mask)
-        text = super().accept(logits, self.matcher.mask())
-        self.matcher.accept(self.last_token)
-        return text
-
-
 class Conversation:
     """Answers of one model to one conversation after the other, which mostly go on from each other.
 
@@ -181,7 +184,6 @@ class Conversation:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._cache = model.cache(_KEPT_SESSIONS * state_bytes(model.manifest, model.context))
-        self._lease: Lease | None = None
         self._stream: ChatStream | None = None
 
     def __enter__(self) -> Conversation:
@@ -198,33 +200,19 @@ class Conversation:
     def answer(self, messages: Sequence[Any], **options: Any) -> ChatStream:
         """Answer a conversation; options as of `Model.chat`. Closes an earlier stream that has not ended."""
         self._end()
-        self._stream = start_chat(self._model, messages, self._fill, **options)
+        self._stream = start_chat(self._model, messages, self._cache, **options)
         return self._stream
-
-    def _fill(self, prompt: Sequence[int], most_tokens: int) -> Lease:
-        """Return a session that holds all of a prompt but its last slice."""
-        context = min(self._model.context, len(prompt) + most_tokens)
-        self._lease = self._cache.open(prompt, context)
-        while self._lease.session.length < last_cut(len(prompt)):
-            self._lease.advance()
-        return self._lease
 
     def _end(self) -> None:
         stream, self._stream = self._stream, None
-        lease, self._lease = self._lease, None
         if stream is not None:
             stream.close()
-        if lease is not None:
-            lease.end()
-
-
-Fill = Callable[[Sequence[int], int], Lease]  # a prompt, and the most tokens that come after it
 
 
 def start_chat(
     model: Model,
     messages: Sequence[Any],
-    fill: Fill | None = None,
+    cache: PrefixCache | None = None,
     *,
     tools: Sequence[Any] | None = None,
     thinking: bool | None = None,
@@ -235,7 +223,7 @@ def start_chat(
     max_new_tokens: int | None = UNLIMITED,
     **options: Any,
 ) -> ChatStream:
-    """Begin to answer a conversation. See `Model.chat`; `fill` finds a session for its prompt."""
+    """Begin to answer a conversation. See `Model.chat`; `cache` is one of the model's."""
     variables = _variables(template, thinking)
     is_parallel = arguments.flag("parallel_tool_calls", parallel_tool_calls)
     tokenizer = model.tokenizer
@@ -253,20 +241,16 @@ def start_chat(
     is_thinking = begins_thinking(tokenizer, prompt)
     parser = AnswerParser(tools, is_thinking)
     matcher = _matcher(model, wanted, is_thinking, is_parallel)
-    begin = time.perf_counter()
-    lease = None if fill is None else fill(prompt, resolved.max_new_tokens)
-    seconds = time.perf_counter() - begin
-    session = None if lease is None else lease.session
-    held = None if session is None else session.length
-    row = _Row(prompt, resolved, resolved.seed, tokenizer, session, held)
+    row = _Row(prompt, resolved, resolved.seed, tokenizer)
     row.matcher = matcher
 
-    def open_session(prompt: Sequence[int]) -> Session:
-        return model.session(min(model.context, len(prompt) + resolved.max_new_tokens))
+    def open_session(prompt: Sequence[int]) -> Session | Lease:
+        context = min(model.context, len(prompt) + resolved.max_new_tokens)
+        return model.session(context) if cache is None else cache.open(prompt, context)
 
-    stream = Stream([row], run_rows([row], 1, open_session), True)
-    cached = 0 if lease is None else lease.cached_tokens
-    return ChatStream(row, stream, parser, texts, is_parallel, cached, seconds)
+    return ChatStream(
+        row, Stream([row], run_rows([row], 1, open_session), True), parser, texts, is_parallel
+    )
 
 
 def _matcher(

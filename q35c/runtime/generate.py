@@ -152,17 +152,12 @@ class Row:
         seed: int,
         tokenizer: Tokenizer | None,
         session: Session | None = None,
-        held: int | None = None,
     ) -> None:
-        """Prepare a row; with a `session` it continues there, and leaves it open.
-
-        `held`: that many tokens of the prompt are in the session already, and it need not hold the answer.
-        """
+        """Prepare a row; with a `session` it continues there, and leaves it open."""
         self.prompt = prompt
         self.session = session
         self._keeps_session = session is not None
         self._lease: Lease | None = None
-        self._held = held
         self.finish_reason: FinishReason | None = None
         self._options = options
         self._seed = seed
@@ -193,7 +188,7 @@ class Row:
             logits = place.fill()
         else:
             self.session = place
-            logits = place.prefill(self.prompt[self._held or 0 :])
+            logits = place.prefill(self.prompt)
         self._prefill_seconds = time.perf_counter() - begin
         self._first_at = time.perf_counter()
         return self.accept(logits)
@@ -231,19 +226,14 @@ class Row:
             self._lease.end()
         elif not self._keeps_session:
             session.close()
-        elif (
-            self._held is None
-            and self._ids
-            and session.is_usable
-            and session.length < session.context
-        ):
+        elif self._ids and session.is_usable and session.length < session.context:
             session.append_at_last(self.last_token)
 
     def abandon(self) -> None:
         """End the row after an error, at which nobody knows what its session holds."""
         self.finish_reason = self.finish_reason or "cancelled"
         if self.session is not None and self._lease is not None:
-            self._lease.end(keeps=False)
+            self._lease.end()  # it is not kept if it was in the midst of a step
         elif self.session is not None and not self._keeps_session:
             self.session.close()
         self.session = None

@@ -33,6 +33,9 @@ _LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
 # Between the parts of a document: nothing, a space, or a line's end and its indentation. Without a limit a model can
 # write spaces until its tokens are used up.
 _SPACES = {"whitespace_pattern": r"( |\n {0,16})?"}
+# An integer that is -2^63 as a double ends the process: the package recurses without end.
+MOST_NUMBER = 10**18
+_HUGE = re.compile(r"[0-9]{19}|[0-9.][eE]\+?[0-9]")
 _PREFIX = "PREFIX: /\\n{1,2}/"
 
 Schema = Mapping[str, Any]
@@ -51,7 +54,10 @@ class GrammarText:
         """Return the grammar. Raises OptionError for values of the wrong kind or that cost too much."""
         where = self._where
         if kind == "grammar":
-            return self._nested(check_text(value, MOST_CHARACTERS, where), is_thinking)
+            text = check_text(value, MOST_CHARACTERS, where)
+            is_huge = "%json" in text and _HUGE.search(text) is not None
+            _check(not is_huge, where, f"no number beyond {MOST_NUMBER}, and none with an exponent")
+            return self._nested(text, is_thinking)
         rules: list[str]
         if kind == "calls":
             body, rules = self._calls(value, is_parallel)
@@ -146,7 +152,9 @@ def check_cost(schema: Any, where: str) -> Any:
         elif isinstance(item, list):
             parts = cast(list[Any], item)
             _check(len(parts) <= MOST_ENUM, where, f"at most {MOST_ENUM} values")
-            todo += ((part, depth + 1) for part in parts if isinstance(part, (Mapping, list)))
+            todo += ((part, depth + 1) for part in parts)
+        elif isinstance(item, (int, float)):
+            _check(abs(item) <= MOST_NUMBER, where, f"no number beyond {MOST_NUMBER}")
     try:
         size = len(json.dumps(schema))
     except (TypeError, ValueError):

@@ -56,6 +56,11 @@ class Choice:
         self._prompt: tuple[Token, ...] = ()
         self._is_reasoning = is_thinking
 
+    @property
+    def new_tokens(self) -> int:
+        """Return how many tokens have come, also where the engine's count never will."""
+        return max(self.usage.new_tokens, len(self._tokens))
+
     def start(self, event: Started, prompt_tokens: int) -> None:
         """Note what of the prompt was cached."""
         self.usage = Usage(prompt_tokens, event.cached_tokens)

@@ -201,7 +201,7 @@ class Reply(Response):
                 index,
                 usage.prompt_tokens,
                 usage.cached_tokens,
-                usage.new_tokens,
+                choice.new_tokens,
                 choice.reason or "given up",
             )
 

@@ -196,3 +196,8 @@ def test_quiet_says_nothing_beside(run: Run, talker: Path) -> None:
 def test_what_a_terminal_would_obey_is_left_out(run: Run, tmp_path: Path) -> None:
     path = write_chat(tmp_path / "m.q35c", lines("~\x1b[3\tx\x07"))
     assert chat(run, path, "a", options=("--think", "off"))[0] == ["[3\tx"]
+
+
+def test_a_full_context_is_said_so(run: Run, babbler: Path) -> None:
+    _, said = chat(run, babbler, "x" * 450, options=("--think", "off", "--seed", "1"))
+    assert "[context; " in said and "/reset begins anew" in said

@@ -12,10 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from q35c.artifact import read_artifact
-from q35c.cli.compile import default_output
+from q35c.cli.compile import default_output, next_command
 from q35c.errors import OptionError
 from tests.cli.conftest import Run, start
 from tests.compiled import checkpoint
+from tests.fake_artifact import tokenizer, write_fake
 
 
 def test_compile_writes_the_artifact(run: Run, tmp_path: Path) -> None:
@@ -189,3 +190,10 @@ def test_default_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_output(".", ".q35c").stem == tmp_path.name
     with pytest.raises(OptionError, match="-o"):
         default_output("gone/", ".q35c")
+
+
+def test_what_to_try_next(tmp_path: Path) -> None:
+    write_fake(tmp_path / "a b.q35c")
+    assert next_command(tmp_path / "a b.q35c") == f"q35c chat '{tmp_path}/a b.q35c'"
+    write_fake(tmp_path / "raw.q35c", segments={"tokenizer": tokenizer()})
+    assert next_command(tmp_path / "raw.q35c").startswith("q35c generate ")

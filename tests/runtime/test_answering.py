@@ -15,6 +15,7 @@ from q35c.errors import OptionError, PromptError
 from q35c.runtime.answering import Conversation, begins_thinking
 from q35c.runtime.answers import ChatAnswer
 from q35c.runtime.chat.answer import CallArguments, CallEnd, CallStart, ContentDelta, ReasoningDelta
+from q35c.runtime.sampling import Sampler
 from tests.chatting import BLANK, CALLED, CLOSE, CUT, NOW, lines, write_chat
 from tests.fake_artifact import CONTEXT, END, GENERATION
 
@@ -238,14 +239,36 @@ def test_a_kept_session_is_given_back(babbler: q35c.Model) -> None:
         long = [{"role": "system", "content": "s" * 70}, *USER]
         list(conversation.answer(long, max_new_tokens=3))
         unfinished = conversation.answer(long, max_new_tokens=100)
-        assert unfinished.result.usage.cached_tokens == 64
         next(unfinished)
+        assert unfinished.result.usage.cached_tokens == 64
         list(conversation.answer(long, max_new_tokens=3))
         assert unfinished.result.finish_reason == "cancelled"
         assert len(babbler._budget._live) == before + 1
     conversation.close()
+    del unfinished
     gc.collect()
     assert len(babbler._budget._live) == before
+
+
+def test_an_interrupt_between_steps_loses_nothing(
+    babbler: q35c.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = [{"role": "system", "content": "s" * 70}, *USER]
+    with Conversation(babbler) as conversation:
+        stream = conversation.answer(long, seed=1, max_new_tokens=100)
+        next(stream)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Sampler, "sample", interrupt)
+            list(stream)
+        stream.close()
+        assert stream.result.finish_reason == "cancelled" and stream.result.reasoning
+        again = conversation.answer(long, seed=1, max_new_tokens=3)
+        list(again)
+        assert again.result.usage.cached_tokens == 64
+
+
+def interrupt(*_: object) -> int:
+    raise KeyboardInterrupt
 
 
 def test_a_kept_session_survives_a_failed_step(tmp_path: Path) -> None:

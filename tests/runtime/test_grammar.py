@@ -221,7 +221,7 @@ def test_what_cannot_be_enforced_is_named(grammars: Grammars, schema: Any, word:
         ("schema", False),
         ("schema", 5),
         ("schema", "integer"),
-        ("schema", {"a": object()}),
+        ("schema", {"a": {1, 2}}),
         ("regex", "("),
         ("regex", "(?<=x)a"),
         ("regex", ""),
@@ -331,6 +331,37 @@ except ToolchainError as error:
 else:
     raise AssertionError
 """
+
+
+@pytest.mark.parametrize("number", [-(2**63), 1 - 2**63, -1e19, -(2.0**63), 2**64, 10**30])
+def test_numbers_that_would_end_the_process_are_refused(grammars: Grammars, number: float) -> None:
+    lark = f'start: %json {{"const": {json.dumps(number)}}}'
+    interval = {"type": "integer", "minimum": number, "maximum": number}
+    for kind, value in (
+        ("schema", {"const": number}),
+        ("schema", {"enum": ["x", [number]]}),
+        ("schema", interval),
+        ("schema", {"properties": {"a": {"default": number}}}),
+        ("calls", (("f", {"type": "object", "properties": {"a": interval}}),)),
+        ("grammar", lark),
+        ("grammar", lark.replace(json.dumps(number), "-922337203685477580.8e1")),
+    ):
+        with pytest.raises(OptionError, match="too costly"):
+            grammars.compile(kind, value)
+    safe = {"type": "integer", "minimum": -9007199254740991, "maximum": 9007199254740991}
+    assert says(grammars, "schema", safe, "-9007199254740991")
+
+
+def test_a_panic_of_the_package_is_an_error_of_the_structure(grammars: Grammars) -> None:
+    # The package cuts a name for its message in the middle of a character.
+    for schema in (
+        {"type": "é" * 300},
+        {"type": "object", "properties": {"a": {"type": "é" * 300}}},
+    ):
+        for kind, value in (("schema", schema), ("calls", (("f", schema),))):
+            with pytest.raises(OptionError):
+                grammars.compile(kind, value)
+    assert says(grammars, "schema", {"type": "integer"}, "12")
 
 
 @pytest.mark.parametrize("indent", [None, 2, 4])

@@ -108,6 +108,21 @@ def test_the_log_has_nobodys_words(
         assert secret not in ours
 
 
+def test_a_panic_of_a_library_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def panic(structure: object) -> None:
+        raise PanicException("written words")
+
+    engine = FakeEngine()
+    monkeypatch.setattr(engine, "compile", panic)
+    with running(engine) as server, server.client() as client:
+        answer = client.post(CHAT, json=chat(response_format={"type": "json_object"}))
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert client.post(CHAT, json=chat()).status_code == 200
+
+
 def test_a_log_of_prompts_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "q35c.serve")
     with running(log_prompts=True) as server, server.client() as client:
