@@ -14,8 +14,10 @@ A value is the text itself where the schema allows a string, else JSON.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, cast
 
 from q35c import arguments
@@ -35,7 +37,8 @@ _LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
 _SPACES = {"whitespace_pattern": r"( |\n {0,16})?"}
 # An integer that is -2^63 as a double ends the process: the package recurses without end.
 MOST_NUMBER = 10**18
-_HUGE = re.compile(r"[0-9]{19}|[0-9.][eE]\+?[0-9]")
+# A multiple of n is an automaton of n states, and both of two are one of their least common multiple.
+MOST_MULTIPLE = 100_000
 _PREFIX = "PREFIX: /\\n{1,2}/"
 
 Schema = Mapping[str, Any]
@@ -55,8 +58,7 @@ class GrammarText:
         where = self._where
         if kind == "grammar":
             text = check_text(value, MOST_CHARACTERS, where)
-            is_huge = "%json" in text and _HUGE.search(text) is not None
-            _check(not is_huge, where, f"no number beyond {MOST_NUMBER}, and none with an exponent")
+            _check_nested_schemas(text, where)
             return self._nested(text, is_thinking)
         rules: list[str]
         if kind == "calls":
@@ -139,6 +141,7 @@ def check_cost(schema: Any, where: str) -> Any:
     if not isinstance(schema, (Mapping, bool)):
         raise OptionError("not a JSON schema", where=where, got=schema)
     nodes = 0
+    multiples: list[Any] = []
     todo: list[tuple[Any, int]] = [(schema, 1)]
     while todo:
         item, depth = todo.pop()
@@ -148,6 +151,8 @@ def check_cost(schema: Any, where: str) -> Any:
             _check(nodes <= MOST_NODES, where, f"at most {MOST_NODES} objects")
             mapping = cast(Schema, item)
             _check_object(mapping, where)
+            if isinstance(multiple := mapping.get("multipleOf"), (int, float)):
+                multiples.append(multiple)
             todo += ((part, depth + 1) for part in mapping.values())
         elif isinstance(item, list):
             parts = cast(list[Any], item)
@@ -155,12 +160,31 @@ def check_cost(schema: Any, where: str) -> Any:
             todo += ((part, depth + 1) for part in parts)
         elif isinstance(item, (int, float)):
             _check(abs(item) <= MOST_NUMBER, where, f"no number beyond {MOST_NUMBER}")
+    _check_multiples(multiples, where)
     try:
         size = len(json.dumps(schema))
     except (TypeError, ValueError):
         raise OptionError("not a JSON schema", where=where) from None
     _check(size <= MOST_CHARACTERS, where, f"at most {MOST_CHARACTERS} characters as JSON")
     return cast(Any, schema)
+
+
+def _check_nested_schemas(grammar: str, where: str) -> None:
+    """Check the schemas that a Lark text holds. Raises OptionError."""
+    for found in re.finditer(r"%json\b\s*", grammar):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(grammar, found.end())
+        except (ValueError, RecursionError):
+            raise OptionError("malformed: %json has no schema behind it", where=where) from None
+        check_cost(schema, where)
+
+
+def _check_multiples(multiples: list[Any], where: str) -> None:
+    """Check that what is to be a multiple of all these can be followed."""
+    values = [abs(Fraction(str(value))) for value in multiples if value]
+    scale = math.lcm(*(value.denominator for value in values))
+    common = math.lcm(*(int(value * scale) for value in values))
+    _check(common <= MOST_MULTIPLE, where, f"a least common multipleOf of at most {MOST_MULTIPLE}")
 
 
 def _check_object(item: Schema, where: str) -> None:
