@@ -44,6 +44,7 @@ class Grammars:
         self.vocab = vocab
         self.stop_ids = tuple(sorted(stop_ids))
         self._lock = threading.Lock()
+        self._backend: LLTokenizer | None = None
 
     def compile(
         self,
@@ -87,19 +88,24 @@ class Grammars:
             raise OptionError(f"cannot be enforced: {_brief(matcher.get_error())}", where=where)
         return matcher
 
-    @functools.cached_property
+    @property
     def backend(self) -> LLTokenizer:
         """Return the vocabulary as the package needs it: a second or two at first. Raises ToolchainError."""
         with self._lock:
-            try:
-                from llguidance import LLTokenizer
-            except ModuleNotFoundError:
-                raise ToolchainError(
-                    "structured answers need the package 'llguidance', which is not installed",
-                    hint="pip install 'q35c[serve]'",
-                ) from None
-            document, stops = self.tokenizer.document, list(self.stop_ids) or None
-            return LLTokenizer(document, n_vocab=self.vocab, eos_token=stops)
+            if self._backend is None:
+                self._backend = self._load()
+            return self._backend
+
+    def _load(self) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer
+        except ModuleNotFoundError:
+            raise ToolchainError(
+                "structured answers need the package 'llguidance', which is not installed",
+                hint="pip install 'q35c[serve]'",
+            ) from None
+        document, stops = self.tokenizer.document, list(self.stop_ids) or None
+        return LLTokenizer(document, n_vocab=self.vocab, eos_token=stops)
 
     @functools.cached_property
     def reasoning_mask(self) -> Mask:

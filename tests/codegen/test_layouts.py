@@ -25,7 +25,9 @@ def test_rows_are_as_wide_as_kernels_make_them(level: str) -> None:
         for group in (32, 64, 128):
             expected = row_layout(width, group, backend.isa).words
             assert shared.row_words(f"q8g{group}", width) == expected
-        assert shared.row_words("bf16", width) == bf16_row_words(width, backend.isa.has_bf16)
+        assert shared.row_words("bf16", width) == bf16_row_words(
+            width, backend.isa.offers("dot2_bf16")
+        )
         assert shared.row_words("f32", width) == shared.row_words("i32", width) == width
     assert set(shared.row_layouts) == {"q8g32", "q8g64", "q8g128", "bf16"}
 

@@ -51,7 +51,7 @@ class Bf16Rows:
     def store(
         self, kernels: Kernels, x: np.ndarray, width: int, *, extra: int = 0, threads: int = 1, pairs: int = 1
     ) -> np.ndarray:  # fmt: skip
-        words = bf16_row_words(width, self.isa.has_bf16) + extra
+        words = bf16_row_words(width, self.isa.offers("dot2_bf16")) + extra
         stored = guard(np.zeros((len(x), words), np.int32), poison=True)
         strides = (len(x) // pairs, x.shape[1], words)
         kernels.call(f"bf16_{width}_{pairs}", x, stored, *strides, threads=threads)
@@ -59,7 +59,7 @@ class Bf16Rows:
 
     def values(self, stored: np.ndarray, width: int) -> np.ndarray:
         words = np.array(stored)
-        if not self.isa.has_bf16:
+        if not self.isa.offers("dot2_bf16"):
             return words.view(np.float32)[:, :width].astype(np.float64)
         halves = words.view(np.uint16)
         assert (halves[:, width : width + width % 2] == 0).all(), "an odd row ends in half a pair"
@@ -101,7 +101,7 @@ class Int8Rows:
         assert (codes[:, width:] == 0).all()
         grouped = codes.reshape(len(words), layout.groups, self.group)
         np.testing.assert_array_equal(sums, -32 * grouped.sum(-1))
-        if not self.isa.has_vnni:
+        if not self.isa.offers("dot4_u8s8"):
             halves = codes.reshape(len(words), -1, 8, 2, 2).sum((2, 4)).astype(np.int64)
             starts = words[:, layout.starts : layout.used_words].copy().view(np.int16)
             want = (-32 * halves).astype(np.int16).reshape(len(words), -1)

@@ -53,7 +53,7 @@ class Heads:
 
     @property
     def is_paired(self) -> bool:
-        return self.dtype == "bf16" and self.isa.has_bf16
+        return self.dtype == "bf16" and self.isa.offers("dot2_bf16")
 
     @property
     def value_offset(self) -> int:
@@ -95,7 +95,7 @@ INT8 = tuple(
     Heads(heads.Hq, heads.Hkv, heads.D, heads.R, "int8", BEST if place % 2 else V3)
     for place, heads in enumerate((*PAIRED, Heads(4, 2, 256, 64)))
 )
-needs_pairs = pytest.mark.skipif(not BEST.has_bf16, reason="needs AVX512-BF16")
+needs_pairs = pytest.mark.skipif(not BEST.offers("dot2_bf16"), reason="needs AVX512-BF16")
 ALL = [*CASES, *INT8, *(pytest.param(heads, marks=needs_pairs) for heads in PAIRED)]
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from q35c.codegen.cpu.isa.x86 import V4
 from q35c.codegen.cpu.kernels.linear.linear import linear
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import Tile
 from q35c.codegen.cpu.kernels.rows.round_int8 import quantize_rows, row_layout
@@ -13,7 +14,7 @@ from q35c.formats.registry import integer_format
 from tests.kernels.harness import ISA, build_kernels, guard
 
 # As if AVX2 had registers for them.
-STATEMENTS = replace(ISA, registers=32)
+STATEMENTS = replace(ISA, tuning=V4.tuning)
 SHAPES = ((40, 200, "i4g64"), (33, 96, "i5g32"), (64, 640, "i4g128"), (65, 300, "i5g64"))
 
 

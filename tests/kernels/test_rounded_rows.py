@@ -54,7 +54,7 @@ def test_bf16_is_the_nearest(isa: Isa, width: int) -> None:
         assert rows.values(first, width).astype(np.float32).tobytes() == want.tobytes()
         for threads in (2, 3):
             assert rows.store(kernels, x, width, threads=threads).tobytes() == first.tobytes()
-        used = width if not isa.has_bf16 else -(-width // 2)
+        used = width if not isa.offers("dot2_bf16") else -(-width // 2)
         assert (first[:, used:] == -1).all(), "words past the row changed"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ELEMENTS = {"int8": 4, "int16": 2, "int32": 1, "float32": 1}  # of each 4-byte lane
 
@@ -89,9 +89,9 @@ class Isa:
     llvm_cpu: str
     llvm_features: tuple[str, ...]
     cpu_features: tuple[str, ...]
-    tuning: Tuning = field(compare=False)
-    system: System = field(compare=False)
-    instructions: tuple[Instruction, ...] = field(compare=False)
+    tuning: Tuning
+    system: System
+    instructions: tuple[Instruction, ...]
 
     def instruction(self, operation: str) -> Instruction:
         """Return how an operation is done on a whole register. Raises KeyError if there is no instruction."""
