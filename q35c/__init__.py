@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from q35c.runtime.answering import Conversation as Conversation
     from q35c.runtime.generate import Generation as Generation
     from q35c.runtime.model import Model as Model
+    from q35c.runtime.prefix import PrefixCache as PrefixCache
+    from q35c.runtime.saved import Snapshot as Snapshot
     from q35c.runtime.session import Session as Session
 
 __all__ = [
@@ -21,8 +23,10 @@ __all__ = [
     "Conversation",
     "Generation",
     "Model",
+    "PrefixCache",
     "Q35CError",
     "Session",
+    "Snapshot",
     "__version__",
     "errors",
     "load",
@@ -46,7 +50,7 @@ def load(
 
 def __getattr__(name: str) -> object:
     """Import the runtime's classes when they are first asked for."""
-    if name in ("Generation", "Model", "Session"):
+    if name in ("Generation", "Model", "PrefixCache", "Session", "Snapshot"):
         from q35c import runtime
 
         return getattr(runtime, name)

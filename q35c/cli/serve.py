@@ -30,6 +30,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--queue-timeout", "queue_seconds", type=float, default=300.0, show_default=True, help="Seconds that a request may wait.")  # fmt: skip
 @click.option("--max-stall", type=float, default=200.0, show_default=True, help="Milliseconds that running answers may pause while a prompt is read.")  # fmt: skip
 @click.option("--prefix-cache", default="25%", show_default=True, help="Memory for the beginnings of prompts: 2GiB, a share of what is free, or 0.")  # fmt: skip
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Directory that keeps them over restarts; what users wrote can be read there.")  # fmt: skip
 @click.option("--reasoning-field", type=click.Choice(("reasoning_content", "reasoning")), default="reasoning_content", show_default=True, help="What thinking is called in chat answers.")  # fmt: skip
 @click.option("--allowed-hosts", multiple=True, help="Name of this server in a Host header, beside the local ones; may be given several times, '*' accepts any.")  # fmt: skip
 @click.option("--cors-origin", "cors_origins", multiple=True, help="Web page that may use the server, as https://page.example; may be given several times.")  # fmt: skip
@@ -78,6 +79,7 @@ def serve_command(artifact: Path, **options: Any) -> None:
         max_queue=options["max_queue"],
         max_stall=options["max_stall"] / 1000,
         prefix_cache=options["prefix_cache"],
+        cache_dir=options["cache_dir"],
     )
     serve(
         artifact,

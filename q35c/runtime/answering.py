@@ -25,8 +25,9 @@ from q35c.runtime.chat.normalise import normalise
 from q35c.runtime.device import Logits
 from q35c.runtime.generate import UNLIMITED, Row, Stream, resolve_options, run_rows
 from q35c.runtime.grammar import Matcher
+from q35c.runtime.lease import Lease
 from q35c.runtime.memory import state_bytes
-from q35c.runtime.prefix import Lease, PrefixCache
+from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.prompts import check_ids
 from q35c.runtime.sampling import Mask
 from q35c.runtime.session import Session

@@ -21,7 +21,7 @@ from q35c import arguments
 from q35c.artifact.leaves import Generation as Defaults
 from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime.device import Logits
-from q35c.runtime.prefix import Lease
+from q35c.runtime.lease import Lease
 from q35c.runtime.sampling import MAX_SEED, Mask, Sampler, SamplingOptions
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import StopScanner, TextStream, Tokenizer, check_stops

@@ -7,11 +7,12 @@ behind `</think>`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -43,6 +44,7 @@ class Grammars:
         self.vocab = vocab
         self.stop_ids = tuple(sorted(stop_ids))
         self._lock = threading.Lock()
+        self._backend: LLTokenizer | None = None
 
     def compile(
         self,
@@ -69,7 +71,14 @@ class Grammars:
         arguments.choice("kind", kind, KINDS, "structure")
         backend = self.backend
         text = GrammarText(functools.partial(self._literal_ids, backend), self.refusal, where)
-        grammar = text.of(kind, value, is_thinking=is_thinking, is_parallel=is_parallel)
+        with _surviving(where):
+            grammar = text.of(kind, value, is_thinking=is_thinking, is_parallel=is_parallel)
+            matcher = self._start_of(grammar, where)
+        if thinking_tokens is not None:
+            thinking_tokens = arguments.integer("thinking_tokens", thinking_tokens, 0)
+        return Constraint(self, matcher, where, is_thinking, thinking_tokens)
+
+    def _start_of(self, grammar: str, where: str) -> LLMatcher:
         if problem := self.refusal(grammar):
             unsupported = problem.startswith(_UNSUPPORTED)
             what = "cannot be enforced" if unsupported else "malformed"
@@ -77,23 +86,26 @@ class Grammars:
         matcher = self.make_matcher(grammar)
         if matcher.is_error():
             raise OptionError(f"cannot be enforced: {_brief(matcher.get_error())}", where=where)
-        if thinking_tokens is not None:
-            thinking_tokens = arguments.integer("thinking_tokens", thinking_tokens, 0)
-        return Constraint(self, matcher, where, is_thinking, thinking_tokens)
+        return matcher
 
-    @functools.cached_property
+    @property
     def backend(self) -> LLTokenizer:
         """Return the vocabulary as the package needs it: a second or two at first. Raises ToolchainError."""
         with self._lock:
-            try:
-                from llguidance import LLTokenizer
-            except ModuleNotFoundError:
-                raise ToolchainError(
-                    "structured answers need the package 'llguidance', which is not installed",
-                    hint="pip install 'q35c[serve]'",
-                ) from None
-            document, stops = self.tokenizer.document, list(self.stop_ids) or None
-            return LLTokenizer(document, n_vocab=self.vocab, eos_token=stops)
+            if self._backend is None:
+                self._backend = self._load()
+            return self._backend
+
+    def _load(self) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer
+        except ModuleNotFoundError:
+            raise ToolchainError(
+                "structured answers need the package 'llguidance', which is not installed",
+                hint="pip install 'q35c[serve]'",
+            ) from None
+        document, stops = self.tokenizer.document, list(self.stop_ids) or None
+        return LLTokenizer(document, n_vocab=self.vocab, eos_token=stops)
 
     @functools.cached_property
     def reasoning_mask(self) -> Mask:
@@ -160,24 +172,37 @@ class Matcher:
         """Return which tokens may come next. Raises OptionError if that costs too much to find out."""
         if self._reasoning is not None:
             return self._reasoning.mask()
-        mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)
+        with _surviving(self._where):
+            mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)
         self._check()
         return mask
 
     def accept(self, token: int) -> None:
         """Go on by a token that the mask allows. Raises OptionError for any other."""
-        if self._reasoning is None:
-            self._matcher.consume_token(token)
-        elif (rest := self._reasoning.accept(token)) is not None:
-            self._reasoning = None
-            if rest:  # the token that closed the reasoning was longer
-                self._matcher.consume_tokens(self._grammars.backend.tokenize_str(rest))
+        with _surviving(self._where):
+            if self._reasoning is None:
+                self._matcher.consume_token(token)
+            elif (rest := self._reasoning.accept(token)) is not None:
+                self._reasoning = None
+                if rest:  # the token that closed the reasoning was longer
+                    self._matcher.consume_tokens(self._grammars.backend.tokenize_str(rest))
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
             problem = _brief(self._matcher.get_error())
             raise OptionError(f"the structure cannot be followed: {problem}", where=self._where)
+
+
+@contextlib.contextmanager
+def _surviving(where: str) -> Generator[None]:
+    """Turn a panic of the package, which is no Exception, into an error of the structure that led to it."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise OptionError("cannot be enforced: its compiler fails", where=where) from None
 
 
 class _Reasoning:

@@ -14,8 +14,10 @@ A value is the text itself where the schema allows a string, else JSON.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, cast
 
 from q35c import arguments
@@ -33,6 +35,10 @@ _LENIENT = {"x-guidance": {"lenient": True, "coerce_one_of": True}}
 # Between the parts of a document: nothing, a space, or a line's end and its indentation. Without a limit a model can
 # write spaces until its tokens are used up.
 _SPACES = {"whitespace_pattern": r"( |\n {0,16})?"}
+# An integer that is -2^63 as a double ends the process: the package recurses without end.
+MOST_NUMBER = 10**18
+# A multiple of n is an automaton of n states, and both of two are one of their least common multiple.
+MOST_MULTIPLE = 100_000
 _PREFIX = "PREFIX: /\\n{1,2}/"
 
 Schema = Mapping[str, Any]
@@ -51,7 +57,9 @@ class GrammarText:
         """Return the grammar. Raises OptionError for values of the wrong kind or that cost too much."""
         where = self._where
         if kind == "grammar":
-            return self._nested(check_text(value, MOST_CHARACTERS, where), is_thinking)
+            text = check_text(value, MOST_CHARACTERS, where)
+            _check_nested_schemas(text, where)
+            return self._nested(text, is_thinking)
         rules: list[str]
         if kind == "calls":
             body, rules = self._calls(value, is_parallel)
@@ -133,6 +141,7 @@ def check_cost(schema: Any, where: str) -> Any:
     if not isinstance(schema, (Mapping, bool)):
         raise OptionError("not a JSON schema", where=where, got=schema)
     nodes = 0
+    multiples: list[Any] = []
     todo: list[tuple[Any, int]] = [(schema, 1)]
     while todo:
         item, depth = todo.pop()
@@ -142,17 +151,40 @@ def check_cost(schema: Any, where: str) -> Any:
             _check(nodes <= MOST_NODES, where, f"at most {MOST_NODES} objects")
             mapping = cast(Schema, item)
             _check_object(mapping, where)
+            if isinstance(multiple := mapping.get("multipleOf"), (int, float)):
+                multiples.append(multiple)
             todo += ((part, depth + 1) for part in mapping.values())
         elif isinstance(item, list):
             parts = cast(list[Any], item)
             _check(len(parts) <= MOST_ENUM, where, f"at most {MOST_ENUM} values")
-            todo += ((part, depth + 1) for part in parts if isinstance(part, (Mapping, list)))
+            todo += ((part, depth + 1) for part in parts)
+        elif isinstance(item, (int, float)):
+            _check(abs(item) <= MOST_NUMBER, where, f"no number beyond {MOST_NUMBER}")
+    _check_multiples(multiples, where)
     try:
         size = len(json.dumps(schema))
     except (TypeError, ValueError):
         raise OptionError("not a JSON schema", where=where) from None
     _check(size <= MOST_CHARACTERS, where, f"at most {MOST_CHARACTERS} characters as JSON")
     return cast(Any, schema)
+
+
+def _check_nested_schemas(grammar: str, where: str) -> None:
+    """Check the schemas that a Lark text holds. Raises OptionError."""
+    for found in re.finditer(r"%json\b\s*", grammar):
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(grammar, found.end())
+        except (ValueError, RecursionError):
+            raise OptionError("malformed: %json has no schema behind it", where=where) from None
+        check_cost(schema, where)
+
+
+def _check_multiples(multiples: list[Any], where: str) -> None:
+    """Check that what is to be a multiple of all these can be followed."""
+    values = [abs(Fraction(str(value))) for value in multiples if value]
+    scale = math.lcm(*(value.denominator for value in values))
+    common = math.lcm(*(int(value * scale) for value in values))
+    _check(common <= MOST_MULTIPLE, where, f"a least common multipleOf of at most {MOST_MULTIPLE}")
 
 
 def _check_object(item: Schema, where: str) -> None:

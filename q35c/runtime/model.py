@@ -22,8 +22,9 @@ from q35c.runtime.generate import (
     run_rows,
 )
 from q35c.runtime.grammar import Grammars
+from q35c.runtime.lease import MESSAGE_START, Lease
 from q35c.runtime.memory import StateBudget, available_memory, check_memory
-from q35c.runtime.prefix import MESSAGE_START, Lease, PrefixCache
+from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.prompts import encode_prompt, split_prompts
 from q35c.runtime.sampling import MAX_SEED
 from q35c.runtime.session import Progress, Session

@@ -1,14 +1,8 @@
-"""Prompts on a grid, and what is kept of them: a prompt that begins as an earlier one did is not computed again.
+"""What is kept of prompts: one that begins as an earlier one did is not computed again, and no bit depends on it.
 
-Exactness by identical calls: a prompt is cut at the multiples of 64 below its last token, and what remains is a call of
-its own, whatever is kept and whatever else runs. A checkpoint is made at such a cut alone, of a state that no decoding step
-has touched; so a session that goes on from there holds the same bits as one that began anew.
-
-Checkpoints are made where the next prompt will probably leave this one's way: at the last message's beginning, as the
-template rewrites what the model said; at the end of the first message, which is the same for many; and where a prompt was
-seen to leave another's way. A finished session is parked as it is, and the next turn rewinds it in place. If another prompt
-needs less of it, that part is copied. When memory is short, of all but the last only what checkpoints need moves to a tree,
-where those that begin alike share it; and there the oldest checkpoints go.
+A finished session is parked as it is, and the next turn rewinds it in place. If another prompt needs less of it, that part is
+copied. When memory is short, only what checkpoints need moves to a tree, where those that begin alike share it; and there go
+first the checkpoints that are missed least.
 """
 
 from __future__ import annotations
@@ -16,8 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -25,113 +18,16 @@ import numpy as np
 from q35c import arguments
 from q35c.artifact import Manifest
 from q35c.errors import MemoryRefused
-from q35c.runtime.device import Logits
+from q35c.runtime.lease import SLICE, Branch, Lease, last_cut, plan_points
 from q35c.runtime.memory import give_back_memory, state_bytes
 from q35c.runtime.prefix_files import PrefixFiles
-from q35c.runtime.prefix_tree import RUN, Node, PrefixTree, TokenIds
-from q35c.runtime.recent import Miss, RecentPrompts
+from q35c.runtime.prefix_tree import Node, PrefixTree, TokenIds
+from q35c.runtime.recent import RecentPrompts
 from q35c.runtime.saved import Checkpoint
 from q35c.runtime.session import Session
 
-SLICE = RUN  # tokens; cuts elsewhere may change last digits
-MESSAGE_START = "<|im_start|>"  # the token that begins a message, in templates of the family
-MOST_CHECKPOINTS = 16  # of one session: the first, and the last ones
 Result = TypeVar("Result")
 OpenSession = Callable[[int], Session]  # of so many tokens
-
-
-def last_cut(count: int) -> int:
-    """Return the last multiple of 64 below a prompt's last token, where the rest begins."""
-    return (count - 1) // SLICE * SLICE
-
-
-def plan_points(ids: TokenIds, message_start: int | None, branch: int = 0) -> tuple[int, ...]:
-    """Return where to make checkpoints in a prompt, ascending.
-
-    `message_start` is the token that begins a message, `branch` where another prompt left its way.
-    """
-    starts: list[int] = (
-        [] if message_start is None else np.flatnonzero(ids == message_start).tolist()
-    )
-    wanted = {branch, *starts[1:2], *starts[-1:]} if starts else {branch, len(ids)}
-    border = last_cut(len(ids))
-    points = {min(at // SLICE * SLICE, border) for at in wanted}
-    return tuple(sorted(points - {0})) or ((border,) if border else ())
-
-
-@dataclass(slots=True, eq=False)
-class Branch:
-    """A session and its checkpoints, by length. While it is lent, it may grow but never changes below them."""
-
-    session: Session
-    salt: str
-    checkpoints: dict[int, Checkpoint] = field(default_factory=dict[int, Checkpoint])
-    used: int = 0
-
-    def best(self, ids: TokenIds, limit: int) -> Checkpoint | None:
-        """Return the last checkpoint that a prompt passes, within `limit` tokens."""
-        for length in sorted(self.checkpoints, reverse=True):
-            if length <= limit and ids[:length].tobytes() == self.checkpoints[length].ids:
-                return self.checkpoints[length]
-        return None
-
-    def up_to(self, length: int) -> dict[int, Checkpoint]:
-        """Return the checkpoints within so many tokens."""
-        return {at: item for at, item in self.checkpoints.items() if at <= length}
-
-    def add(self, checkpoint: Checkpoint) -> None:
-        """Add a checkpoint; of too many the second goes."""
-        self.checkpoints[checkpoint.length] = checkpoint
-        if len(self.checkpoints) > MOST_CHECKPOINTS:
-            del self.checkpoints[sorted(self.checkpoints)[1]]
-
-
-class Lease:
-    """A session that is being filled with a prompt, slice by slice."""
-
-    def __init__(
-        self,
-        branch: Branch,
-        prompt: Sequence[int],
-        points: Iterable[int] = (),
-        miss: Miss | None = None,
-        give_back: Callable[[Branch, bool], None] | None = None,
-    ) -> None:
-        """Go on where the session stands, which is a multiple of 64 below the prompt's last token.
-
-        points     where to make checkpoints
-        miss       why it stands not further on
-        give_back  takes the branch at the end, and whether it may be used again; None: it is closed
-        """
-        self.session = branch.session
-        self.prompt = prompt
-        self.cached_tokens = branch.session.length
-        self.miss = miss
-        self._branch, self._points = branch, frozenset(points)
-        self._give_back = give_back
-
-    def advance(self) -> Logits | None:
-        """Compute one slice; return the logits f32[V] after the prompt's last token, None before it is reached."""
-        session, start = self.session, self.session.length
-        if start >= last_cut(len(self.prompt)):
-            return session.prefill(self.prompt[start:])
-        session.extend(self.prompt[start : start + SLICE])
-        if session.length in self._points:
-            self._branch.add(session.checkpoint())
-        return None
-
-    def fill(self) -> Logits:
-        """Compute the whole prompt; return the logits f32[V] after its last token."""
-        while (logits := self.advance()) is None:
-            pass
-        return logits
-
-    def end(self, *, keeps: bool = True) -> None:
-        """Give the session back, for others to use unless it does not keep or its last step failed."""
-        if self._give_back is None:
-            self.session.close()
-        else:
-            self._give_back(self._branch, keeps and self.session.is_usable)
 
 
 class PrefixCache:
@@ -193,6 +89,7 @@ class PrefixCache:
         if miss is not None:
             self.misses[miss.reason] += 1
         branch_at = miss.agreed_tokens if miss is not None and miss.reason == "unmarked" else 0
+        branch.forks.add(branch_at // SLICE * SLICE)
         points = plan_points(ids, self._message_start, branch_at)
         self._recent.add(ids, salt, points)
         return Lease(branch, prompt, points, miss, self._take_back)
@@ -262,7 +159,9 @@ class PrefixCache:
             source.session.resize(context)
             self._parked.remove(source)
             return source
+        source.forks.add(best.length)
         branch = Branch(self._open_session(context), salt, source.up_to(best.length))
+        branch.forks |= source.forks
         branch.session.import_kv([source.session.export_kv(0, best.length)], best)
         return branch
 
@@ -291,6 +190,8 @@ class PrefixCache:
         way = list(node.path())[::-1]
         marks = (step.checkpoint for step in way)
         branch = Branch(self._open_session(context), salt, {m.length: m for m in marks if m})
+        forks = (step.checkpoint for step in way if step.is_fork)
+        branch.forks.update(m.length for m in forks if m is not None)
         branch.session.import_kv([step.cells for step in way if step.cells is not None], checkpoint)
         return branch
 
@@ -298,11 +199,7 @@ class PrefixCache:
         """Park a session that was lent, and make room for it."""
         with self._lock:
             self._park(branch, is_sound)
-            while self.parked_bytes + self.cached_bytes > self.max_bytes:
-                if len(self._parked) > 1 or not len(self._tree):
-                    self._move(self._oldest())
-                else:
-                    self._evict()
+            self._make_room()
 
     def _park(self, branch: Branch, is_sound: bool) -> None:
         self._lent.remove(branch)
@@ -324,13 +221,31 @@ class PrefixCache:
         """Keep of a session only what its checkpoints need, and of that what the tree has not: never more than before."""
         if branch is not None:
             made = list(branch.checkpoints.values())
-            self._tree.add(made, branch.session.export_kv, branch.salt, branch.used)
+            self._tree.add(made, branch.session.export_kv, branch.salt, branch.used, branch.forks)
             self._parked.remove(branch)
             branch.session.close()
 
+    @property
+    def _is_full(self) -> bool:
+        return self.parked_bytes + self.cached_bytes > self.max_bytes
+
+    def _make_room(self) -> None:
+        """Keep within the limit: share what can be shared, then give up checkpoints that are missed least."""
+        while self._is_full and len(self._parked) > 1:
+            self._move(self._oldest())
+        while self._is_full and self._parked and self._parked[0].thin():
+            self.evictions += 1
+        if self._is_full:
+            self._move(self._oldest())
+        for node in self._tree.order():
+            if not self._is_full:
+                break
+            self._tree.remove(node)
+            self.evictions += 1
+
     def _evict(self) -> bool:
         """Give up the oldest of all, a parked session or a checkpoint in the tree; say whether there was any."""
-        node, branch = self._tree.oldest(), self._oldest()
+        node, branch = next(iter(self._tree.order()), None), self._oldest()
         if branch is not None and (node is None or branch.used < node.used):
             self._parked.remove(branch)
             branch.session.close()

@@ -6,7 +6,7 @@ there a session can go on. A node that leads to no checkpoint is removed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,6 +27,7 @@ class Node:
     cells: Cells | None = None
     checkpoint: Checkpoint | None = None
     used: int = 0
+    is_fork: bool = False  # more than one prompt is known to have gone on from here
     children: dict[bytes, Node] = field(default_factory=dict[bytes, "Node"])
 
     def path(self) -> Iterator[Node]:
@@ -72,8 +73,12 @@ class PrefixTree:
         export: Callable[[int, int], Cells],
         salt: str,
         used: int,
+        forks: Collection[int] = (),
     ) -> None:
-        """Keep the checkpoints of a sequence, and of what `export` copies as much as they need and is not there."""
+        """Keep the checkpoints of a sequence, and of what `export` copies as much as they need and is not there.
+
+        `forks` are the lengths from where more than one prompt went on.
+        """
         if not checkpoints:
             return
         last = max(checkpoints, key=lambda item: item.length)
@@ -88,15 +93,33 @@ class PrefixTree:
             node = child
             if end in marks:
                 self._mark(node, marks[end], salt, used)
+                node.is_fork = node.is_fork or end in forks
 
-    def oldest(self) -> Node | None:
-        """Return the node whose checkpoint goes first: the least recently used.
+    def order(self) -> list[Node]:
+        """Return the nodes with a checkpoint, those first that are missed least.
 
-        One with others below it goes before they do, unless it is the first of its way, where others may begin alike.
+        First those that prompts have passed, all on to the same further one, the closest behind another first: only a prompt
+        that leaves their way before that could use them, and it loses little. Last the first of a way with others behind it,
+        where new prompts begin alike. Among the others by last use.
         """
-        if not self._marked:
-            return None
-        return min(self._marked, key=lambda node: (self._is_first(node), node.used))
+        above = {node: _above(node) for node in self._marked}
+        passed = {
+            upper
+            for upper, is_straight in above.values()
+            if upper is not None
+            and is_straight
+            and not upper.is_fork
+            and above[upper][0] is not None
+        }
+
+        def rank(node: Node) -> tuple[int, int, int]:
+            upper, length = above[node][0], _length(node)
+            if node in passed and upper is not None:
+                return 0, length - _length(upper), length
+            is_first = upper is None and bool(node.children)
+            return 2 if is_first else 1, node.used, length
+
+        return sorted(self._marked, key=rank)
 
     def remove(self, node: Node) -> None:
         """Forget a node's checkpoint, and the runs that lead to no other."""
@@ -124,10 +147,20 @@ class PrefixTree:
             self._marked[node] = salt
             self.bytes += _bytes(checkpoint)
 
-    def _is_first(self, node: Node) -> bool:
-        """Say whether a node has children and no checkpoint above it."""
-        above = (step for step in node.path() if step is not node)
-        return bool(node.children) and all(step.checkpoint is None for step in above)
+
+def _above(node: Node) -> tuple[Node | None, bool]:
+    """Return the next node above with a checkpoint, and whether no other way branches off in between, or there."""
+    is_straight = True
+    for step in node.path():
+        if step is not node:
+            is_straight = is_straight and len(step.children) == 1
+            if step.checkpoint is not None:
+                return step, is_straight
+    return None, False
+
+
+def _length(node: Node) -> int:
+    return 0 if node.checkpoint is None else node.checkpoint.length
 
 
 def _keys(ids: TokenIds) -> Iterator[bytes]:

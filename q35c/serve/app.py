@@ -5,6 +5,8 @@ A request is refused or let through by the route that was found for it, never by
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -89,7 +91,8 @@ class App:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         await send({"type": "lifespan.startup.complete"})
-        await receive()
+        with contextlib.suppress(asyncio.CancelledError):  # ended by force
+            await receive()
         self._desk.close()
         await send({"type": "lifespan.shutdown.complete"})
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from q35c.errors import Overloaded
+from q35c.errors import InternalError, Overloaded
 from q35c.runtime.chat.answer import AnswerParser
 from q35c.serve.answer import Choice
 from q35c.serve.conversation import Ask, Prepared, TextModel, prepare
@@ -55,7 +55,8 @@ class Desk:
             raise Overloaded("too many requests are being prepared", retry_after_seconds=1.0)
         self._preparing += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._threads, lambda: _contained(call))
         finally:
             self._preparing -= 1
 
@@ -100,6 +101,16 @@ class Desk:
             is_stream=is_stream,
             ping_seconds=self.settings.ping_seconds,
         )
+
+
+def _contained(call: Callable[[], T]) -> T:
+    """Call; panics of libraries, which are no Exceptions, become one."""
+    try:
+        return call()
+    except Exception:
+        raise
+    except BaseException as error:
+        raise InternalError("a library failed", got=type(error).__name__) from None
 
 
 def new_id(prefix: str) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from q35c import arguments
 from q35c.errors import OptionError, Overloaded, Q35CError, TokenizerError, Unavailable
 from q35c.runtime.grammar import Grammars
+from q35c.runtime.lease import SLICE
 from q35c.runtime.model import Model
-from q35c.runtime.prefix import SLICE
 from q35c.runtime.prompts import check_ids
 from q35c.runtime.recent import MISS_REASONS
 from q35c.serve.request import Post, Request, Statistics, Structure, Ticket
@@ -199,15 +199,32 @@ class Engine:
 
     def _run(self) -> None:
         turns = self._turns
-        while self._take_commands():
-            turns.settle()
-            turns.take_turn(self._is_wanted)
+        try:
+            while self._take_commands():
+                turns.settle()
+                turns.take_turn(self._is_wanted)
+            self._save_cache()
+        except (
+            BaseException
+        ) as error:  # nobody else would hear of it, and clients would wait for ever
+            log.exception("the engine ends")
+            self._abandon(error)
+        self._cache.close()
+
+    def _abandon(self, error: BaseException) -> None:
+        with self._changed:
+            self._is_draining = self._is_closing = True
+            arrived, self._arrived = self._arrived, []
+        for job in arrived:
+            self._turns.add(job)
+        self._turns.abandon(error)
+
+    def _save_cache(self) -> None:
         if self._cache_directory is not None:
             try:
                 self._cache.save(self._cache_directory)
             except (Q35CError, OSError) as error:
                 log.warning("what is kept of prompts could not be written: %s", error)
-        self._cache.close()
 
     def _take_commands(self) -> bool:
         """Take what other threads asked for, and wait while there is nothing to do. Say whether to go on."""

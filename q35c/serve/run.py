@@ -35,6 +35,7 @@ class Limits:
     max_queue       requests that may wait for a row
     max_stall       seconds that a step and the slices of prompts behind it should take together
     prefix_cache    memory for the beginnings of prompts: bytes, with a unit, or a share of what is free
+    cache_dir       where that is written at the end and read from at the beginning; None: nowhere
     """
 
     context: int | None = None
@@ -43,6 +44,7 @@ class Limits:
     max_queue: int = 64
     max_stall: float = 0.2
     prefix_cache: str = DEFAULT_PREFIX_CACHE
+    cache_dir: str | os.PathLike[str] | None = None
 
 
 def serve(
@@ -79,6 +81,7 @@ def serve(
             max_queue=limits.max_queue,
             max_stall=limits.max_stall,
             cache_bytes=cache_size(limits.prefix_cache),
+            cache_dir=limits.cache_dir,
         )
         try:
             app = App(model, engine, settings)

@@ -10,7 +10,7 @@ import numpy as np
 from q35c.errors import ExecutionError, Q35CError
 from q35c.runtime.device import Logits
 from q35c.runtime.generate import FinishReason, Row
-from q35c.runtime.prefix import SLICE, Lease
+from q35c.runtime.lease import SLICE, Lease
 from q35c.runtime.sampling import log_shares
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ class Seat:
         """End the row before its time, with the text that was still held back."""
         self.finish("cancelled", self._row.flush())
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End the row by an error of its own, or of a step that it was part of."""
         self.events.append(Failed(typed(error)))
         self.is_over = self.has_failed = True
@@ -131,7 +131,7 @@ class Seat:
         return self._last if session.length == len(ids) else None
 
 
-def typed(error: Exception) -> Q35CError:
+def typed(error: BaseException) -> Q35CError:
     """Return an error as one of q35c's own."""
     if isinstance(error, Q35CError):
         return error

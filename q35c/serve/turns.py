@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 
 from q35c.errors import MemoryRefused
 from q35c.runtime.device import Logits
+from q35c.runtime.lease import Branch, Lease
 from q35c.runtime.memory import state_bytes
 from q35c.runtime.model import Model
-from q35c.runtime.prefix import Branch, Lease, PrefixCache
+from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.saved import Snapshot
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ class Turns:
         elif (seat := self.seats.get(number)) is not None and not seat.is_over:
             seat.cancel()
 
-    def turn_away(self, job: Job, error: Exception | None) -> None:
+    def turn_away(self, job: Job, error: BaseException | None) -> None:
         """End a request that has no seat, by an error or as cancelled."""
         self.queue.take(job.number)
         usage = Usage(len(job.request.ids), queue_seconds=time.monotonic() - job.at)
@@ -95,10 +96,20 @@ class Turns:
             self._prefill(self._step(), is_wanted)
         except Exception as error:
             log.exception("a turn failed: what is running is given up")
-            for seat in self.seats.values():
-                if not seat.is_over:
-                    seat.fail(error)
+            self._fail_seats(error)
         self.settle()
+
+    def abandon(self, error: BaseException) -> None:
+        """End everything by an error."""
+        self._fail_seats(error)
+        self.settle()
+        for job in self.queue.all():
+            self.turn_away(job, error)
+
+    def _fail_seats(self, error: BaseException) -> None:
+        for seat in self.seats.values():
+            if not seat.is_over:
+                seat.fail(error)
 
     def settle(self) -> None:
         """Hand out events, all of a row at once, and clear the seats of rows that are over."""
@@ -175,7 +186,7 @@ class Turns:
         try:
             seat = Seat(job, lease, self._tokenizer)
         except BaseException:
-            lease.end(keeps=False)
+            lease.end()  # the fault is not the session's
             raise
         self.queue.take(job.number)
         self.seats[job.number] = seat

@@ -63,6 +63,19 @@ def test_it_answers_and_ends_on_a_signal(speaker: Path) -> None:
     assert log.count(" /v1/completions 200 ") == 3 and "quick" not in log and "Traceback" not in log
 
 
+def test_prefixes_outlive_the_process(speaker: Path, tmp_path: Path) -> None:
+    prompt = "T" * 150
+    for cached in (0, 128):
+        with serving(speaker, "--prefix-cache", "64MiB", "--cache-dir", tmp_path) as (url, child):
+            usage = ask(url, prompt=prompt, max_tokens=1).json()["usage"]
+            assert usage["prompt_tokens_details"]["cached_tokens"] == cached
+            child.send_signal(signal.SIGTERM)
+            _, error = child.communicate(timeout=30)
+        assert child.returncode == 0 and b"Traceback" not in error
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and {path.stat().st_mode & 0o777 for path in files} == {0o600}
+
+
 def test_a_second_signal_ends_it_at_once(speaker: Path) -> None:
     with serving(speaker, "--drain", 60) as (url, child):
         body = {"model": "speaker", "prompt": "zz", "max_tokens": 200, "logit_bias": {"256": -100}}

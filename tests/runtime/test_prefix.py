@@ -9,8 +9,9 @@ import pytest
 
 import q35c
 from q35c.errors import ExecutionError, MemoryRefused
+from q35c.runtime.lease import Lease, last_cut, plan_points
 from q35c.runtime.memory import state_bytes
-from q35c.runtime.prefix import Lease, PrefixCache, last_cut, plan_points
+from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.recent import RecentPrompts, agreement
 from tests.fake_artifact import write_fake
 from tests.prompts import conversations

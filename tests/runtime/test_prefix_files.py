@@ -15,7 +15,8 @@ import pytest
 import q35c
 from q35c.errors import DiskRefused, OptionError
 from q35c.runtime import state_file
-from q35c.runtime.prefix import PrefixCache, last_cut
+from q35c.runtime.lease import last_cut
+from q35c.runtime.prefix import PrefixCache
 from q35c.serve.engine import Engine
 from tests.fake_artifact import IM_END, tokenizer, write_fake
 from tests.prompts import conversations

@@ -319,3 +319,31 @@ def test_closing_ends_thread_and_sessions(model: q35c.Model) -> None:
     assert all(isinstance(answer.last, Finished) for answer in answers)
     open_ = [s for s in model._budget._live if not s.is_closed]
     assert open_ == []
+
+
+def test_an_engine_that_ends_tells_everybody(
+    model: q35c.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A panic of a library is no Exception: it ends the thread, but nobody waits for ever."""
+
+    class Panic(BaseException):
+        pass
+
+    class Panicking:
+        def matcher(self) -> None:
+            raise Panic("gone")
+
+    engine = Engine(model)
+    answers = [Answer() for _ in range(9)]
+    for answer in answers:
+        engine.submit(request([1], 900, **sampled()), answer.post)
+    answers[0].wait(2)
+    last = Answer()
+    engine.submit(request([1], constraint=Panicking(), client="new"), last.post)
+    for answer in (*answers, last):
+        assert isinstance(answer.wait().last, Failed) and "Panic" in str(answer.last.error)
+    with pytest.raises(Unavailable):
+        engine.submit(request([1]), Answer().post)
+    engine.drain(SECONDS)
+    engine.close()
+    assert [session for session in model._budget._live if not session.is_closed] == []

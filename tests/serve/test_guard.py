@@ -152,4 +152,5 @@ def test_a_reader_that_stops_is_dropped_and_others_go_on() -> None:
             wait_until(lambda: bool(engine.cancelled))
             assert [len(request.ids) > 60 for request in engine.cancelled] == [True]
             wait_until(lambda: len(server.server.server_state.connections) == 1)
-            assert 'q35c_cancelled_total{reason="disconnect"} 1.0' in client.get("/metrics").text
+            line = 'q35c_cancelled_total{reason="disconnect"} 1.0'
+            wait_until(lambda: line in client.get("/metrics").text)

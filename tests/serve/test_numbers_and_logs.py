@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from tests.serve.fakes import FakeEngine, internal_error
-from tests.serve.harness import Running, chat, running
+from tests.serve.harness import Running, chat, running, wait_until
 
 NAMES = [
     "answers",
@@ -52,7 +52,8 @@ def test_the_names_of_metrics(client: httpx.Client) -> None:
     found = {line[2].removeprefix("q35c_").removesuffix("_total") for line in lines}
     found = {name.removesuffix("_created").removesuffix("_total") for name in found}
     assert sorted(found) == sorted(NAMES)
-    assert 'q35c_requests_total{route="/v1/chat/completions",status="200"}' in answer.text
+    line = 'q35c_requests_total{route="/v1/chat/completions",status="200"}'
+    wait_until(lambda: line in client.get("/metrics").text)
 
 
 def test_no_client_can_make_the_series_grow() -> None:
@@ -81,8 +82,8 @@ def test_the_log_has_ids_routes_and_counts(
     caplog.set_level(logging.INFO, "q35c.serve")
     with server.client() as client:
         client.post(CHAT, json=chat(), headers={"x-request-id": "my-id"})
-    text = caplog.text
-    assert "my-id /v1/chat/completions 200" in text and "6 new, stop" in text
+    wait_until(lambda: "my-id /v1/chat/completions 200" in caplog.text)  # after the answer
+    assert "6 new, stop" in caplog.text
 
 
 def test_the_log_has_nobodys_words(
@@ -106,6 +107,21 @@ def test_the_log_has_nobodys_words(
     assert "failed: InternalError" in ours and "failed: KeyError" in ours
     for secret in ("words", "the-key", "secret detail"):
         assert secret not in ours
+
+
+def test_a_panic_of_a_library_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def panic(structure: object) -> None:
+        raise PanicException("written words")
+
+    engine = FakeEngine()
+    monkeypatch.setattr(engine, "compile", panic)
+    with running(engine) as server, server.client() as client:
+        answer = client.post(CHAT, json=chat(response_format={"type": "json_object"}))
+        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+        assert client.post(CHAT, json=chat()).status_code == 200
 
 
 def test_a_log_of_prompts_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:

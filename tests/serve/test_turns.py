@@ -119,6 +119,30 @@ def test_calls_follow_from_the_prompt_alone(
         assert {first: calls[first] for first in alone} == alone
 
 
+def test_a_hit_leaves_the_rest_of_the_calls(
+    model: q35c.Model, calls: dict[int, list[Call]]
+) -> None:
+    start, more = 201, prompt(7, 90)
+    first = [7, *prompt(8, 200), start, *more]
+    second = [*first, 9, 9, start, *more]
+    table = Table(model)
+    table.ask(request(second, 3))
+    table.finish()
+    cold = list(calls[7])
+    for neighbours in (0, 3):
+        table = Table(model)
+        table.turns._cache = PrefixCache(model.session, model.manifest, 1 << 30, start)
+        table.ask(*(request(prompt(100 + i, 5), 60) for i in range(neighbours)))
+        table.turn(2)
+        table.ask(request(first, 3))
+        table.turn(12)
+        calls.clear()
+        (answer,) = table.ask(request(second, 3))
+        table.finish()
+        cached = answer.last.usage.cached_tokens
+        assert cached == 192 and calls[7] == [call for call in cold if call[1] >= cached]
+
+
 def test_rows_get_on_beside_a_long_prompt(model: q35c.Model) -> None:
     table = Table(model)
     (talker,) = table.ask(request([1], 100))
