@@ -200,10 +200,10 @@ def _read_outputs(fields: Fields) -> list[Structure]:
 
 
 def check_model(name: Any, names: tuple[str, ...], any_name: str) -> str:
-    """Return the model's name. Raises RequestError if it is none of ours."""
-    if name is None or name == "":
-        raise OptionError("the field is missing", where="model")
-    if not isinstance(name, str) or len(name) > 256:
+    """Return the model's name, the first of ours if none is asked for. Raises RequestError if it is none of ours."""
+    if name is None:
+        return next((own for own in names if own != any_name), "model")
+    if not isinstance(name, str) or not 1 <= len(name) <= 256:
         raise OptionError(
             "value is not allowed", where="model", expected="a text of 1 to 256 characters"
         )

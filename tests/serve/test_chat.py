@@ -216,3 +216,8 @@ def test_an_answer_can_be_continued(server: Running, client: httpx.Client) -> No
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hell"}]
     post(client, chat(messages=messages, continue_final_message=True))
     assert bytes(i for i in server.engine.requests[-1].ids if i < 256).endswith(b"Hell")
+
+
+def test_a_request_need_not_name_the_model(client: httpx.Client) -> None:
+    answer = post(client, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4})
+    assert answer["model"] == "m"
