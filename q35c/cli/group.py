@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -19,6 +20,8 @@ from q35c.errors import InputError, Q35CError, Q35CWarning, ToolchainError, prin
 
 EXIT_INPUT, EXIT_BUG, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 DEBUG_VARIABLE = "Q35C_DEBUG"
+_KEYWORD = re.compile(r'\b(?P<name>[a-z_]+)=(?P<value>True|\d+|"[^"]*"|\["[^"]*"\])')  # in hints
+_QUOTES = '[]"'
 _EXTRAS = (
     ({"torch", "transformers", "tvm", "tvm_ffi", "safetensors", "huggingface_hub"}, "compile"),
     ({"onnx"}, "onnx"),
@@ -51,17 +54,24 @@ class ReportingGroup(click.Group):
             flush_output()
             sys.exit(EXIT_BROKEN_PIPE)
         except Q35CError as error:
-            error.where = self._as_typed(ctx, error.where)
+            command = self.commands.get(ctx.invoked_subcommand or "")
+            typed = {p.name: _as_typed(p) for p in (command.params if command else []) if p.name}
+            error.where = typed.get(error.where or "", error.where)
+            error.hint = error.hint and _KEYWORD.sub(lambda m: _with_value(typed, m), error.hint)
             raise
 
-    def _as_typed(self, ctx: click.Context, where: str | None) -> str | None:
-        """Return the option that gives an argument of the library, whose errors speak Python."""
-        command = self.commands.get(ctx.invoked_subcommand or "")
-        for parameter in command.params if command else []:
-            if parameter.name == where:
-                is_option = isinstance(parameter, click.Option)
-                return max(parameter.opts, key=len) if is_option else parameter.human_readable_name
-        return where
+
+def _as_typed(parameter: click.Parameter) -> str:
+    """Return the option or argument that gives an argument of the library, whose errors speak Python."""
+    is_option = isinstance(parameter, click.Option)
+    return max(parameter.opts, key=len) if is_option else parameter.human_readable_name
+
+
+def _with_value(typed: dict[str, str], keyword: re.Match[str]) -> str:
+    name, value = keyword.group("name", "value")
+    if name not in typed:
+        return keyword.group()
+    return typed[name] if value == "True" else f"{typed[name]} {value.strip(_QUOTES)}"
 
 
 def _run(call: Callable[[], Any]) -> int:

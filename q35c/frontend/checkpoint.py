@@ -103,7 +103,7 @@ class Checkpoint:
             expected=f"a magnitude of at most {largest:.4g}" if is_finite else "finite values",
             got=f"{value:.4g}",
             hint="the checkpoint is damaged, or overflowed where it was merged or converted; "
-            + ("--precision f32 holds more" if is_finite else "make it anew"),
+            + ('precision="f32" holds more' if is_finite else "make it anew"),
         )
 
 

@@ -63,7 +63,7 @@ class ModelDirectory:
         raise CheckpointError(
             "is a symbolic link out of the directory, which is not followed unasked",
             where=str(path),
-            hint="copy the file itself here, or consent: --follow-links, in Python follow_links=True",
+            hint="copy the file itself here, or consent: follow_links=True",
         )
 
     def open(self, name: str) -> BinaryIO:

@@ -175,8 +175,8 @@ def _check_keys(document: dict[str, Any], used: frozenset[str] | set[str], where
         elif key in used or is_irrelevant(key):
             continue
         elif key in REFUSED or not is_absent(value):
-            consent = f"if it cannot change what the model computes: --ignore-config {key:.80}"
-            hint = REFUSED.get(key) or f"{consent}, in Python ignore_config=[...]"
+            consent = f'if it cannot change what the model computes: ignore_config=["{key:.80}"]'
+            hint = REFUSED.get(key) or consent
             raise UnsupportedConfig(f"unknown key {key!r:.80}", where=where, hint=hint)
 
 

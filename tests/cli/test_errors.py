@@ -85,6 +85,27 @@ def test_debug_shows_the_traceback(
     assert "Traceback" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("hint", "typed"),
+    [
+        ("load with context=96 or less", "load with --context 96 or less"),
+        ('precision="f32" holds more', "--precision f32 holds more"),
+        ('consent: ignore_config=["a_b"]', "consent: --ignore-config a_b"),
+        ("consent: follow_links=True", "consent: --follow-links"),
+        ("no such argument: speed=3", "no such argument: speed=3"),
+    ],
+)
+def test_hints_name_options(
+    run: Run, monkeypatch: pytest.MonkeyPatch, hint: str, typed: str
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise InputError("no", hint=hint)
+
+    monkeypatch.setattr("q35c.compile.compile_model", refuse)
+    result = run("compile", "model", "-o", "x.q35c")
+    assert f"what to do: {typed}\n" in result.stderr
+
+
 def test_a_caller_in_python_gets_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(monkeypatch, InputError("bad"))
     from q35c.cli import main
