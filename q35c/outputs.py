@@ -10,8 +10,9 @@ import errno
 import os
 import resource
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from q35c.errors import DiskRefused, OptionError
 from q35c.temporary import sweep_stale, temporary_file
@@ -137,14 +138,23 @@ def write_output(path: Path, data: bytes, mode: int | None = None) -> None:
 
     Raises OptionError, DiskRefused; the old file then stays.
     """
+    with writing(path, mode) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def writing(path: Path, mode: int | None = None, size: int = 0) -> Iterator[BinaryIO]:
+    """Yield what a file of so many bytes is written to, which gets its name at the end; else as `write_output`."""
     check_output(path)
     sweep_stale(path.parent, PREFIX, SUFFIX)
+    if size:
+        check_space(path.parent, size)
     file, temporary = temporary_file(path.parent, PREFIX, SUFFIX)
     try:
         if mode is not None:
             os.fchmod(file, mode)
         with open(file, "wb", closefd=False) as stream:
-            stream.write(data)
+            yield stream
         os.fsync(file)
         publish(temporary, path)
     except OSError as error:

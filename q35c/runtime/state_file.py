@@ -7,7 +7,6 @@ as they hold what was said.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
@@ -20,10 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q35c import strictjson
-from q35c.errors import DiskRefused, StateError
-from q35c.outputs import PREFIX, SUFFIX, check_output, check_space, publish
+from q35c.errors import StateError
+from q35c.outputs import writing
 from q35c.runtime.memory import available_memory, check_allocation
-from q35c.temporary import sweep_stale, temporary_file
 
 FORMAT = "q35c state 1"
 MOST_HEADER_BYTES = 1 << 20
@@ -39,29 +37,16 @@ Spec = tuple[np.dtype[Any], tuple[int, ...]]
 def write_state(path: Path, metadata: Mapping[str, str], arrays: Arrays) -> None:
     """Write a file as a whole. Raises OptionError, DiskRefused; the old file then stays."""
     header = _header(metadata, arrays)
-    check_output(path)
-    sweep_stale(path.parent, PREFIX, SUFFIX)
-    check_space(path.parent, len(header) + sum(array.nbytes for array in arrays))
-    file, temporary = temporary_file(path.parent, PREFIX, SUFFIX)
-    try:
-        os.fchmod(file, 0o600)
-        with open(file, "wb", closefd=False) as stream:
-            digest = hashlib.sha256(header)
-            stream.write(header)
-            for array in arrays:
-                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-                digest.update(data)
-                stream.write(data)
-            stream.seek(header.index(_ZERO_HASH.encode()))
-            stream.write(digest.hexdigest().encode())
-        os.fsync(file)
-        publish(temporary, path)
-    except OSError as error:
-        raise DiskRefused(f"cannot write: {error.strerror}", where=str(path)) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        os.close(file)
+    size = len(header) + sum(array.nbytes for array in arrays)
+    with writing(path, 0o600, size) as stream:
+        digest = hashlib.sha256(header)
+        stream.write(header)
+        for array in arrays:
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            digest.update(data)
+            stream.write(data)
+        stream.seek(header.index(_ZERO_HASH.encode()))
+        stream.write(digest.hexdigest().encode())
 
 
 def read_state(path: Path) -> tuple[dict[str, str], list[NDArray[Any]]]:

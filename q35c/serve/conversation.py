@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from q35c.artifact import Manifest
 from q35c.errors import RequestError
+from q35c.runtime.answering import begins_thinking
 from q35c.runtime.chat.normalise import normalise
 from q35c.runtime.generate import GenerationOptions, resolve_options
 from q35c.runtime.sampling import MAX_SEED
@@ -185,14 +186,6 @@ def _structure(ask: Ask) -> Structure | None:
         if function["name"] in ask.forced
     )
     return Structure("calls", offered, "tools", is_parallel=ask.is_parallel)
-
-
-def begins_thinking(tokenizer: Tokenizer, ids: list[int]) -> bool:
-    """Say whether an answer begins inside reasoning: the prompt's last turn opens it and does not close it."""
-    control = set(tokenizer.special_tokens.values())
-    begin = next((at for at in range(len(ids) - 1, -1, -1) if ids[at] in control), -1) + 1
-    text = tokenizer.decode(ids[begin:], skip_special_tokens=False)
-    return text.rfind("<think>") > text.rfind("</think>")
 
 
 def check_weight(model: TextModel, value: Any, where: str) -> None:
