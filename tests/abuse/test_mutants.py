@@ -23,7 +23,11 @@ def hunt(*options: object, seconds: float) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("small", "whole"),
-    [(2_000, 60), pytest.param(200_000, 5_000, marks=pytest.mark.slow)],
+    [
+        (2_000, 60),
+        pytest.param(40_000, 1_000, marks=pytest.mark.slow),
+        pytest.param(200_000, 5_000, marks=pytest.mark.nightly),
+    ],
 )
 def test_mutants(small: int, whole: int) -> None:
     done = hunt("--small", small, "--whole", whole, seconds=900)
