@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from q35c.runtime.lease import SLICE
 from q35c.serve.request import Post, Request
 
 MOST_SLICES = 4  # of one turn; whoever cancels waits for them at most
@@ -137,9 +138,10 @@ class Pace:
         ratio = seconds / best if best > 0.0 else 1.0
         self.stall_ratio = _mean(self.stall_ratio or None, ratio)
 
-    def note_slice(self, seconds: float) -> None:
-        """Note a slice's time."""
-        self._slice_seconds = _mean(self._slice_seconds, seconds)
+    def note_slice(self, tokens: int, seconds: float) -> None:
+        """Note the time of a slice; the rest of a prompt says too little of how long a whole one takes."""
+        if tokens >= SLICE:
+            self._slice_seconds = _mean(self._slice_seconds, seconds)
 
     @property
     def slice_seconds(self) -> float:

@@ -278,8 +278,8 @@ class Turns:
             log.exception("a slice of a prompt failed: its row is given up")
             seat.fail(error)
             return
-        self._pace.note_slice(time.perf_counter() - begin)
         tokens = seat.session.length - before
+        self._pace.note_slice(tokens, time.perf_counter() - begin)
         self.counts["prefill_slices"] += 1
         self._ages.note(seat.job.number, tokens)
         self.queue_shares.charge(seat.request.client, tokens)

@@ -158,7 +158,9 @@ def test_rows_get_on_beside_a_long_prompt(model: q35c.Model) -> None:
 def test_slices_fill_the_time_that_a_stall_may_last() -> None:
     pace = Pace(0.2)
     assert pace.slices(None) == 4 and pace.slices(0.01) == 1
-    pace.note_slice(0.05)
+    pace.note_slice(3, 0.001)  # the rest of a prompt
+    assert pace.slices(0.01) == 1
+    pace.note_slice(64, 0.05)
     assert [pace.slices(seconds) for seconds in (0.0, 0.05, 0.11, 0.15, 0.3)] == [4, 3, 1, 1, 1]
     assert pace.slices(None) == 4
 
