@@ -58,9 +58,8 @@ class PrefixCache:
         self._tree = PrefixTree()
         self._recent = RecentPrompts()
         self._clock = 0
-        self.shares_lent = (
-            False  # copy from sessions in use, too: their users and the cache's must be one thread
-        )
+        # Copy from sessions in use, too: their users and the cache's must be one thread.
+        self.shares_lent = False
         self._lock = threading.RLock()
 
     def open(self, prompt: Sequence[int], context: int, salt: str = "") -> Lease:

@@ -15,9 +15,7 @@ from q35c.runtime.state_file import read_state, write_state
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
-    """A copy of a session's state: only the cells in use. Restorable into any session of the model."""
-
+class _Copy:
     digest: str
     length: int
     position: int
@@ -28,6 +26,11 @@ class Snapshot:
     def bytes(self) -> int:
         """Return the memory that the copy takes."""
         return sum(tensor.nbytes for tensor in self.tensors) + len(self.ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot(_Copy):
+    """A copy of a session's state: only the cells in use. Restorable into any session of the model."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the copy to a file that only its owner may read.
@@ -61,22 +64,11 @@ class Snapshot:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Checkpoint:
+class Checkpoint(_Copy):
     """A copy of what does not grow with a sequence: its recurrent state at some length.
 
     With the keys and values of as many tokens it is the whole state.
     """
-
-    digest: str
-    length: int
-    position: int
-    tensors: Saved
-    ids: bytes  # the sequence's tokens, i32
-
-    @property
-    def bytes(self) -> int:
-        """Return the memory that the copy takes."""
-        return sum(tensor.nbytes for tensor in self.tensors) + len(self.ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

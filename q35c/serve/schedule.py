@@ -128,9 +128,8 @@ class Pace:
         self._max_stall = max_stall
         self._slice_seconds: float | None = None
         self._best: dict[int, float] = {}  # seconds of a step, by its rows
-        self.stall_ratio = (
-            0.0  # how much longer steps take than the best with as many rows; 1 is none
-        )
+        # How much longer steps take than the best with as many rows; 1 is none.
+        self.stall_ratio = 0.0
 
     def note_step(self, rows: int, seconds: float) -> None:
         """Note a step's time."""

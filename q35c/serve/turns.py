@@ -116,9 +116,8 @@ class Turns:
         for seat in list(self.seats.values()):
             events, seat.events = seat.events, []
             if seat.is_over:
-                self._leave(
-                    seat
-                )  # first: when a client hears of the end, its next turn finds all that is kept
+                # First: when a client hears of the end, its next turn finds all that is kept.
+                self._leave(seat)
             if events and not self._post(seat.job, events) and not seat.is_over:
                 seat.is_over = True  # nobody is there who could be told
                 self._leave(seat)

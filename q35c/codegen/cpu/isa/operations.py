@@ -67,11 +67,6 @@ def _round_pairs(low: Register, high: Register) -> Register:
     return ((words + 0x7FFF + ((words >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _flush(values: Register) -> Register:
-    tiny = np.abs(values) < np.finfo(np.float32).tiny
-    return np.where(tiny, np.copysign(np.float32(0), values), values)
-
-
 _OPERATIONS = (
     # total + four products of u8 by s8 in each lane.
     Operation("dot4_u8s8", ("int32", "uint8", "int8"), "int32", _dot4),
@@ -102,7 +97,5 @@ _OPERATIONS = (
     Operation("scale_f32", ("float32", "float32"), "float32", lambda x, power: np.ldexp(x, power.astype(np.int32))),
     # The largest lane, no NaN among them, in one number.
     Operation("max_f32", ("float32",), "float32", lambda x: x.max(keepdims=True)),
-    # What a result becomes while denormals are flushed: zero, with its sign.
-    Operation("flush_f32", ("float32",), "float32", _flush),
 )  # fmt: skip
 OPERATIONS = {operation.name: operation for operation in _OPERATIONS}
