@@ -14,15 +14,12 @@ from q35c.runtime.chat.answer import (
     CLOSE_THINK,
     OPEN_THINK,
     AnswerParser,
-    CallArguments,
-    CallStart,
-    ContentDelta,
     Part,
-    ReasoningDelta,
     tool_schemas,
 )
 from q35c.runtime.chat.normalise import normalise
 from q35c.runtime.device import Logits
+from q35c.runtime.gathered import Gathered
 from q35c.runtime.generate import UNLIMITED, Row, Stream, resolve_options, run_rows
 from q35c.runtime.grammar import Matcher
 from q35c.runtime.lease import Lease
@@ -32,7 +29,7 @@ from q35c.runtime.prompts import check_ids
 from q35c.runtime.sampling import Mask
 from q35c.runtime.session import Session
 from q35c.runtime.structures import Wanted, read_format, read_tool_choice
-from q35c.runtime.tokenizer import StopScanner, Tokenizer
+from q35c.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from q35c.runtime.model import Model
@@ -76,13 +73,9 @@ class ChatStream(Iterator[Part]):
     ) -> None:
         """Made by `Model.chat` and `Conversation.answer`."""
         self._row, self._stream, self._parser = row, stream, parser
-        self._scanner = StopScanner(stops)
+        self._made = Gathered(parser, stops, is_parallel=is_parallel)
         self._ready: deque[Part] = deque()
-        self._is_parallel = is_parallel
         self._is_over = False
-        self._reasoning = self._content = ""
-        self._calls: list[ToolCall] = []
-        self._complete = 0
         self._reasoning_tokens = 0
 
     def __next__(self) -> Part:
@@ -93,10 +86,10 @@ class ChatStream(Iterator[Part]):
             if piece is None:
                 self._end()
                 continue
-            self._take(self._parser.feed(piece))
+            self._ready += self._made.feed(piece)
             if self._parser.is_thinking:
                 self._reasoning_tokens = self._row.new_tokens
-            if self._has_enough:
+            if self._made.has_enough:
                 self._is_over = True
                 self._stream.close()
         return self._ready.popleft()
@@ -111,18 +104,20 @@ class ChatStream(Iterator[Part]):
     @property
     def result(self) -> ChatAnswer:
         """Return the answer so far."""
-        made = self._row.result()
-        timings = made.timings
-        reason: ChatFinishReason = made.finish_reason
-        if self._has_enough or reason == "stop":
-            reason = "tool_calls" if self._complete else "stop"
+        row, made = self._row.result(), self._made
+        timings = row.timings
+        reason: ChatFinishReason = row.finish_reason
+        if made.has_enough or reason == "stop":
+            reason = "tool_calls" if made.complete else "stop"
         return ChatAnswer(
-            reasoning=self._reasoning,
-            content=self._content,
-            tool_calls=tuple(self._calls[: self._complete]),
+            reasoning=made.reasoning,
+            content=made.content,
+            tool_calls=tuple(
+                ToolCall(call.id, call.name, call.arguments) for call in made.complete
+            ),
             finish_reason=reason,
-            stop=self._scanner.found or made.stop,
-            seed=made.seed,
+            stop=made.stop or row.stop,
+            seed=row.seed,
             usage=ChatUsage(
                 prompt_tokens=timings.prompt_tokens,
                 cached_tokens=self._row.cached_tokens,
@@ -133,45 +128,11 @@ class ChatStream(Iterator[Part]):
             ),
         )
 
-    @property
-    def _has_enough(self) -> bool:
-        """Say whether the answer is over before the model has ended it."""
-        is_alone = self._complete > 0 and not self._is_parallel
-        return is_alone or self._scanner.found is not None
-
     def _end(self) -> None:
         self._is_over = True
         if self._parser.is_thinking:
             self._reasoning_tokens = self._row.new_tokens
-        self._take(self._parser.finish(self._row.finish_reason != "stop"))
-        if not self._has_enough and (rest := self._scanner.finish()):
-            self._say(rest)
-
-    def _take(self, parts: Sequence[Part]) -> None:
-        for part in parts:
-            if not self._has_enough:
-                self._take_one(part)
-
-    def _take_one(self, part: Part) -> None:
-        if isinstance(part, ContentDelta):
-            self._say(self._scanner.push(part.text))
-            return
-        if isinstance(part, ReasoningDelta):
-            self._reasoning += part.text
-        elif isinstance(part, CallStart):
-            self._say(self._scanner.finish())
-            self._calls.append(ToolCall(part.id, part.name, ""))
-        elif isinstance(part, CallArguments):
-            call = self._calls[-1]
-            self._calls[-1] = replace(call, arguments_text=call.arguments_text + part.text)
-        else:
-            self._complete += 1
-        self._ready.append(part)
-
-    def _say(self, text: str) -> None:
-        if text:
-            self._content += text
-            self._ready.append(ContentDelta(text))
+        self._ready += self._made.finish(self._row.finish_reason != "stop")
 
 
 class Conversation:

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
-from q35c.runtime.chat.answer import (
-    AnswerParser,
-    CallArguments,
-    CallStart,
-    ContentDelta,
-    Part,
-    ReasoningDelta,
-)
-from q35c.runtime.tokenizer import StopScanner
+from q35c.runtime.chat.answer import AnswerParser, Part
+from q35c.runtime.gathered import Gathered
 from q35c.serve.request import Finished, Scored, Started, Token, Usage
 
 Reason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
-@dataclass(slots=True)
-class Call:
-    """A tool call as far as it has come."""
-
-    id: str
-    name: str
-    arguments: str = ""
-    is_complete: bool = False
-
-
 class Choice:
-    """One row's answer. `reasoning`, `content` and `calls` hold all that came so far."""
+    """One row's answer, and what its client is told of its tokens."""
 
     def __init__(
         self,
@@ -42,19 +23,15 @@ class Choice:
         is_parallel: bool = True,
     ) -> None:
         """Without a parser all text is content; unless `is_parallel`, the answer ends behind its first call."""
-        self.reasoning = self.content = ""
-        self.calls: list[Call] = []
+        self.made = Gathered(parser, stops, is_parallel=is_parallel)
         self.reason: Reason | None = None
         self.stop: str | None = None
         self.usage = Usage(0)
         self.reasoning_tokens = 0
-        self._parser = parser
-        self._scanner = StopScanner(stops)
-        self._is_parallel = is_parallel
         self._tokens: list[Token] = []
         self._unreported = 0
         self._prompt: tuple[Token, ...] = ()
-        self._is_reasoning = is_thinking
+        self._is_thinking = is_thinking
 
     @property
     def new_tokens(self) -> int:
@@ -72,8 +49,8 @@ class Choice:
     def push(self, token: Token) -> list[Part]:
         """Add a token; return what is certain now. Sets `reason` where the answer ends by what it says."""
         self._tokens.append(token)
-        self.reasoning_tokens += self._is_reasoning
-        parts = list(self._feed(token.text))
+        self.reasoning_tokens += self._is_thinking and not self.made.is_past_reasoning
+        parts = self._feed(token.text)
         if self.reason is not None:  # the engine has not counted yet
             self.usage = Usage(
                 self.usage.prompt_tokens, self.usage.cached_tokens, len(self._tokens)
@@ -83,12 +60,10 @@ class Choice:
     def finish(self, event: Finished) -> list[Part]:
         """End the answer; return what was held back."""
         self.usage = event.usage
-        is_cut = event.reason != "stop"
-        parts = list(self._feed(event.text))
-        if self.reason is None and self._parser is not None:
-            parts += self._keep_all(self._parser.finish(is_cut))
+        parts = self._feed(event.text)
         if self.reason is None:
-            parts += self._keep_content(self._scanner.finish())
+            parts += self._told(self.made.finish(event.reason != "stop"))
+        if self.reason is None:
             self.reason = self._reason_of(event)
             if isinstance(event.stop, str):
                 self.stop = event.stop
@@ -110,48 +85,14 @@ class Choice:
             return "cancelled"
         if event.reason in ("length", "context"):
             return "length"
-        return "tool_calls" if any(call.is_complete for call in self.calls) else "stop"
+        return "tool_calls" if self.made.complete else "stop"
 
-    def _feed(self, text: str) -> Iterator[Part]:
-        if not text:
-            return
-        if self._parser is None:
-            yield from self._scan(text)
-        else:
-            yield from self._keep_all(self._parser.feed(text))
+    def _feed(self, text: str) -> list[Part]:
+        return self._told(self.made.feed(text)) if text and self.reason is None else []
 
-    def _keep_all(self, parts: list[Part]) -> Iterator[Part]:
-        for part in parts:
-            if self.reason is None:
-                yield from self._keep(part)
-
-    def _keep(self, part: Part) -> Iterator[Part]:
-        if isinstance(part, ReasoningDelta):
-            self.reasoning += part.text
-            yield part
-            return
-        self._is_reasoning = False
-        if isinstance(part, ContentDelta):
-            yield from self._scan(part.text)
-            return
-        if isinstance(part, CallStart):
-            yield from self._keep_content(self._scanner.finish())
-            self.calls.append(Call(part.id, part.name))
-        elif isinstance(part, CallArguments):
-            self.calls[part.index].arguments += part.text
-        else:
-            self.calls[part.index].is_complete = True
-            if not self._is_parallel:
-                self.reason = "tool_calls"
-        yield part
-
-    def _scan(self, text: str) -> Iterator[Part]:
-        yield from self._keep_content(self._scanner.push(text))
-        if self._scanner.found is not None:
-            self.reason, self.stop = "stop", self._scanner.found
-
-    def _keep_content(self, text: str) -> list[Part]:
-        if not text:
-            return []
-        self.content += text
-        return [ContentDelta(text)]
+    def _told(self, parts: list[Part]) -> list[Part]:
+        """Note what parts say of the answer."""
+        if self.made.has_enough:
+            self.stop = self.made.stop
+            self.reason = "tool_calls" if self.stop is None else "stop"
+        return parts

@@ -142,15 +142,14 @@ class MessageWriter:
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         choice = choices[0]
         blocks: list[dict[str, Any]] = []
-        if choice.reasoning:
+        if choice.made.reasoning:
             blocks.append(
-                {"type": "thinking", "thinking": choice.reasoning, "signature": SIGNATURE}
+                {"type": "thinking", "thinking": choice.made.reasoning, "signature": SIGNATURE}
             )
-        if choice.content:
-            blocks.append({"type": "text", "text": choice.content})
-        for call in choice.calls:
-            if call.is_complete:
-                blocks.append(_tool_use(call.id, call.name, json.loads(call.arguments)))
+        if choice.made.content:
+            blocks.append({"type": "text", "text": choice.made.content})
+        for call in choice.made.complete:
+            blocks.append(_tool_use(call.id, call.name, json.loads(call.arguments)))
         return self._message(blocks, choice, choice.usage)
 
     def _add(self, part: Part) -> Iterable[bytes]:

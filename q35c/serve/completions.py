@@ -221,7 +221,7 @@ class CompletionWriter:
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         listed = [
-            self._choice(index, choice, self._echo(index) + choice.content, choice.reason)
+            self._choice(index, choice, self._echo(index) + choice.made.content, choice.reason)
             for index, choice in enumerate(choices)
         ]
         return {**self._head, "choices": listed, "usage": self._usage(choices)}

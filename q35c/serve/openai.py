@@ -190,13 +190,12 @@ class ChatWriter:
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         calls = [
             {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
-            for c in choice.calls
-            if c.is_complete
+            for c in choice.made.complete
         ]
-        content = None if calls and not choice.content else choice.content
+        content = None if calls and not choice.made.content else choice.made.content
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if choice.reasoning:
-            message[self._reasoning_field] = choice.reasoning
+        if choice.made.reasoning:
+            message[self._reasoning_field] = choice.made.reasoning
         if calls:
             message["tool_calls"] = calls
         return {

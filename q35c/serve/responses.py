@@ -260,15 +260,14 @@ _NAMES = {"reasoning": "reasoning_text", "message": "output_text"}
 
 def _parts_of(choice: Choice) -> Iterable[Part]:
     """Return the parts of a finished answer, each whole; calls that were cut off are left out."""
-    if choice.reasoning:
-        yield ReasoningDelta(choice.reasoning)
-    if choice.content:
-        yield ContentDelta(choice.content)
-    for index, call in enumerate(choice.calls):
-        if call.is_complete:
-            yield CallStart(index, call.id, call.name)
-            yield CallArguments(index, call.arguments)
-            yield CallEnd(index)
+    if choice.made.reasoning:
+        yield ReasoningDelta(choice.made.reasoning)
+    if choice.made.content:
+        yield ContentDelta(choice.made.content)
+    for index, call in enumerate(choice.made.complete):
+        yield CallStart(index, call.id, call.name)
+        yield CallArguments(index, call.arguments)
+        yield CallEnd(index)
 
 
 def _usage(usage: Usage, reasoning_tokens: int) -> dict[str, Any]:

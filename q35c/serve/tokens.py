@@ -5,10 +5,8 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from q35c import arguments
-from q35c.errors import OptionError
 from q35c.serve.conversation import Ask, Sampling, check_weight, encode
 from q35c.serve.desk import Desk
-from q35c.serve.fields import Fields
 from q35c.serve.incoming import Incoming
 from q35c.serve.json_response import json_response
 from q35c.serve.openai import read_messages, read_tools
@@ -18,7 +16,7 @@ from q35c.serve.options import read_template
 async def answer_tokenize(desk: Desk, incoming: Incoming) -> Response:
     """Answer with the ids of a `prompt`, or of the prompt that `messages` become."""
     fields = await incoming.fields()
-    _check_model(desk, fields)
+    desk.check_model(fields)
     if fields.value("messages") is not None:
         ask = Ask(
             read_messages(fields),
@@ -38,7 +36,7 @@ async def answer_tokenize(desk: Desk, incoming: Incoming) -> Response:
 async def answer_detokenize(desk: Desk, incoming: Incoming) -> Response:
     """Answer with the text of `tokens`, control tokens included."""
     fields = await incoming.fields()
-    _check_model(desk, fields)
+    desk.check_model(fields)
     listed = fields.require("tokens", fields.items("tokens", 1 << 20))
     last = desk.model.vocab_size - 1
     for index, token in enumerate(listed):
@@ -46,10 +44,3 @@ async def answer_detokenize(desk: Desk, incoming: Incoming) -> Response:
             arguments.integer(f"tokens[{index}]", token, 0, last)
     text = await desk.run(lambda: desk.model.tokenizer.decode(listed, skip_special_tokens=False))
     return json_response({"prompt": text})
-
-
-def _check_model(desk: Desk, fields: Fields) -> None:
-    if fields.value("model") is not None:
-        desk.check_model(fields)
-    elif not fields.document:
-        raise OptionError("the request is empty", expected='{"prompt": ...}')
