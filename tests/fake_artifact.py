@@ -223,6 +223,12 @@ def write_fake(
         return writer.commit()
 
 
+def write_with_messages(path: Path) -> None:
+    """Write an artifact of 2,048 tokens' context in whose prompts messages begin with the token IM_END."""
+    document = tokenizer().replace(b"<|im_end|>", b"<|im_start|>")
+    write_fake(path, context=2048, segments={"tokenizer": document})
+
+
 def small_fields(**changes: Any) -> tuple[dict[str, Any], list[WeightEntry]]:
     """Return fields and weights of the smallest valid artifact, for tests of the format alone."""
     entries = [

@@ -24,9 +24,8 @@ from q35c.errors import ExecutionError, OptionError
 Logits = NDArray[np.float32]
 Ids = NDArray[np.intp]
 Doubles = NDArray[np.float64]
-Mask = NDArray[
-    np.uint32
-]  # [V / 32, rounded up]: bit v % 32 of word v // 32 says whether token v is allowed
+# [V / 32, rounded up]: bit v % 32 of word v // 32 says whether token v is allowed.
+Mask = NDArray[np.uint32]
 
 _COLUMNS = 64  # logits are viewed as [64, V/64] for the column maxima
 _MOST_SORTED = 4096  # weights; of more, those at the border of top-p are looked for first
@@ -89,7 +88,10 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._prompt = np.unique(np.asarray(ids, dtype=np.intp))
         self._made: Counter[int] = Counter()
-        self._largest_id = int(self._prompt.max(initial=max(options.logit_bias, default=0)))
+        bias = options.logit_bias
+        self._biased = np.fromiter(bias.keys(), dtype=np.intp, count=len(bias))
+        self._biases = np.fromiter(bias.values(), dtype=np.float32, count=len(bias))
+        self._largest_id = int(self._prompt.max(initial=max(bias, default=0)))
 
     def sample(self, logits: Logits, mask: Mask | None = None) -> int:
         """Return the next token id and remember it. `logits` f32[V] is left as it is.
@@ -142,8 +144,7 @@ class Sampler:
         if options.frequency_penalty != 0.0:
             times = np.fromiter(self._made.values(), dtype=np.float32, count=len(made))
             logits[made] -= np.float32(options.frequency_penalty) * times
-        for token, bias in options.logit_bias.items():
-            logits[token] += np.float32(bias)
+        logits[self._biased] += self._biases
         return logits
 
     def _draw(self, ids: Ids | None, weights: Logits) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 from q35c import arguments
 from q35c.errors import OptionError, Overloaded, Q35CError, TokenizerError, Unavailable
-from q35c.runtime.grammar import Grammars
 from q35c.runtime.lease import SLICE
 from q35c.runtime.model import Model
 from q35c.runtime.prompts import check_ids
@@ -61,13 +60,9 @@ class Engine:
         self._pace = Pace(arguments.real("max_stall", max_stall, 0.001, 60.0))
         cache_bytes = arguments.integer("cache_bytes", cache_bytes, 0, 1 << 60)
         try:
-            tokenizer = model.tokenizer
+            tokenizer, self._grammars = model.tokenizer, model.grammars
         except TokenizerError:
-            tokenizer = None
-        self._grammars = None
-        if tokenizer is not None:
-            stops = model.manifest.generation.stop_ids
-            self._grammars = Grammars(tokenizer, model.vocab_size, stops)
+            tokenizer = self._grammars = None
         self._cache = model.cache(cache_bytes)
         self._cache.shares_lent = True
         self._cache_directory = (

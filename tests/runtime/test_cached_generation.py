@@ -13,7 +13,7 @@ import pytest
 import q35c
 from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime import memory
-from tests.fake_artifact import IM_END, tokenizer, write_fake
+from tests.fake_artifact import IM_END, write_with_messages
 from tests.prompts import conversations
 
 START = IM_END
@@ -23,8 +23,7 @@ OPTIONS: dict[str, Any] = {"max_new_tokens": 5, "temperature": 1.0, "seed": 3, "
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("cached") / "m.q35c"
-    document = tokenizer().replace(b"<|im_end|>", b"<|im_start|>")
-    write_fake(place, context=2048, segments={"tokenizer": document})
+    write_with_messages(place)
     return place
 
 

@@ -18,7 +18,7 @@ from q35c.runtime import state_file
 from q35c.runtime.lease import last_cut
 from q35c.runtime.prefix import PrefixCache
 from q35c.serve.engine import Engine
-from tests.fake_artifact import IM_END, tokenizer, write_fake
+from tests.fake_artifact import IM_END, write_fake, write_with_messages
 from tests.prompts import conversations
 from tests.serve.talk import ask, request
 
@@ -29,8 +29,7 @@ PROMPTS = list(conversations(6, 25, vocab=250, start=START, most=1500))
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("files") / "m.q35c"
-    document = tokenizer().replace(b"<|im_end|>", b"<|im_start|>")
-    write_fake(place, context=2048, segments={"tokenizer": document})
+    write_with_messages(place)
     return place
 
 

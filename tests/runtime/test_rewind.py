@@ -13,8 +13,7 @@ from q35c.errors import ExecutionError, MemoryRefused, OptionError, PromptError
 from q35c.layouts.cache import CELLS
 from q35c.runtime import memory
 from tests.fake_artifact import CONTEXT, VOCAB, write_fake
-
-FAILING = 99
+from tests.runtime.sequences import FAILING, one_shot, random_ids
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +27,6 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(path: Path) -> Iterator[q35c.Model]:
     with q35c.load(path, threads=1) as loaded:
         yield loaded
-
-
-def random_ids(count: int, seed: int = 0) -> list[int]:
-    ids = np.random.default_rng(seed).integers(0, VOCAB, count)
-    return np.where(ids == FAILING, 0, ids).tolist()
-
-
-def one_shot(model: q35c.Model, ids: list[int]) -> np.ndarray:
-    with model.session() as session:
-        return session.prefill(ids)
 
 
 def test_extend_is_prefill_without_logits(model: q35c.Model) -> None:
