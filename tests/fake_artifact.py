@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
 import subprocess
@@ -143,6 +144,37 @@ def manifest_fields(
     }
 
 
+def cuda_target(*architectures: str, image: bytes = b"image") -> dict[str, Any]:
+    """Return the manifest's target of a fake CUDA model; every image has the same bytes."""
+    figures = {"registers": 32, "spill_bytes": 0, "stack_bytes": 0, "shared_bytes": 1024}
+    rows = {"count": 2, "times": 1, "over": 8}
+    one = {"count": 1, "times": 0, "over": 1}
+    arguments = [("weights", 64, 0), ("io", 0, 64), ("i32", 1, 1), ("i64", -5, 0)]
+    launch = [{"of": of, "start": at, "per_row": step} for of, at, step in arguments]
+    return {
+        "backend": "cuda",
+        "name": "cuda",
+        "images": [
+            {
+                "architecture": name,
+                "sha256": hashlib.sha256(image).hexdigest(),
+                "figures": [] if name == "emulated" else [figures],
+            }
+            for name in architectures
+        ],
+        "kernels": [
+            {
+                "symbol": "k0_kernel",
+                "grid": [rows, one, one],
+                "block": [32, 4, 1],
+                "shared_bytes": 4096,
+                "parameters": ["pointer", "pointer", "i32", "i64"],
+            }
+        ],
+        "programs": [{"launches": [{"arguments": launch}]} for _ in entry_specs()],
+    }
+
+
 def weight_entries() -> list[WeightEntry]:
     """Return the fake model's weights; the second's bytes are no multiple of 64."""
     return [
@@ -238,14 +270,20 @@ def small_fields(**changes: Any) -> tuple[dict[str, Any], list[WeightEntry]]:
     return manifest_fields(**changes), entries
 
 
-def write_small(path: Path, **changes: Any) -> Manifest:
+def write_small(path: Path, images: Mapping[str, bytes] | None = None, **changes: Any) -> Manifest:
     """Write the smallest artifact: no real code, 320 bytes of weights."""
     fields, entries = small_fields(**changes)
-    segments = {"code": b"\x7fELF no", "tokenizer": b"{}"}
+    segments = {"code": b"\x7fELF no", "tokenizer": b"{}", **(images or {})}
     with ArtifactWriter(path, fields, segments, entries) as writer:
         writer.write("a.weight", np.arange(64, dtype=np.float32))
         writer.write("b", b"\x01\x02\x03\x04\x05\x06")
         return writer.commit()
+
+
+def write_cuda(path: Path, *architectures: str, **changes: Any) -> Manifest:
+    """Write the smallest artifact of a CUDA target."""
+    images = {f"image_{name}": b"image" for name in architectures}
+    return write_small(path, images, target=cuda_target(*architectures), max_threads=1, **changes)
 
 
 def rebuild(data: bytes, change: Any) -> bytes:
@@ -261,8 +299,6 @@ def rebuild(data: bytes, change: Any) -> bytes:
 
 def with_manifest(data: bytes, text: str) -> bytes:
     """Return artifact bytes with this manifest text, hashed, in an otherwise unchanged header."""
-    import hashlib
-
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from q35c.artifact import layout as file_layout
 from q35c.artifact.entries import Entry, io_layout
+from q35c.artifact.launches import check_launches
 from q35c.artifact.schema import encode, refuse
+from q35c.artifact.target import CudaTarget
 from q35c.config import FULL, LINEAR, ModelConfig
 from q35c.layouts import blobs
 from q35c.layouts.cache import CELLS, STATE_DTYPES, CacheLayout, stored_shape
@@ -31,6 +33,8 @@ def check_consistent(manifest: Manifest) -> None:
     _check_state(manifest)
     _check_weights(manifest)
     _check_segments(manifest)
+    if isinstance(manifest.target, CudaTarget):
+        check_launches(manifest, manifest.target)
     expected_memory = file_layout.memory_plan(
         weights=manifest.weights_bytes,
         state=manifest.state.used_bytes(manifest.max_context, manifest.context),

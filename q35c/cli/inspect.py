@@ -111,7 +111,7 @@ def describe_manifest(manifest: Any) -> str:
         "model": f"{config.model_type}, hidden {config.hidden_size}, vocabulary "
         f"{config.vocab_size}, {experts}",
         "layers": f"{config.num_hidden_layers}: {kinds}",
-        "target": f"{manifest.target.name} ({' '.join(manifest.target.cpu_features)})",
+        "target": f"{manifest.target.name} ({describe_machine(manifest.target)})",
         "precision": f"{manifest.precision}: {describe_formats(manifest)}",
         "cache": describe_cache(manifest),
         "limits": f"{manifest.context} tokens a sequence, up to {manifest.max_context} on request, {manifest.batch} sequences, "
@@ -130,6 +130,13 @@ def describe_manifest(manifest: Any) -> str:
         ),
     }
     return "\n".join(f"  {name:<10} {fact}" for name, fact in facts.items())
+
+
+def describe_machine(target: Any) -> str:
+    """Return what code for a target needs of a machine."""
+    if target.backend == "cpu":
+        return " ".join(target.cpu_features)
+    return "images for " + ", ".join(image.architecture for image in target.images)
 
 
 def describe_cache(manifest: Any) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from q35c.artifact import Artifact, Manifest
 from q35c.artifact.entries import Entry as EntryPlan
 from q35c.artifact.leaves import Probe
-from q35c.artifact.target import CpuTarget
+from q35c.artifact.target import CpuTarget, Target
 from q35c.errors import InternalError
 from q35c.layouts import blobs
 from q35c.runtime import memory
@@ -30,7 +30,8 @@ class Cpu:
         self.threads = choose_threads(threads, manifest.max_threads)
         self._yields = threads is None and THREADS not in os.environ
 
-    def check(self, target: CpuTarget) -> None:
+    def check(self, target: Target) -> None:
+        assert isinstance(target, CpuTarget)  # `runtime/targets.py` chooses by the target
         check_target(target)
 
     def available_memory(self) -> memory.Available:
