@@ -6,7 +6,6 @@ and scalars of other array libraries included; True and False are no numbers.
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 import os
@@ -82,6 +81,8 @@ def choice(name: str, value: Any, known: Sequence[str], what: str) -> str:
 
 def close_match(value: Any, known: Sequence[str]) -> str | None:
     """Return a question about what was probably meant, None where nothing is like it."""
+    import difflib  # only a mistake pays for it
+
     is_short = isinstance(value, str) and len(value) < 100
     found = difflib.get_close_matches(value, known, 1) if is_short else []
     return f"did you mean {found[0]!r}?" if found else None

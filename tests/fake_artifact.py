@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from q35c.artifact import ArtifactWriter, Manifest, WeightEntry
+from q35c.artifact import Manifest
 from q35c.artifact.entries import INPUTS, EntrySpec, io_layout
 from q35c.artifact.schema import encode
+from q35c.artifact.writer import ArtifactWriter, WeightEntry
 from q35c.layouts import blobs
 
 VOCAB, CONTEXT, BATCH, MAX_TOKENS = 270, 256, 4, 16

@@ -6,7 +6,7 @@ from other fields (see `consistency.py`) and refuses a manifest that disagrees.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Literal, cast
 
 from q35c import strictjson
@@ -33,7 +33,8 @@ from q35c.layouts import blobs
 from q35c.layouts.rows import RowLayout
 
 FORMAT = 4
-PLAN_MARK = b"\nq35c-plan:"
+_PLAN_MARK = b"\nq35c-plan:"
+TRAILER_BYTES = len(_PLAN_MARK) + 2 * hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,7 @@ class Manifest:
         The code segment ends with it, so that whoever vouches for the code's hash vouches for the
         offsets, sizes and limits that the code was made for. Hashes and sampling are not part of it.
         """
-        plan = encode(self)
-        for name in ("producer", "kernels", "segments", "generation"):
-            del plan[name]
+        plan = {name: encode(getattr(self, name)) for name in _PLAN_FIELDS}
         return hashlib.sha256(strictjson.dumps(plan)).digest()
 
     def with_weights_hash(self, sha256: str) -> "Manifest":
@@ -112,4 +111,8 @@ class Manifest:
     @property
     def code_trailer(self) -> bytes:
         """Return the last bytes of the code segment, which bind the code to this plan."""
-        return PLAN_MARK + self.plan_digest.hex().encode()
+        return _PLAN_MARK + self.plan_digest.hex().encode()
+
+
+_NOT_OF_PLAN = ("producer", "kernels", "segments", "generation")
+_PLAN_FIELDS = tuple(f.name for f in fields(Manifest) if f.name not in _NOT_OF_PLAN)

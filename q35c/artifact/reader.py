@@ -6,6 +6,7 @@ allocated or read before its size has been compared with the bytes that are ther
 """
 
 import contextlib
+import functools
 import hashlib
 import mmap
 import os
@@ -17,7 +18,7 @@ from types import TracebackType
 
 from q35c import strictjson
 from q35c.artifact import layout
-from q35c.artifact.manifest import Manifest
+from q35c.artifact.manifest import TRAILER_BYTES, Manifest
 from q35c.errors import ArtifactError
 from q35c.layouts import blobs
 
@@ -83,20 +84,23 @@ class Artifact:
         """Return the shared object, its hash and its plan matched. Raises ArtifactError."""
         data = self.segment("code")
         self._check_plan(data)
-        return data[: -len(self.manifest.code_trailer)]
+        return data[:-TRAILER_BYTES]
 
     def verify_segments(self) -> None:
         """Check every segment but the weights: hashes, and the code's plan. Raises ArtifactError."""
-        most = len(self.manifest.code_trailer)
         for name in layout.segment_order(self.manifest.segments):
             end = b""
             for chunk in self._checked_chunks(name):
-                end = (end + chunk)[-most:]
+                end = (end + chunk)[-TRAILER_BYTES:]
             if name == "code":
                 self._check_plan(end)
 
+    @functools.cached_property
+    def _code_trailer(self) -> bytes:
+        return self.manifest.code_trailer
+
     def _check_plan(self, data: bytes) -> None:
-        if not data.endswith(self.manifest.code_trailer):
+        if not data.endswith(self._code_trailer):
             raise self._damaged("code", "it was made for another manifest")
 
     def _checked_chunks(self, name: str) -> Iterator[bytes]:

@@ -28,6 +28,7 @@ from q35c.errors import ArtifactError, InputError
 
 T = TypeVar("T")
 _MOST_SHOWN = 400  # characters of a value in a message
+_PLAIN = frozenset((int, str, float, bool, type(None)))
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,26 @@ def decode(kind: type[T], value: object, path: str) -> T:
 
 def encode(value: object) -> Any:
     """Return dataclasses, tuples and mappings as plain JSON values."""
-    to_dict = getattr(value, "to_dict", None)
-    if to_dict is not None:
-        return to_dict()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if (names := _field_names(kind)) is not None:
+        return {name: encode(getattr(value, name)) for name in names}
     if isinstance(value, (tuple, list)):
         return [encode(item) for item in cast(tuple[object, ...], value)]
     if isinstance(value, Mapping):
         items = cast(Mapping[str, object], value)
         return {key: encode(item) for key, item in items.items()}
-    return value
+    to_dict = getattr(value, "to_dict", None)
+    return value if to_dict is None else to_dict()
+
+
+@functools.cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """Return the field names of a dataclass that is encoded field by field, None for any other type."""
+    if not dataclasses.is_dataclass(kind) or hasattr(kind, "to_dict"):
+        return None
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 @functools.cache

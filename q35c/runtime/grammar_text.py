@@ -17,7 +17,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, cast
 
 from q35c import arguments
@@ -181,6 +180,8 @@ def _check_nested_schemas(grammar: str, where: str) -> None:
 
 def _check_multiples(multiples: list[Any], where: str) -> None:
     """Check that what is to be a multiple of all these can be followed."""
+    from fractions import Fraction  # brings decimal with it; few schemas need it
+
     values = [abs(Fraction(str(value))) for value in multiples if value]
     scale = math.lcm(*(value.denominator for value in values))
     common = math.lcm(*(int(value * scale) for value in values))

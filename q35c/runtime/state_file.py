@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from q35c import strictjson
 from q35c.errors import StateError
-from q35c.outputs import writing
 from q35c.runtime.memory import available_memory, check_allocation
 
 FORMAT = "q35c state 1"
@@ -36,6 +35,8 @@ Spec = tuple[np.dtype[Any], tuple[int, ...]]
 
 def write_state(path: Path, metadata: Mapping[str, str], arrays: Arrays) -> None:
     """Write a file as a whole. Raises OptionError, DiskRefused; the old file then stays."""
+    from q35c.outputs import writing  # loading and answering write nothing
+
     header = _header(metadata, arrays)
     size = len(header) + sum(array.nbytes for array in arrays)
     with writing(path, 0o600, size) as stream:

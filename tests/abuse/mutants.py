@@ -54,7 +54,7 @@ BUGS: dict[str, tuple[str, str, str]] = {
     "only the header's length is compared": (_READER, "if header != implied:", "if len(header) != len(implied):"),
     "a file may be too long": (_READER, "if size != len(header) + end:", "if size < len(header) + end:"),
     "the manifest's form is not compared": (_READER, "if manifest.to_json() != text:", "if False:"),
-    "the code's plan is not compared": (_READER, "if not data.endswith(self.manifest.code_trailer):", "if False:"),
+    "the code's plan is not compared": (_READER, "if not data.endswith(self._code_trailer):", "if False:"),
     "numbers have no upper bound": (_SCHEMA, "and limit.low <= value <= limit.high", "and limit.low <= value"),
     "true is a number": (_SCHEMA, "if type(value) is not kind:", "if not isinstance(value, kind):"),
     "offsets of weights are not compared": (_CHECKS, '_check_equal("$.weights offsets"', '(lambda *_: None)("$.weights offsets"'),

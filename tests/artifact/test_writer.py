@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from q35c.artifact import ArtifactWriter, WeightEntry, read_artifact
+from q35c.artifact import read_artifact
+from q35c.artifact.writer import ArtifactWriter, WeightEntry
 from q35c.errors import DiskRefused, InternalError, OptionError
 from q35c.outputs import PREFIX, SUFFIX
 from q35c.temporary import sweep_stale
