@@ -142,6 +142,10 @@ class PromptError(InputError):
     """A prompt is empty, too long for the context, or holds ids outside the vocabulary."""
 
 
+class MediaError(InputError):
+    """A picture or a clip cannot be read, is too large, or of a kind that is not taken."""
+
+
 class RequestError(InputError):
     """A request over HTTP is refused with this status; `where` names its field."""
 

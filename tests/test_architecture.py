@@ -68,6 +68,9 @@ ROOMS: dict[str, set[str]] = {
         "artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe", "llguidance", "runtime.chat",
         "runtime.tokenizer", "runtime.targets",
     },
+    "vision": {"vision.parameters", "numpy", "PIL", "av"},
+    "vision.parameters": set(),
+    "vision.files": {"vision.parameters"},
     "runtime.targets": {"runtime", "runtime.cpu", "artifact"},
     "runtime.cpu": {"runtime", "artifact", "layouts", "numpy"},
     "runtime.chat": {"runtime", "jinja2", "markupsafe", "numpy"},
@@ -81,7 +84,9 @@ ROOMS: dict[str, set[str]] = {
 ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "roofline", "verify"}
 LEAN_AT_IMPORT = {"numpy", "click", "artifact", "layouts", "load"} | ROOF
 DRIVER = {"compile"}  # the spine names them all
-HEAVY = ("torch", "transformers", "tvm", "tvm_ffi", "safetensors", "onnx", "huggingface_hub")
+HEAVY = (
+    "torch", "transformers", "tvm", "tvm_ffi", "safetensors", "onnx", "huggingface_hub", "PIL", "av",
+)  # fmt: skip
 
 
 def modules() -> list[Path]:

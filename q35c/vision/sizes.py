@@ -1,0 +1,81 @@
+"""Choose the size that a picture or a clip is resized to: multiples of the factor, the area within limits.
+
+The formulas are those of transformers 5.23 (Qwen2VLImageProcessor and Qwen3VLVideoProcessor), rounding included.
+"""
+
+from __future__ import annotations
+
+import math
+
+from q35c.errors import MediaError
+from q35c.vision.parameters import VisionParameters
+
+MAX_ASPECT = 200
+
+
+def image_size(height: int, width: int, parameters: VisionParameters) -> tuple[int, int]:
+    """Return height and width in pixels of a resized picture. Raises MediaError for an absurd shape."""
+    check_aspect(height, width)
+    limits = parameters.image
+    return _fit(1, 1, height, width, parameters.factor, limits.min_pixels, limits.max_pixels)
+
+
+def video_size(
+    frames: int, height: int, width: int, parameters: VisionParameters
+) -> tuple[int, int]:
+    """Return height and width in pixels of every resized frame; `frames` are those sampled.
+
+    The limits count the pixels of all of them together. Raises MediaError for an absurd shape or a single frame.
+    """
+    step = parameters.temporal_patch_size
+    if frames < step:
+        raise MediaError("a clip needs more frames", expected=f"at least {step}", got=frames)
+    factor = parameters.factor
+    if height < factor or width < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    check_aspect(height, width)
+    paired = round(frames / step) * step
+    low, high = parameters.video.min_pixels, _most_pixels(frames, parameters)
+    return _fit(frames, paired, height, width, factor, low, high)
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Refuse sides that differ too much. Raises MediaError."""
+    if max(height, width) / min(height, width) > MAX_ASPECT:
+        raise MediaError(
+            "the sides differ too much",
+            expected=f"one side at most {MAX_ASPECT} times the other",
+            got=f"{width} x {height} pixels",
+            hint="cut it into pieces",
+        )
+
+
+def _most_pixels(frames: int, parameters: VisionParameters) -> int:
+    """Return the most pixels of all frames, with each frame's own limit if there is one."""
+    video = parameters.video
+    if video.max_frame_tokens is None:
+        return video.max_pixels
+    frame = min(video.max_frame_tokens * parameters.factor**2, video.max_pixels // frames)
+    return max(frame, int(video.min_pixels * 1.05)) * frames
+
+
+def _fit(
+    frames: int, paired: int, height: int, width: int, factor: int, low: int, high: int
+) -> tuple[int, int]:
+    """Return multiples of `factor` near a shape. `paired` is the number of frames as it is compared with the limits.
+
+    Python rounds halves to even, as the reference does: 48 becomes 64, and so does 80.
+    """
+    near = [round(side / factor) * factor for side in (height, width)]
+    area = paired * near[0] * near[1]
+    pixels = frames * height * width
+    if area > high:
+        shrink = math.sqrt(pixels / high)
+        near = [
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        ]
+    elif area < low:
+        grow = math.sqrt(low / pixels)
+        near = [math.ceil(side * grow / factor) * factor for side in (height, width)]
+    return near[0], near[1]
