@@ -41,11 +41,12 @@ def load(
     context: int | None = None,
     batch: int | None = None,
     mmap: bool = True,
+    device: str | None = None,
 ) -> Model:
     """Open a compiled model. See `q35c.runtime.load_model` for the arguments and errors."""
     from q35c.runtime.model import load_model
 
-    return load_model(path, threads, verify, context=context, batch=batch, mmap=mmap)
+    return load_model(path, threads, verify, context=context, batch=batch, mmap=mmap, device=device)
 
 
 def __getattr__(name: str) -> object:

@@ -138,6 +138,14 @@ class IncompatibleCPU(ArtifactError, UnsupportedMachine):
     """The artifact was compiled for instructions that this machine lacks."""
 
 
+class NoDevice(UnsupportedMachine):
+    """There is no driver or no device that can run an artifact, or the driver is too old."""
+
+
+class IncompatibleDevice(ArtifactError, UnsupportedMachine):
+    """The artifact holds no code for this device."""
+
+
 class PromptError(InputError):
     """A prompt is empty, too long for the context, or holds ids outside the vocabulary."""
 
@@ -174,6 +182,10 @@ class MemoryRefused(InputError):
     """The work would need more memory than this machine or its cgroup has."""
 
 
+class OutOfDeviceMemory(MemoryRefused):
+    """The device has less memory left than was asked for."""
+
+
 class DiskRefused(InputError):
     """The file would need more disk space than is free."""
 
@@ -196,3 +208,15 @@ class LoweringError(InternalError):
 
 class ExecutionError(InternalError):
     """Compiled code reported a failure."""
+
+
+class DeviceError(ExecutionError):
+    """A call of a device's driver failed; `code` is the driver's number."""
+
+    def __init__(self, what: str, *, code: int, **parts: Any) -> None:
+        super().__init__(what, **parts)
+        self.code = code
+
+
+class DeviceFault(DeviceError):
+    """Code failed on a device, or the device is gone: nothing that was there can be used any more."""

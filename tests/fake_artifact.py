@@ -184,20 +184,25 @@ def weight_entries() -> list[WeightEntry]:
     ]
 
 
+def numbers(context: int = CONTEXT, batch: int = BATCH, steps: int = 1) -> dict[str, int]:
+    """Return the numbers that the fake model's source takes as macros."""
+    state = [tensor["offset"] for tensor in state_layout(context)["tensors"]]
+    io = io_layout(entry_specs(batch), VOCAB, steps)["fields"]
+    found = dict(zip(("CONV", "DELTA", "KEYS", "VALUES"), state, strict=True))
+    found |= {name.upper(): field["offset"] for name, field in io.items()}
+    noise = blobs.align(4 * VOCAB * VOCAB)
+    return {**found, "VOCAB": VOCAB, "MAX_TOKENS": MAX_TOKENS, "NOISE": noise}
+
+
 @functools.cache
 def code(context: int = CONTEXT, batch: int = BATCH) -> bytes:
     """Compile the fake model. Skips the test where there is no C compiler."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
-    state = [tensor["offset"] for tensor in state_layout(context)["tensors"]]
-    io = io_layout(entry_specs(batch), VOCAB, 1)["fields"]
-    numbers = dict(zip(("CONV", "DELTA", "KEYS", "VALUES"), state, strict=True))
-    numbers |= {name.upper(): field["offset"] for name, field in io.items()}
-    numbers |= {"VOCAB": VOCAB, "MAX_TOKENS": MAX_TOKENS, "NOISE": blobs.align(4 * VOCAB * VOCAB)}
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "model.so"
-        defines = [f"-D{name}={value}" for name, value in numbers.items()]
+        defines = [f"-D{name}={value}" for name, value in numbers(context, batch).items()]
         source = Path(__file__).with_name("fake_model.c")
         options = ["-O1", "-shared", "-fPIC", "-o", str(output), str(source)]
         subprocess.run([compiler, *defines, *options], check=True)

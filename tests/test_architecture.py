@@ -71,8 +71,9 @@ ROOMS: dict[str, set[str]] = {
     "vision": {"vision.parameters", "numpy", "PIL", "av"},
     "vision.parameters": set(),
     "vision.files": {"vision.parameters"},
-    "runtime.targets": {"runtime", "runtime.cpu", "artifact"},
+    "runtime.targets": {"runtime", "runtime.cpu", "runtime.cuda", "artifact"},
     "runtime.cpu": {"runtime", "artifact", "layouts", "numpy"},
+    "runtime.cuda": {"runtime", "artifact", "layouts", "numpy"},
     "runtime.chat": {"runtime", "jinja2", "markupsafe", "numpy"},
     "runtime.tokenizer": {"runtime", "tokenizers"},
     "serve": {
@@ -167,6 +168,7 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         ("runtime", "from q35c import ir"),
         ("runtime", "from q35c.runtime.cpu.library import Workers"),
         ("runtime.cpu", "from q35c.runtime.targets import find_machine"),
+        ("runtime.cuda", "from q35c.runtime.cpu.blocks import Region"),
         ("ir", "from q35c.artifact import layout"),
         ("passes", "import numpy as np"),
         ("codegen", "from q35c.passes.pipeline import fuse"),

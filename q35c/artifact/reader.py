@@ -152,14 +152,15 @@ class Artifact:
             mapped.madvise(mmap.MADV_HUGEPAGE)
         return mapped, delta
 
-    def read_weights_into(self, block: memoryview) -> None:
-        """Copy the weights into a writable block of at least `weights_bytes` bytes."""
+    def read_weights_into(self, block: memoryview, start: int = 0) -> None:
+        """Copy the weights from byte `start` on into a writable block, as many as there are and fit."""
         done = 0
-        total = self.manifest.weights_bytes
+        total = min(self.manifest.weights_bytes - start, len(block))
+        at = self._offsets["weights"] + start
         while done < total:
             part = block[done : min(done + _CHUNK_BYTES, total)]
             try:
-                count = os.preadv(self._file, [part], self._offsets["weights"] + done)
+                count = os.preadv(self._file, [part], at + done)
             except OSError as error:
                 raise self._unreadable("weights", error) from None
             if count == 0:

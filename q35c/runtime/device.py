@@ -128,12 +128,21 @@ class Machine(Protocol):
         """The threads that a model will use."""
         ...
 
+    @property
+    def reads_all(self) -> bool:
+        """Say whether loading reads all weights anyway, so that a check of their hash costs little."""
+        ...
+
     def check(self, target: Target) -> None:
-        """Raise IncompatibleCPU or UnsupportedMachine if it cannot run code for this target."""
+        """Raise an UnsupportedMachine, as IncompatibleCPU, NoDevice or IncompatibleDevice, if it cannot run code for this target."""
         ...
 
     def available_memory(self) -> Available:
         """Return the bytes that weights and states may still take."""
+        ...
+
+    def sequence_bytes(self, tokens: int) -> int:
+        """Return the bytes that the state of a sequence takes after so many tokens."""
         ...
 
     def load(self, artifact: Artifact, *, mapped: bool, is_verified: bool) -> Device:

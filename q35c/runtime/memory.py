@@ -19,15 +19,17 @@ from q35c.layouts.cache import CELLS
 
 _SYSTEM = Path("/")
 _RUNTIME_BYTES = 2 << 20  # beside the plan, 0.6 to 1.5 MB measured: manifest, threads, objects
+SequenceBytes = Callable[[int], int]  # tokens of a sequence -> bytes of its state
 _NO_LIMIT = 2**60  # cgroup v1 says "no limit" with a huge number
 
 
 @dataclass(frozen=True, slots=True)
 class Available:
-    """Bytes that may still be allocated, and who says so."""
+    """Bytes that may still be allocated, who says so, and the error of asking for more."""
 
     bytes: int
     source: str
+    refusal: type[MemoryRefused] = MemoryRefused
 
 
 def available_memory(root: Path = _SYSTEM) -> Available:
@@ -111,25 +113,39 @@ def state_bytes(manifest: Manifest, tokens: int) -> int:
     return manifest.state.used_bytes(manifest.max_context, tokens)
 
 
-def needed_bytes(manifest: Manifest, context: int, batch: int) -> int:
+def needed_bytes(
+    manifest: Manifest, context: int, batch: int, sequence: SequenceBytes | None = None
+) -> int:
     """Return the bytes of the loaded model with `batch` sequences of `context` tokens.
 
-    At the default context and batch that is the manifest's peak, the code, and what this runtime adds.
+    At the default context and batch that is the manifest's peak, the code, and what this runtime adds. `sequence` says what
+    a sequence of so many tokens takes where that is more than the manifest's figure.
     """
     fixed = manifest.weights_bytes + manifest.arena_bytes + manifest.io.bytes
     own = manifest.segments["code"].bytes + _RUNTIME_BYTES
-    return fixed + own + batch * state_bytes(manifest, context)
+    each = sequence(context) if sequence else state_bytes(manifest, context)
+    return fixed + own + batch * each
 
 
-def check_memory(manifest: Manifest, context: int, batch: int, have: Available) -> None:
+def check_memory(
+    manifest: Manifest,
+    context: int,
+    batch: int,
+    have: Available,
+    sequence: SequenceBytes | None = None,
+) -> None:
     """Raise MemoryRefused if the model with its sequences needs more than there is."""
-    need = needed_bytes(manifest, context, batch)
+
+    def need_of(tokens: int, sequences: int) -> int:
+        return needed_bytes(manifest, tokens, sequences, sequence)
+
+    need = need_of(context, batch)
     if need <= have.bytes:
         return
-    largest = _largest_context(context, lambda tokens: needed_bytes(manifest, tokens, batch), have)
+    largest = _largest_context(context, lambda tokens: need_of(tokens, batch), have)
     hint = f"load with context={largest} or less"
     if largest == 0 and batch > 1:
-        largest = _largest_context(context, lambda tokens: needed_bytes(manifest, tokens, 1), have)
+        largest = _largest_context(context, lambda tokens: need_of(tokens, 1), have)
         hint = f"load with batch=1, context={largest} or less"
     if largest == 0:
         hint = "free memory, raise the limit, or compile with a smaller precision"
@@ -155,7 +171,7 @@ def _largest_context(context: int, need: Callable[[int], int], have: Available) 
 
 
 def _refusal(what: str, need: int, have: Available, hint: str) -> MemoryRefused:
-    return MemoryRefused(
+    return have.refusal(
         f"not enough memory for {what}",
         where=have.source,
         expected=f"{need} bytes ({need / 2**20:.1f} MiB)",
@@ -181,8 +197,9 @@ class StateBudget:
     Closing one takes no lock: the garbage collector may do it at any instant, on the thread that holds it.
     """
 
-    def __init__(self, manifest: Manifest, available: Callable[[], Available]) -> None:
-        self._manifest = manifest
+    def __init__(self, sequence: SequenceBytes, available: Callable[[], Available]) -> None:
+        """Take what says how many bytes a sequence of some tokens takes, and how many are left."""
+        self._sequence_bytes = sequence
         self._available = available
         self._lock = threading.RLock()  # a signal handler may open a session, too
         self._live: weakref.WeakSet[HasState] = weakref.WeakSet()
@@ -208,16 +225,15 @@ class StateBudget:
                     self._live.discard(session)
                 largest = _largest_context(
                     session.context,
-                    lambda tokens: promised + state_bytes(self._manifest, tokens),
+                    lambda tokens: promised + self._sequence_bytes(tokens),
                     have,
                 )
                 hint = f"ask for context={largest} or less" if largest else "close other sessions"
                 raise _refusal(f"a session of {session.context} tokens", need, have, hint)
 
     def _lacking(self, session: HasState) -> int:
-        manifest = self._manifest
-        touched = state_bytes(manifest, session.high_water) if session.high_water else 0
-        return max(0, state_bytes(manifest, session.context) - touched)
+        touched = self._sequence_bytes(session.high_water) if session.high_water else 0
+        return max(0, self._sequence_bytes(session.context) - touched)
 
 
 def give_back_memory() -> None:

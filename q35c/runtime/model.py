@@ -48,18 +48,21 @@ def load_model(
     context: int | None = None,
     batch: int | None = None,
     mmap: bool = True,
+    device: str | None = None,
 ) -> Model:
     """Open an artifact for generating.
 
     threads   worker threads, at most one for each CPU (more are not started: Q35CWarning); None: Q35C_THREADS,
               else the physical cores this process may use, and fewer while other processes use them
-    verify    check the hash of the weights; None: if they have at most 256 MiB
+    verify    check the hash of the weights; None: if they have at most 256 MiB, or are copied to a device
     context   tokens per sequence, by default as compiled, at most what the model can take
     batch     sequences decoded together, at most and by default the compiled batch
-    mmap      map the weights from the file (shared, lazy), or read them into private memory
+    mmap      map the weights from the file (shared, lazy), or read them into private memory; a device gets a copy
+    device    `cpu`, or `cuda:N` for the Nth NVIDIA device; None: what the artifact was compiled for, the first of its kind
 
     Raises ArtifactError (damaged or no artifact, other version, CPU lacks instructions), MemoryRefused
-    (before any weight is read), OptionError.
+    (before any weight is read), OptionError. For a device NoDevice (no driver, too old, no device), IncompatibleDevice (the
+    artifact has no code for it), OutOfDeviceMemory, DeviceError.
     """
     place = arguments.path("path", path)
     verify = None if verify is None else arguments.flag("verify", verify)
@@ -69,15 +72,16 @@ def load_model(
         manifest = artifact.manifest
         context = _choose("context", context, manifest.context, manifest.max_context)
         batch = _choose("batch", batch, manifest.batch, manifest.batch)
-        machine = find_machine(manifest, threads)
+        machine = find_machine(manifest, threads, device)
         machine.check(manifest.target)
-        check_memory(manifest, context, batch, machine.available_memory())
+        have = machine.available_memory()
+        check_memory(manifest, context, batch, have, machine.sequence_bytes)
         artifact.verify_segments()
         if verify is None:
-            verify = manifest.weights_bytes <= VERIFY_BYTES
-        device = machine.load(artifact, mapped=mapped, is_verified=verify)
-        budget = StateBudget(manifest, machine.available_memory)
-        return Model(artifact, Executor(manifest, device), budget, context, batch)
+            verify = machine.reads_all or manifest.weights_bytes <= VERIFY_BYTES
+        loaded = machine.load(artifact, mapped=mapped, is_verified=verify)
+        budget = StateBudget(machine.sequence_bytes, machine.available_memory)
+        return Model(artifact, Executor(manifest, loaded), budget, context, batch)
     except BaseException as error:
         artifact.close()
         if isinstance(error, MemoryError):

@@ -12,6 +12,7 @@ from q35c.artifact import Artifact, Manifest
 from q35c.artifact.leaves import StateTensor
 from q35c.errors import MemoryRefused, OptionError
 from q35c.layouts import blobs
+from q35c.runtime.arrays import NUMPY_TYPES
 from q35c.runtime.device import Saved
 
 _MAP_NORESERVE = 0x4000  # Linux; Python names it from 3.12 on
@@ -131,17 +132,6 @@ def _fixed_prefix(tensors: Sequence[StateTensor]) -> int:
     """Return the bytes of the leading tensors that do not grow: they are used whole from the start."""
     growing = (tensor.offset for tensor in tensors if tensor.growth == "context")
     return next(growing, 0)
-
-
-# bfloat16 has no numpy type of its own: its bits are handled as uint16.
-NUMPY_TYPES = {
-    "f32": np.dtype("<f4"),
-    "bf16": np.dtype("<u2"),
-    "i64": np.dtype("<i8"),
-    "i32": np.dtype("<i4"),
-    "i8": np.dtype("i1"),
-    "u8": np.dtype("u1"),
-}
 
 
 class WeightBlock:

@@ -7,8 +7,6 @@ import os
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from q35c.artifact import Artifact, Manifest
 from q35c.artifact.entries import Entry as EntryPlan
 from q35c.artifact.leaves import Probe
@@ -16,6 +14,7 @@ from q35c.artifact.target import CpuTarget, Target
 from q35c.errors import InternalError
 from q35c.layouts import blobs
 from q35c.runtime import memory
+from q35c.runtime.arrays import fill_inputs
 from q35c.runtime.cpu.blocks import Region, StateBlock, WeightBlock
 from q35c.runtime.cpu.library import Arguments, Entry, Library, Workers
 from q35c.runtime.cpu.machine import THREADS, check_target, choose_threads
@@ -26,8 +25,11 @@ from q35c.runtime.device import Device, HasState, Logits, Record
 class Cpu:
     """This machine, as `device.Machine`. By default its steps use fewer threads while others need the cores."""
 
+    reads_all = False
+
     def __init__(self, manifest: Manifest, threads: int | None) -> None:
         self.threads = choose_threads(threads, manifest.max_threads)
+        self._manifest = manifest
         self._yields = threads is None and THREADS not in os.environ
 
     def check(self, target: Target) -> None:
@@ -36,6 +38,9 @@ class Cpu:
 
     def available_memory(self) -> memory.Available:
         return memory.available_memory()
+
+    def sequence_bytes(self, tokens: int) -> int:
+        return memory.state_bytes(self._manifest, tokens)
 
     def load(self, artifact: Artifact, *, mapped: bool, is_verified: bool) -> Device:
         weights = _load_weights(artifact, mapped=mapped, is_verified=is_verified)
@@ -92,15 +97,8 @@ class CpuDevice:
     ) -> Logits:
         fields, count = self._fields, len(tokens)
         states = [sequence.state for sequence in sequences]
-        first, each = states[0].address, count // len(states)
-        fields["tokens"][:count] = tokens
-        for row, sequence in enumerate(sequences):
-            fields["slots"][row] = (states[row].address - first) // blobs.SLOT_BYTES
-            fields["starts"][row] = sequence.length
-            # Text has the same position on all three rotary axes (t, h, w).
-            at = sequence.position
-            ahead = at if each == 1 else np.arange(at, at + each)
-            fields["positions"][:, row * each : (row + 1) * each] = ahead
+        first = states[0].address
+        fill_inputs(fields, first, sequences, tokens)
         fields["clock"][0] = record is not None
         arguments = Arguments(
             self._weights.address,
