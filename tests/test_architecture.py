@@ -54,6 +54,10 @@ ROOMS: dict[str, set[str]] = {
     "codegen.cpu.backend": {
         "codegen", "codegen.calls", "codegen.cpu", "codegen.cpu.isa", CPU, f"{CPU}.rows", "ir", "formats", "layouts",
     },
+    "codegen.cuda": {
+        "codegen", "codegen.calls", "codegen.cuda.backend", "codegen.cuda.kernels", "artifact", "ir", "formats", "layouts", "tvm", "tvm_ffi",
+    },
+    "codegen.cuda.kernels": {"layouts", "formats", "codegen.calls", "artifact", "tvm"},
     "codegen.cpu.isa": {"numpy", "tvm", CPU},
     CPU: KERNELS,
     f"{CPU}.rows": KERNELS,

@@ -1,0 +1,1 @@
+"""Kernel families of the CUDA backend, simple shapes of blocks first."""

@@ -1,0 +1,143 @@
+"""CUDA kernels on the machine: called by the names of their arguments, in every order of threads and blocks.
+
+    kernels = CudaKernels({"norm": RMS_NORM.row(D=64, eps=1e-6, offset=1.0)})
+    y = kernels.run("norm", rows=3, outputs={"y": (3, 64)}, x=x, w=w)["y"]
+
+Every array has a buffer of its exact size, outputs are NaN before, and any finding fails the test.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from q35c.codegen.cuda.families import FAMILIES
+from q35c.codegen.cuda.text import Launched, cuda_text
+from tests.cuda.machine import Machine, build
+
+_machine: list[Machine] = []
+Outputs = Mapping[str, tuple[int, ...] | np.ndarray]
+FEW: tuple[str | int, ...] = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A kernel: its family, and what the generator takes."""
+
+    family: str
+    parameters: Mapping[str, Any]
+
+
+def request(family: str, **parameters: Any) -> Request:
+    return Request(family, parameters)
+
+
+def machine() -> Machine:
+    if not _machine:
+        _machine.append(Machine())
+    return _machine[0]
+
+
+class CudaKernels:
+    """Kernels by name, compiled as one text."""
+
+    def __init__(self, requests: Mapping[str, Request]) -> None:
+        self.requests = dict(requests)
+        made = {name: FAMILIES[one.family].make(**one.parameters) for name, one in requests.items()}
+        self.text, self.launched = cuda_text(made)
+        self.image = build(self.text)
+
+    def run(
+        self, name: str, rows: int, outputs: Outputs, *, orders: tuple[str | int, ...] = FEW, **arguments: Any
+    ) -> dict[str, np.ndarray]:  # fmt: skip
+        """Run a kernel for so many rows in these orders; every order must give the same bits. Returns the outputs.
+
+        An output is a shape of f32, or an array with what it holds before. Strides `ld_x` follow from x. Fails on findings.
+        """
+        results = []
+        for order in orders:
+            made = {
+                key: np.array(value) if isinstance(value, np.ndarray) else np.full(value, np.nan, np.float32)
+                for key, value in outputs.items()
+            }  # fmt: skip
+            findings = self.find(name, rows, order=order, **arguments, **made)
+            assert findings == []
+            results.append(made)
+        for other in results[1:]:
+            for key, value in other.items():
+                np.testing.assert_array_equal(_words(value), _words(results[0][key]))
+        return results[0]
+
+    def find(
+        self, name: str, rows: int, *, order: str | int = "forward", image: Any = None, **arguments: Any
+    ) -> list[str]:  # fmt: skip
+        """Run a kernel once on these arrays, which it changes, and return the findings."""
+        one, launched = self.requests[name], self.launched[name]
+        family = FAMILIES[one.family]
+        given = {"tokens": rows} | _strides(arguments) | arguments
+        grid = tuple(extent.blocks(rows) for extent in family.grid(one.parameters))
+        written = family.signature(one.parameters).writes
+        values = [given[key] for key, _ in launched.parameters]
+        constants = [
+            number
+            for number, (key, kind) in enumerate(launched.parameters)
+            if kind == "pointer" and key not in written
+        ]
+        return machine().run(
+            image or self.image, launched.symbol, grid, launched.block, values,
+            shared_bytes=launched.shared_bytes, order=order, constants=constants,
+        )  # fmt: skip
+
+    def body(self, name: str) -> tuple[str, str, str]:
+        """Return the text before a kernel's definition, the definition, and what follows."""
+        return split_kernel(self.text, self.launched[name])
+
+
+def split_kernel(text: str, launched: Launched) -> tuple[str, str, str]:
+    start = text.rindex(f" {launched.symbol}(")
+    end = text.find("\n}\n", start) + 3
+    return text[:start], text[start:end], text[end:]
+
+
+BARRIER = re.compile(r"__syncthreads\(\);|__syncwarp\(\);")
+
+
+def without_barriers(kernels: CudaKernels, name: str) -> list[str]:
+    """Return the text once for each barrier of a kernel, without that barrier."""
+    before, body, after = kernels.body(name)
+    places = [match.span() for match in BARRIER.finditer(body)]
+    return [before + body[:start] + body[end:] + after for start, end in places]
+
+
+def unseen_barriers(kernels: CudaKernels, name: str, rows: int, **arguments: Any) -> int:
+    """Return how many barriers of a kernel can be removed one by one without a finding in any of a few orders."""
+    texts = without_barriers(kernels, name)
+    assert texts, "there is no barrier"
+    unseen = 0
+    for text in texts:
+        image = build(text)
+        copies = (
+            {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+            for _ in range(3)
+        )
+        unseen += not any(
+            kernels.find(name, rows, order=order, image=image, **values)
+            for order, values in zip(("forward", "backward", 1), copies, strict=True)
+        )
+    return unseen
+
+
+def _strides(arguments: Mapping[str, Any]) -> dict[str, int]:
+    return {
+        f"ld_{key}": value.shape[-1]
+        for key, value in arguments.items()
+        if isinstance(value, np.ndarray) and value.ndim > 1
+    }
+
+
+def _words(array: np.ndarray) -> np.ndarray:
+    return array.view(np.uint32) if array.dtype == np.float32 else array
