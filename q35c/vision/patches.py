@@ -35,7 +35,7 @@ class Frame:
 def image_frame(source: Any, parameters: VisionParameters, where: str = "image") -> Frame:
     """Return a picture resized and cut. `source` and errors as in `pictures.read_rgb`."""
     image = read_rgb(source, where)
-    height, width = image_size(image.height, image.width, parameters)
+    height, width = image_size(image.height, image.width, parameters, where)
     resized = resize(image, height, width)
     return cut([resized] * parameters.temporal_patch_size, parameters)
 

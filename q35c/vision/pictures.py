@@ -126,12 +126,7 @@ def _check_size(image: Any, file_bytes: int | None, where: str) -> None:
             got=f"{width} x {height} pixels",
             hint="make it smaller",
         )
-    try:
-        check_aspect(height, width)
-    except MediaError as error:
-        raise MediaError(
-            error.what, where=where, expected=error.expected, got=error.got, hint=error.hint
-        ) from None
+    check_aspect(height, width, where)
     decoded = width * height * _BANDS_OF_MODES.get(image.mode, len(image.mode))
     if file_bytes is not None and decoded > max(_SMALL_BYTES, _MAX_EXPANSION * file_bytes):
         raise MediaError(

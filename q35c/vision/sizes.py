@@ -13,15 +13,17 @@ from q35c.vision.parameters import VisionParameters
 MAX_ASPECT = 200
 
 
-def image_size(height: int, width: int, parameters: VisionParameters) -> tuple[int, int]:
+def image_size(
+    height: int, width: int, parameters: VisionParameters, where: str | None = None
+) -> tuple[int, int]:
     """Return height and width in pixels of a resized picture. Raises MediaError for an absurd shape."""
-    check_aspect(height, width)
+    check_aspect(height, width, where)
     limits = parameters.image
     return _fit(1, 1, height, width, parameters.factor, limits.min_pixels, limits.max_pixels)
 
 
 def video_size(
-    frames: int, height: int, width: int, parameters: VisionParameters
+    frames: int, height: int, width: int, parameters: VisionParameters, where: str | None = None
 ) -> tuple[int, int]:
     """Return height and width in pixels of every resized frame; `frames` are those sampled.
 
@@ -29,22 +31,25 @@ def video_size(
     """
     step = parameters.temporal_patch_size
     if frames < step:
-        raise MediaError("a clip needs more frames", expected=f"at least {step}", got=frames)
+        raise MediaError(
+            "a clip needs more frames", where=where, expected=f"at least {step}", got=frames
+        )
     factor = parameters.factor
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
-    check_aspect(height, width)
+    check_aspect(height, width, where)
     paired = round(frames / step) * step
     low, high = parameters.video.min_pixels, _most_pixels(frames, parameters)
     return _fit(frames, paired, height, width, factor, low, high)
 
 
-def check_aspect(height: int, width: int) -> None:
+def check_aspect(height: int, width: int, where: str | None = None) -> None:
     """Refuse sides that differ too much. Raises MediaError."""
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise MediaError(
             "the sides differ too much",
+            where=where,
             expected=f"one side at most {MAX_ASPECT} times the other",
             got=f"{width} x {height} pixels",
             hint="cut it into pieces",
