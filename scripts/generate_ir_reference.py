@@ -33,7 +33,7 @@ graph    = "graph" name stage "{" leaf* op* "return" value ("," value)* "}"
 leaf     = ("input" | "weight" | "state") value ":" type
 op       = value ":" type ("," value ":" type)* "=" kind "(" value* ")" [ "{" name "=" attr ... "}" ]
 value    = "%" name | "@" name | "$" name          computed or input | weight | state
-type     = dtype "[" dim ("," dim)* "]"            dtype: f32, bf16, i32, i64, iNgG, q8gG
+type     = dtype "[" dim ("," dim)* "]"            dtype: f32, bf16, u8, i32, i64, iNgG, q8gG
 dim      = integer | [factor "*"] symbol           symbols: T tokens, B sequences, CTX context
 attr     = integer | float | true | false | "text" | dim | "(" attr* ")"
 ```

@@ -27,6 +27,7 @@ BASE = {
     "fields",
     "strictjson",
     "config",
+    "vision_config",
     "version",
     "__version__",
 }

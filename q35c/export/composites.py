@@ -8,6 +8,8 @@ never gathered per token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import numpy_helper
 
@@ -106,15 +108,20 @@ def causal_mask(n: Nodes, rows: str) -> str:
     return n.add("LessOrEqual", place, queries, name="causal_mask")
 
 
-def causal_attention(
-    n: Nodes, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, scale: float
-) -> str:
-    """Attend causally, q [Hq, T, D] to k and v [Hkv, T, D]; [T, Hq, D]."""
-    mask = n.once("causal_mask", lambda: causal_mask(n, k))
+def causal_attention(n: Nodes, q: str, k: str, v: str, *sizes: Any) -> str:
+    """Attend causally, as `attend` does to all."""
+    return attend(n, q, k, v, *sizes, mask=n.once("causal_mask", lambda: causal_mask(n, k)))
+
+
+def attend(
+    n: Nodes, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, scale: float, mask: str = ""
+) -> str:  # fmt: skip
+    """Attend, q [Hq, T, D] to k and v [Hkv, T, D], where a mask [T, T] is true if there is one; [T, Hq, D]."""
     grouped = n.reshape(q, kv_heads, heads // kv_heads, -1, head_dim)
     keys = n.add("Unsqueeze", n.add("Transpose", k, perm=(0, 2, 1)), n.ints(1))  # [Hkv, 1, D, T]
     scores = n.add("Mul", n.add("MatMul", grouped, keys), n.scalar(scale), name="scores")
-    scores = n.add("Where", mask, scores, n.scalar(-np.inf))  # [Hkv, G, T, T]
+    if mask:
+        scores = n.add("Where", mask, scores, n.scalar(-np.inf))  # [Hkv, G, T, T]
     weights = n.add("Softmax", scores, axis=-1)
     out = n.add("MatMul", weights, n.add("Unsqueeze", v, n.ints(1)), name="attended")
     out = n.add("Transpose", out, perm=(2, 0, 1, 3))

@@ -11,8 +11,10 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from q35c.errors import LoweringError
 from q35c.ir.types import Shape, SymDim
 
-ELEMENT_TYPES = {"f32": TensorProto.FLOAT, "i32": TensorProto.INT32, "i64": TensorProto.INT64}
-NUMPY_TYPES = {"f32": np.float32, "i32": np.int32, "i64": np.int64}
+ELEMENT_TYPES = {
+    "f32": TensorProto.FLOAT, "i32": TensorProto.INT32, "i64": TensorProto.INT64, "u8": TensorProto.UINT8,
+}  # fmt: skip
+NUMPY_TYPES = {"f32": np.float32, "i32": np.int32, "i64": np.int64, "u8": np.uint8}
 Made = TypeVar("Made")
 
 

@@ -17,6 +17,7 @@ from onnx import ModelProto, TensorProto, checker, helper, numpy_helper
 
 from q35c import arguments
 from q35c.errors import DiskRefused, InternalError, LoweringError, OptionError
+from q35c.export import picture_lowerings as picture_lowerings  # adds its rows
 from q35c.export.lowerings import LOWERINGS
 from q35c.export.nodes import Nodes, element_type
 from q35c.frontend.checkpoint import LoadFormat, open_checkpoint

@@ -19,6 +19,7 @@ IGNORED = {
     "aten._assert_tensor_metadata.default",
     "aten._assert_scalar.default",
     "aten.sym_constrain_range_for_size.default",
+    "aten.zeros.default",  # who reads it is refused
 }
 _END = (1 << 63) - 1
 
@@ -140,7 +141,11 @@ def import_slice(imp: ImportState, node: Node) -> Item:
 @rule("aten.select.int", view=True)
 def import_select(imp: ImportState, node: Node) -> Item:
     item = imp.item(arguments(node)[0], node)
-    dim, index = arguments(node)[1] % item.rank, arguments(node)[2]
+    return selected(imp, node, item, arguments(node)[1] % item.rank, arguments(node)[2])
+
+
+def selected(imp: ImportState, node: Node, item: Item, dim: int, index: int) -> Item:
+    """Take one index of a dim, which goes."""
     if item.axis(dim) is None:
         return Item(item.value)
     size = item.shape[dim]
@@ -164,6 +169,13 @@ def import_split(imp: ImportState, node: Node) -> tuple[Item, ...]:
         made.append(sliced(imp, node, item, dim, (start, start + size, 1)))
         start += size
     return tuple(made)
+
+
+@rule("aten.unbind.int", view=True)
+def import_unbind(imp: ImportState, node: Node) -> tuple[Item, ...]:
+    item = imp.item(arguments(node)[0], node)
+    dim = argument(node, 1, "dim", 0) % item.rank
+    return tuple(selected(imp, node, item, dim, i) for i in range(len(node.meta["val"])))
 
 
 @rule("<built-in function getitem>", view=True)
@@ -322,10 +334,30 @@ def import_embedding(imp: ImportState, node: Node) -> Item:
 
 @rule("aten.linear.default")
 def import_linear(imp: ImportState, node: Node) -> Item:
-    if argument(node, 2, "bias") is not None:
-        raise imp.error(node, "linear with a bias")
     item, weight = (imp.item(operand, node) for operand in arguments(node)[:2])
-    return Item(imp.emit("linear", item.value, weight.value), item.batch)
+    product = imp.emit("linear", item.value, weight.value)
+    if (bias := argument(node, 2, "bias")) is not None:
+        product = imp.emit("add", product, imp.item(bias, node).value)
+    return Item(product, item.batch)
+
+
+@rule("aten.layer_norm.default")
+def import_layer_norm(imp: ImportState, node: Node) -> Item:
+    x, shape = imp.item(arguments(node)[0], node), arguments(node)[1]
+    weight, bias = argument(node, 2, "weight"), argument(node, 3, "bias")
+    if len(shape) != 1 or weight is None or bias is None:
+        raise imp.error(node, "layer norm of several axes, or without weight and bias")
+    operands = (x.value, *(imp.item(operand, node).value for operand in (weight, bias)))
+    return Item(
+        imp.emit("layer_norm", *operands, eps=float(argument(node, 4, "eps", 1e-5))), x.batch
+    )
+
+
+@rule("aten.gelu.default")
+def import_gelu(imp: ImportState, node: Node) -> Item:
+    item = imp.item(arguments(node)[0], node)
+    form = {"none": "erf", "tanh": "tanh"}[argument(node, 1, "approximate", "none")]
+    return Item(imp.emit("gelu", item.value, form=form), item.batch)
 
 
 def batchless(imp: ImportState, node: Node, index: int) -> Value:
@@ -348,10 +380,11 @@ def import_delta_rule(imp: ImportState, node: Node) -> Item:
     return Item(imp.emit("delta_rule", *operands), 0)
 
 
-@rule("q35c.attention.default")
+@rule("q35c.attention.default", "q35c.full_attention.default")
 def import_attention(imp: ImportState, node: Node) -> Item:
     operands = [batchless(imp, node, index) for index in range(3)]
-    return Item(imp.emit("attention", *operands, scale=float(arguments(node)[3])), 0)
+    kind = str(node.target).split(".")[1]
+    return Item(imp.emit(kind, *operands, scale=float(arguments(node)[3])), 0)
 
 
 @rule("q35c.experts.default")

@@ -20,10 +20,12 @@ from q35c.ir import Attrs, Builder, Dim, SymDim, TensorType, Value
 from q35c.ir.graph import Attr
 from q35c.ir.types import Shape
 
-DTYPES = {torch.float32: "f32", torch.int64: "i32", torch.int32: "i32"}
+DTYPES = {torch.float32: "f32", torch.int64: "i32", torch.int32: "i32", torch.uint8: "u8"}
 TOKENS = SymDim("T")
-# Position of the batch axis of the program's inputs: tokens [1, T], positions [3, 1, T].
-_INPUT_BATCH_AXIS = {"tokens": 0, "positions": 1}
+# Position of the batch axis of the program's inputs: tokens [1, T], positions [3, 1, T]; those of a picture have none.
+_INPUT_BATCH_AXIS = {
+    "tokens": 0, "positions": 1, "patches": None, "taps": None, "tap_weights": None, "places": None,
+}  # fmt: skip
 _WRAPPERS = ("model.model.", "model.")
 
 
@@ -58,8 +60,8 @@ Made = Item | tuple[Item, ...] | None  # by a rule: one result, several, or an o
 class ImportState:
     """The graph so far, and which value each node of the program is. The import rules read and write it."""
 
-    def __init__(self, program: ExportedProgram) -> None:
-        self.builder = Builder("forward", stage="traced")
+    def __init__(self, program: ExportedProgram, name: str, prefix: str) -> None:
+        self.builder = Builder(name, stage="traced")
         self._program = program
         self._items: dict[Node, Item | tuple[Item, ...]] = {}
         self._leaves = {
@@ -67,7 +69,7 @@ class ImportState:
             for spec in program.graph_signature.input_specs
             if spec.kind is not InputKind.USER_INPUT
         }
-        self._weight_names = _weight_names(program)
+        self._weight_names = _weight_names(program, prefix)
         self._views: dict[Node, Node] = {}  # view -> what it is a view of
         self._stale: set[Node] = set()
         self._partly_stale: dict[Node, tuple[Any, ...]] = {}  # only this (axis, index) is stale
@@ -76,12 +78,13 @@ class ImportState:
         """Declare a graph input; weights and constants are made when first read."""
         if node.name in self._leaves:
             return
-        batch = _INPUT_BATCH_AXIS.get(node.name)
-        if batch is None:
+        if node.name not in _INPUT_BATCH_AXIS:
             raise self.error(node, "unexpected program input")
-        shape = self.shape(node)
-        squeezed = (*shape[:batch], *shape[batch + 1 :])
-        self._items[node] = Item(self.builder.input(node.name, TensorType("i32", squeezed)), batch)
+        batch, shape = _INPUT_BATCH_AXIS[node.name], self.shape(node)
+        if batch is not None:
+            shape = (*shape[:batch], *shape[batch + 1 :])
+        input_type = TensorType(self.dtype(node), shape)
+        self._items[node] = Item(self.builder.input(node.name, input_type), batch)
 
     def keep(self, node: Node, made: Made, viewed: Node | None) -> None:
         """Let a node mean what its rule has made; `viewed` is the node whose memory its results share, if any."""
@@ -148,6 +151,8 @@ class ImportState:
     def _dim(self, size: int | torch.SymInt, node: Node) -> Dim:
         if isinstance(size, int):
             return size
+        if size.node.expr.is_Integer:
+            return int(size.node.expr)  # computed from others, but the same for all
         factor, rest = size.node.expr.as_coeff_Mul()
         if not rest.is_Symbol or not factor.is_Integer:
             raise self.error(node, f"dimension {size} is not a multiple of the token count")
@@ -199,11 +204,11 @@ class ImportState:
             raise self.error(reader, f"reads {node.name} after an in-place write through a view")
 
 
-def _weight_names(program: ExportedProgram) -> dict[str, str]:
+def _weight_names(program: ExportedProgram, put_before: str) -> dict[str, str]:
     """Map each parameter to its canonical name; tied parameters share the first one's."""
     names: dict[str, str] = {}
     first: dict[int, str] = {}
     for target, tensor in program.state_dict.items():
         prefix = next((prefix for prefix in _WRAPPERS if target.startswith(prefix)), "")
-        names[target] = first.setdefault(id(tensor), target.removeprefix(prefix))
+        names[target] = first.setdefault(id(tensor), put_before + target.removeprefix(prefix))
     return names

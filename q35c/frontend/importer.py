@@ -14,13 +14,13 @@ from q35c.frontend.import_state import ImportState
 from q35c.ir import Graph
 
 
-def import_program(program: ExportedProgram) -> Graph:
-    """Convert a program made by `trace_model`: (tokens i32[T], positions i32[3, T]) -> f32[T, V].
+def import_program(program: ExportedProgram, name: str = "forward", prefix: str = "") -> Graph:
+    """Convert a program made by `trace_model`, (tokens i32[T], positions i32[3, T]) -> f32[T, V], or by `trace_tower`.
 
-    Weights carry canonical names. Raises InternalError, naming node and op, for an op without an
+    Weights carry canonical names, behind a prefix. Raises InternalError, naming node and op, for an op without an
     import rule.
     """
-    state = ImportState(program)
+    state = ImportState(program, name, prefix)
     nodes = list(program.graph.nodes)
     for node in nodes:
         if node.op == "placeholder":

@@ -15,6 +15,7 @@ import numpy as np
 
 from q35c.formats import registry
 from q35c.ir import reference as ref
+from q35c.ir import tower_rules as tower
 from q35c.ir import type_rules as rule
 from q35c.ir.type_rules import Attributes, ShapeRuleError, Types, symbolic_product
 
@@ -97,6 +98,10 @@ def reference_delta_net(*arrays, **attrs):
     return ref.gated_delta_net(*arrays, **attrs)[0]
 
 
+def reference_linear_bias(x, weight, bias):
+    return x @ weight.T.astype(x.dtype) + bias.astype(x.dtype)
+
+
 def linear_macs(shapes, attrs):
     return math.prod(shapes[0][:-1]) * sum(math.prod(s) for s in shapes[1:] if len(s) == 2)
 
@@ -172,12 +177,19 @@ define("delta_rule", "q k v g beta", "", rule.delta_rule_type, lambda *xs: ref.d
 define("attention", "q k v", "scale", rule.attention_type, ref.attention,
        "Causal attention with grouped queries.", stages=TRACED,
        macs=lambda s, a: s[0][0] * s[0][1] ** 2 * s[0][2])  # fmt: skip
+define("full_attention", "q k v", "scale", rule.attention_type, ref.full_attention,
+       "Attention of every token to all, with grouped queries.", stages=TRACED,
+       macs=lambda s, a: 2 * s[0][0] * s[0][1] ** 2 * s[0][2])  # fmt: skip
+define("gelu", "x", "form", tower.gelu_type, ref.gelu,
+       'x times the normal distribution at x: exactly ("erf"), or as GPT-2 approximated it ("tanh").', stages=TRACED)  # fmt: skip
 define("experts", "x ids weights gate_up down", "", rule.experts_type, ref.experts,
        "Weighted sum of each token's experts.", stages=TRACED,
        macs=lambda s, a: math.prod(s[1]) * (math.prod(s[3][1:]) + math.prod(s[4][1:])))  # fmt: skip
 
 define("rms_norm", "x weight", "eps offset", rule.normed, ref.rms_norm,
        "x * rsqrt(mean(x^2) + eps) * (offset + weight) over the last axis.", row_wise="x")  # fmt: skip
+define("layer_norm", "x weight bias", "eps", tower.layer_normed, ref.layer_norm,
+       "(x - mean(x)) * rsqrt(var(x) + eps) * weight + bias over the last axis.", row_wise="x")  # fmt: skip
 define("gated_rms_norm", "x weight gate", "eps", rule.normed, ref.gated_rms_norm,
        "rms_norm(x) * weight * silu(gate).", stages=FUSED)  # fmt: skip
 define("rotary_table", "positions", "inv_freq sections scaling", rule.rotary_table_type, ref.rotary_table,
@@ -198,6 +210,23 @@ define("linear_swiglu", "x gate up", "", rule.linear_swiglu_type, reference_swig
 define("linear_residual", "x residual weight", "", rule.linear_residual_type,
        lambda x, r, w: r + x @ w.T.astype(x.dtype), "residual + x weight^T.",
        macs=lambda s, a: math.prod(s[0][:-1]) * math.prod(s[2]), row_wise="x residual", factors="weight")  # fmt: skip
+define("linear_bias", "x weight bias", "", tower.linear_bias_type, reference_linear_bias,
+       "x weight^T + bias.", macs=linear_macs, row_wise="x", factors="weight")  # fmt: skip
+define("linear_bias_gelu", "x weight bias", "form", tower.linear_bias_type,
+       lambda x, w, b, *, form: ref.gelu(reference_linear_bias(x, w, b), form), "gelu(x weight^T + bias).",
+       macs=linear_macs, row_wise="x", factors="weight")  # fmt: skip
+define("linear_bias_residual", "x residual weight bias", "", tower.linear_bias_residual_type,
+       lambda x, r, w, b: r + reference_linear_bias(x, w, b), "residual + x weight^T + bias.",
+       macs=lambda s, a: math.prod(s[0][:-1]) * math.prod(s[2]), row_wise="x residual", factors="weight")  # fmt: skip
+define("scale_pixels", "x", "scale shift", tower.pixels_type, ref.scale_pixels,
+       "scale * x + shift of bytes, as f32.", row_wise="x")  # fmt: skip
+define("interpolate_rows", "table taps weights", "", tower.interpolated_type, ref.interpolate_rows,
+       "The weighted sum of some rows of a table, for each token.", row_wise="taps weights")  # fmt: skip
+define("axial_rotary_table", "places", "inv_freq", tower.axial_table_type, ref.axial_rotary_table,
+       "Cosines and sines for the rows and columns of a picture's patches: [T, R], half of the angles for each.")  # fmt: skip
+define("picture_attention", "qkv table", "heads scale", tower.picture_attention_type, ref.picture_attention,
+       "Rotary on whole heads and attention of every patch to all of [T, 3 * H * D]; queries, keys and values stand side by side.",
+       macs=lambda s, a: 2 * s[0][0] ** 2 * s[0][1] // 3)  # fmt: skip
 define("gated_delta_net", "qkv z b a conv_w a_log dt_bias norm_w", "key_heads value_heads eps",
        rule.delta_net_type, reference_delta_net, stages=FUSED,
        summary="Conv, SiLU, gates, delta rule and gated norm, from an empty state.")  # fmt: skip

@@ -6,6 +6,8 @@ dim, Hk/Hv key/value heads, Hq query heads. Equations: modeling files of transfo
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from q35c.formats.registry import round_rows
@@ -40,6 +42,24 @@ def topk(x: Array, k: int) -> tuple[Array, Array]:
 def rms_norm(x: Array, weight: Array, eps: float, offset: float) -> Array:
     scale = 1 / np.sqrt(np.mean(x * x, -1, keepdims=True, dtype=x.dtype) + x.dtype.type(eps))
     return x * scale * (weight.astype(x.dtype) + x.dtype.type(offset))
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float) -> Array:
+    centred = x - x.mean(-1, keepdims=True, dtype=x.dtype)
+    variance = np.mean(centred * centred, -1, keepdims=True, dtype=x.dtype)
+    scaled = centred / np.sqrt(variance + x.dtype.type(eps))
+    return scaled * weight.astype(x.dtype) + bias.astype(x.dtype)
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def gelu(x: Array, form: str) -> Array:
+    """Return x times the normal distribution at x: by "erf", or the approximation by "tanh"."""
+    if form == "erf":
+        return (x * 0.5 * (1 + _erf(x / math.sqrt(2)))).astype(x.dtype)
+    inner = x.dtype.type(math.sqrt(2 / math.pi)) * (x + x.dtype.type(0.044715) * x**3)
+    return x * (1 + np.tanh(inner)) / 2
 
 
 def gated_rms_norm(x: Array, weight: Array, gate: Array, eps: float) -> Array:
@@ -90,6 +110,11 @@ def attention(q: Array, k: Array, v: Array, scale: float, start: int = 0) -> Arr
     visible = np.arange(k.shape[1])[None] <= start + np.arange(q.shape[1])[:, None]
     scores = np.where(visible, scores, -np.inf)
     return np.einsum("hts,hsd->thd", softmax(scores, -1).astype(q.dtype), values)
+
+
+def full_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
+    """Attend to everything: q [Hq, T, D], k and v [Hkv, S, D]; return [T, Hq, D]."""
+    return attention(q, k, v, scale, start=k.shape[1])
 
 
 def experts(
@@ -152,6 +177,29 @@ def rotary(x: Array, table: Array) -> Array:
     cos, sin = table[:, :half].astype(x.dtype), table[:, half:].astype(x.dtype)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def axial_rotary_table(places: Array, inv_freq) -> Array:
+    """Return [T, R]: cos then sin of R/2 angles, those of the rows places[:, 0], then those of the columns."""
+    angles = places.astype(np.float32)[:, :, None] * np.asarray(inv_freq, np.float32)  # [T, 2, R/4]
+    angles = angles.reshape(len(places), -1)
+    return np.concatenate([np.cos(angles), np.sin(angles)], -1)
+
+
+def picture_attention(qkv: Array, table: Array, *, heads: int, scale: float) -> Array:
+    """Rotate queries and keys of qkv [T, 3 * H * D] by table [T, D], attend to all; return [T, H * D]."""
+    q, k, v = qkv.reshape(len(qkv), 3, heads, -1).transpose(1, 2, 0, 3)
+    out = full_attention(rotary(q, table), rotary(k, table), v, scale)
+    return out.reshape(len(qkv), -1)
+
+
+def scale_pixels(x: Array, scale: float, shift: float) -> Array:
+    return x.astype(np.float32) * np.float32(scale) + np.float32(shift)
+
+
+def interpolate_rows(table: Array, taps: Array, weights: Array) -> Array:
+    """Return the sum over n of weights[:, n] * table[taps[:, n]]."""
+    return (table[taps] * weights[:, :, None].astype(table.dtype)).sum(1)
 
 
 def gated_delta_net(

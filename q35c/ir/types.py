@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-DType = Literal["f32", "bf16", "i32", "i64"]
-DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "i32": 4, "i64": 8}
+DType = Literal["f32", "bf16", "u8", "i32", "i64"]
+DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "u8": 1, "i32": 4, "i64": 8}
 
 
 @dataclass(frozen=True, slots=True)

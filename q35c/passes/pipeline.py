@@ -15,9 +15,13 @@ from q35c.passes.canonicalize import canonicalize
 from q35c.passes.fold_moe import fold_moe
 from q35c.passes.fold_shared_expert import fold_shared_expert
 from q35c.passes.fuse_attention import fuse_attention
+from q35c.passes.fuse_bias import fuse_bias
 from q35c.passes.fuse_gated_delta import fuse_gated_delta
+from q35c.passes.fuse_interpolation import fuse_interpolation
 from q35c.passes.fuse_linear import fuse_linear
 from q35c.passes.fuse_norm import fuse_norm
+from q35c.passes.fuse_picture_attention import fuse_picture_attention
+from q35c.passes.fuse_pixels import fuse_pixels
 from q35c.passes.fuse_rotary import fuse_rotary
 from q35c.passes.fuse_rounding import fuse_rounding
 from q35c.passes.introduce_state import introduce_state
@@ -56,6 +60,11 @@ PIPELINE: tuple[Pass, ...] = (
     each(FUSED, fuse_gated_delta),
     each(FUSED, fold_moe),
     each(FUSED, fuse_attention),
+    # Of a vision tower.
+    each(FUSED, fuse_pixels),
+    each(FUSED, fuse_interpolation),
+    each(FUSED, fuse_picture_attention),
+    each(FUSED, fuse_bias),
     each(FUSED, canonicalize),
     each(FUSED, fuse_linear),
     each(FUSED, canonicalize),

@@ -143,6 +143,12 @@ GOOD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "batch axis as a real axis": lambda x, w: x[:, 0, :, None] + x.transpose(1, 2).mean(-1, True),
     "scalars": lambda x, w: (x * 3 + 2) * 0.5,
     "functions": lambda x, w: torch.sigmoid(x) * torch.nn.functional.silu(-x) + x.cos() * x.sin(),
+    "bias": lambda x, w: torch.nn.functional.linear(x, w[None], w[:1]),
+    "unbind": lambda x, w: x.unbind(-1)[3] + x.unbind(1)[0][..., 1] + x.unbind(0)[2][..., 0],
+    "layer norm": lambda x, w: torch.nn.functional.layer_norm(x, (8,), w, w * 1.0, 1e-3),
+    "gelu": lambda x, w: (
+        torch.nn.functional.gelu(x, approximate="tanh") + torch.nn.functional.gelu(-x)
+    ),
     "cast and back": lambda x, w: x.long().float() + w,
 }
 
@@ -204,7 +210,10 @@ BAD: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], str]] = {
     "write to a weight": (write_to_a_weight, "in-place write to an input or a weight"),
     "write through a transpose": (write_through_a_transpose, "something else than a slice"),
     "unknown op": (lambda x, w: torch.erf(x), r"no import rule for op aten\.erf\.default"),
-    "bias": (lambda x, w: torch.nn.functional.linear(x, w[None], w[:1]), "bias"),
+    "layer norm of two axes": (
+        lambda x, w: torch.nn.functional.layer_norm(x, x.shape[2:]),
+        "layer norm",
+    ),
     "expand": (lambda x, w: w.expand(3, 1, 1, 8) * x, "expand that repeats data"),
     "token slice": (lambda x, w: x[:, :, 1:], "batch or token axis"),
     "token mean": (lambda x, w: x.mean((2, 3)), "several axes"),

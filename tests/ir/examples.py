@@ -6,32 +6,19 @@ Types are IR text; `@` and `$` mark weights and state. `docs/ir.md` shows the ex
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
 from q35c.ir import Builder, Graph, SymDim, TensorType, Value
 from q35c.ir.ops import OPS, ROUNDING
 from q35c.ir.text import parse_dim
+from tests.ir import tower_examples
+from tests.ir.cases import Case, case
 
 T = SymDim("T")
 SIZES = {"T": 5, "B": 2, "CTX": 9}
 KINDS = {"@": "weight", "$": "state"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Operand types in order, attributes, and the stage they are written at."""
-
-    operands: tuple[str, ...]
-    attrs: dict[str, Any] = field(default_factory=dict)
-    stage: str = "traced"
-
-
-def case(operands: str, stage: str = "traced", **attrs: Any) -> Case:
-    """Make a case from types separated by spaces, dims separated by commas."""
-    return Case(tuple(operands.split()), attrs, stage)
 
 
 _QKV = "f32[T,32] f32[T,16] f32[T,4] f32[T,4] @f32[32,1,3] @f32[4] @f32[4] @f32[4]"  # Hk 2, Hv 4
@@ -112,6 +99,7 @@ FITS: dict[str, Case] = {
     ),
     "folded_moe_residual": case(_FOLDED_MOE, "scheduled", top_k=2, dtype="q8g32"),
 }
+FITS |= tower_examples.FITS
 FITS |= {  # an op that also rounds takes what it takes without
     f"rounded_{kind}": replace(
         FITS[kind],
@@ -308,6 +296,7 @@ REFUSED: dict[str, list[Case]] = {
         case(_FOLDED_MOE, "quantized", top_k=2, dtype="q8g32"),
     ],
 }
+REFUSED |= tower_examples.REFUSED
 REFUSED |= {
     f"rounded_{kind}": [
         replace(fits, stage="quantized"),
@@ -356,8 +345,8 @@ def draw(value: Value, rng: np.random.Generator) -> np.ndarray:
     Positive, so that rsqrt is defined; integers run 0, 1, 0, 1.. so that they index every table.
     """
     shape = sized(value.type)
-    if value.type.dtype in ("i32", "i64"):
-        dtype = {"i32": np.int32, "i64": np.int64}[value.type.dtype]
+    if value.type.dtype in ("u8", "i32", "i64"):
+        dtype = {"u8": np.uint8, "i32": np.int32, "i64": np.int64}[value.type.dtype]
         return (np.arange(int(np.prod(shape))) % 2).astype(dtype).reshape(shape)
     if value.kind == "state":
         return np.zeros(shape, np.float32)

@@ -177,6 +177,12 @@ def draw_fused_norm(d: Draw) -> Value:
     return d.emit("rms_norm", x, d.weight(x.type.shape[-1]), eps=1e-6, offset=d.pick(0.0, 1.0))
 
 
+def draw_layer_norm(d: Draw) -> Value:
+    x = d.rows()
+    size = x.type.shape[-1]
+    return d.emit("layer_norm", x, d.weight(size), d.weight(size), eps=1e-3)
+
+
 # --- what passes look for -------------------------------------------------------------------------
 
 
@@ -222,6 +228,20 @@ def draw_residual(d: Draw) -> Value:
     return d.emit("add", *d.pick((residual, product), (product, residual)))
 
 
+def draw_bias(d: Draw) -> Value:
+    """x weight^T + bias and what may follow it, perhaps with a bias of another form, perhaps with a sum read elsewhere."""
+    x = d.rows()
+    size, shape = x.type.shape[-1], d.pick((), (), (1,))
+    product = d.emit("linear", x, d.weight(size, size))
+    made = d.emit("add", product, d.weight(*shape, size))
+    d.pool += [v for v in (product, made) if d.rng.random() < 0.2]
+    follower = d.pick("gelu", "add", "nothing")
+    if follower == "gelu":
+        return d.emit("gelu", made, form=d.pick("erf", "tanh"))
+    same = [v for v in d.pool if v.type == made.type] or [x]
+    return d.emit("add", d.pick(*same), made) if follower == "add" else made
+
+
 def draw_twice(d: Draw) -> Value:
     """Compute one thing twice."""
     x = d.value()
@@ -233,7 +253,7 @@ STEPS: tuple[Callable[[Draw], Value], ...] = (
     *(draw_unary, draw_scalar, draw_binary, draw_binary, draw_reshape, draw_reshape),
     *(draw_transpose, draw_transpose, draw_slice, draw_update, draw_concat, draw_reduction),
     *(draw_cast, draw_linear, draw_fused_norm, draw_norm, draw_norm, draw_swiglu, draw_residual),
-    *(draw_twice,),
+    *(draw_twice, draw_layer_norm, draw_bias),
 )
 
 

@@ -56,5 +56,7 @@ def test_graphs_use_every_op_they_may(drawn):
     used = {op.kind for graph, _, _ in drawn for op in graph.ops}
     composites = {"embedding", "topk", "constant", "causal_conv", "delta_rule", "attention"}
     composites |= {"experts", "rotary_table", "linear_swiglu", "linear_residual"}
+    composites |= {"full_attention", "picture_attention", "axial_rotary_table", "scale_pixels"}
+    composites |= {"interpolate_rows", "linear_bias", "linear_bias_gelu", "linear_bias_residual"}
     traced = {kind for kind, spec in OPS.items() if spec.stages[0] == "traced"}
     assert traced - composites - {"sparse_moe", "sparse_moe_residual"} == used

@@ -31,6 +31,8 @@ def draw(value: Value, seed: int, sizes: dict[str, int], dtype: type) -> np.ndar
     if value.kind == "state":
         is_cache = value.name.endswith(("keys", "values"))
         return np.full(shape, np.nan if is_cache else 0.0, dtype)
+    if value.type.dtype == "u8":
+        return rng.integers(0, 256, shape).astype(np.uint8)
     if value.type.dtype in ("i32", "i64"):
         kind = {"i32": np.int32, "i64": np.int64}[value.type.dtype]
         return rng.integers(0, 1 if value.name in ZEROS else INDICES, shape).astype(kind)

@@ -21,7 +21,12 @@ SEEDS = range(320)
 MUTANTS = 12  # of each golden
 FUSIONS = sorted({row.name for row in FUSION})
 GOLDENS = {name: sorted(Path(__file__).parent.glob(f"{name}/*.txt")) for name in FUSIONS}
-MATCHING = ("canonicalize", "fuse_linear", "fuse_norm")  # what random graphs hold work for
+MATCHING = (
+    "canonicalize",
+    "fuse_bias",
+    "fuse_linear",
+    "fuse_norm",
+)  # what random graphs hold work for
 
 
 def random_case(seed: int) -> tuple[Graph, list[np.ndarray], tuple, float]:
@@ -66,7 +71,7 @@ def test_random_graphs_are_fused_often_enough(cases) -> None:
     for graph, *_ in cases:
         for name in MATCHING:
             counts[name] += PASSES[name](graph) != graph
-    assert min(counts.values()) >= 40 and len(counts) == 3, counts
+    assert min(counts.values()) >= 40 and len(counts) == len(MATCHING), counts
 
 
 @pytest.mark.parametrize("name", FUSIONS)
