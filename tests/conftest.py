@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -29,3 +30,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("nightly"):
             item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Make kernels faster to parse, where any of what was collected may have some."""
+    if "tvm" in sys.modules:
+        from tests.quick_parser import install
+
+        install()
