@@ -126,9 +126,10 @@ class ClipFile:
         """Call libav. Raises MediaError for whatever a damaged file makes it raise."""
         try:
             return call()
-        except (MediaError, MemoryError):
-            raise
         except Exception as error:
+            # libav raises a kind of MemoryError of its own where a file asks for absurd sizes.
+            if isinstance(error, MediaError) or type(error) is MemoryError:
+                raise
             raise MediaError(
                 f"the clip cannot be decoded: {error!s:.200}", where=self._where, hint=_HINT
             ) from None

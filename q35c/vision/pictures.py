@@ -27,8 +27,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 # pages one for 200, what is made to burst memory one for 1000 (the most that deflate can do).
 _SMALL_BYTES = 32 << 20
 _MAX_EXPANSION = 256
-# Every scan of a progressive JPEG passes over the whole picture; encoders write about ten.
+# Every scan of a progressive JPEG passes over the whole picture, a second for 1000 megapixels; encoders write about ten.
 _MAX_SCANS = 100
+_MAX_SCANNED_PIXELS = 12 * MAX_PIXELS
 _STRIP_PIXELS = 1 << 20
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _BANDS_OF_MODES = {"1": 1, "L": 1, "P": 1, "I": 4, "F": 4, "LA": 4, "PA": 4}
@@ -92,8 +93,6 @@ def check_bytes(count: int, where: str, most: int = MAX_FILE_BYTES) -> None:
 
 def _open_bytes(data: bytes, where: str) -> Any:
     check_bytes(len(data), where)
-    if data[:2] == b"\xff\xd8" and data.count(b"\xff\xda") > _MAX_SCANS:
-        raise MediaError("too many scans", where=where, expected=f"at most {_MAX_SCANS}")
     try:
         image = pillow().open(io.BytesIO(data), formats=FORMATS)
     except MemoryError:
@@ -101,7 +100,18 @@ def _open_bytes(data: bytes, where: str) -> Any:
     except Exception as error:
         raise _unreadable(error, where) from None
     _check_size(image, len(data), where)
+    _check_scans(image, data, where)
     return image
+
+
+def _check_scans(image: Any, data: bytes, where: str) -> None:
+    """Refuse a JPEG that says the same thing over and over."""
+    if image.format != "JPEG":
+        return
+    width, height = image.size
+    most = min(_MAX_SCANS, _MAX_SCANNED_PIXELS // (width * height))
+    if (found := data.count(b"\xff\xda")) > most:
+        raise MediaError("too many scans", where=where, expected=f"at most {most}", got=found)
 
 
 def _unreadable(error: Exception, where: str) -> Exception:
