@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from q35c.codegen.cuda.families import FAMILIES
-from q35c.codegen.cuda.text import Launched, cuda_text
+from q35c.codegen.cuda.text import cuda_text
 from tests.cuda.machine import Machine, build
 
 _machine: list[Machine] = []
 Outputs = Mapping[str, tuple[int, ...] | np.ndarray]
+_KERNEL = 'extern "C" __global__'
 FEW: tuple[str | int, ...] = ("forward", "backward")
 
 
@@ -92,25 +93,22 @@ class CudaKernels:
             shared_bytes=launched.shared_bytes, order=order, constants=constants,
         )  # fmt: skip
 
-    def body(self, name: str) -> tuple[str, str, str]:
-        """Return the text before a kernel's definition, the definition, and what follows."""
-        return split_kernel(self.text, self.launched[name])
-
-
-def split_kernel(text: str, launched: Launched) -> tuple[str, str, str]:
-    start = text.rindex(f" {launched.symbol}(")
-    end = text.find("\n}\n", start) + 3
-    return text[:start], text[start:end], text[end:]
+    def alone(self, name: str) -> tuple[str, str]:
+        """Return the text before all kernels, and the definition of one."""
+        start = self.text.rindex(f" {self.launched[name].symbol}(")
+        start = self.text.rindex(_KERNEL, 0, start)
+        end = self.text.find("\n}\n", start) + 3
+        return self.text[: self.text.index(_KERNEL)], self.text[start:end]
 
 
 BARRIER = re.compile(r"__syncthreads\(\);|__syncwarp\(\);")
 
 
 def without_barriers(kernels: CudaKernels, name: str) -> list[str]:
-    """Return the text once for each barrier of a kernel, without that barrier."""
-    before, body, after = kernels.body(name)
+    """Return the text of a kernel alone once for each of its barriers, without that barrier."""
+    before, body = kernels.alone(name)
     places = [match.span() for match in BARRIER.finditer(body)]
-    return [before + body[:start] + body[end:] + after for start, end in places]
+    return [before + body[:start] + body[end:] for start, end in places]
 
 
 def unseen_barriers(kernels: CudaKernels, name: str, rows: int, **arguments: Any) -> int:

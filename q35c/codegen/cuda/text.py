@@ -19,6 +19,8 @@ from q35c.errors import InternalError
 _ORACLE_ARCHITECTURE = "sm_80"
 _VALUE = 15  # kind of a field that a packed call's argument is stored to: its value
 _AXES = ("x", "y", "z")
+# The first shrinks padded shared memory that asm addresses; the second would pass what host and kernel both compute.
+_NOT_WANTED = ("s_tir.CompactBufferAllocation", "tirx.CommonSubexprElim")
 _DYNAMIC = "tirx.use_dyn_shared_memory"
 _FIRST_KERNEL = 'extern "C" __global__'
 
@@ -64,8 +66,7 @@ def cuda_text(functions: Mapping[str, PrimFunc]) -> tuple[str, dict[str, Launche
     named: Any = {
         name: function.with_attr("global_symbol", name) for name, function in functions.items()
     }
-    # CompactBufferAllocation shrinks padded shared memory that asm addresses.
-    with tvm.transform.PassContext(disabled_pass=["s_tir.CompactBufferAllocation"]):
+    with tvm.transform.PassContext(disabled_pass=list(_NOT_WANTED)):
         module: Any = tirx.transform.BindTarget(target)(tvm.IRModule(named))
         passes: Any = tirx.get_default_tir_pipeline(target)
         pipeline, finish_host, finish_device = passes

@@ -19,6 +19,16 @@ FLOAT_INPUTS = 16  # of a row of floats, multiplied at a time
 _SIGNS = 0x80808080
 
 
+class Line:
+    """A line of an array of two axes, indexed by its words alone."""
+
+    def __init__(self, words: Expr, line: Expr) -> None:
+        self._words, self._line = words, line
+
+    def __getitem__(self, word: Expr) -> Expr:
+        return self._words[self._line, word]
+
+
 def weight_type(dtype: str) -> str:
     """Return the type of the words in which a kernel reads weights of a format."""
     return "float32" if dtype == "f32" else "uint32"

@@ -130,3 +130,18 @@ def low_bf16(word: Expr) -> Expr:
 def high_bf16(word: Expr) -> Expr:
     """Return as f32 the second of two bf16 in a word uint32."""
     return f32_of(T.bitwise_and(word, T.uint32(0xFFFF0000)))
+
+
+def bits_of(value: Expr) -> Expr:
+    """Return the bits of an f32 as int32."""
+    return extern("int32", "__float_as_int", value)
+
+
+def from_bits(word: Expr) -> Expr:
+    """Return the f32 whose bits an int32 holds."""
+    return extern("float32", "__int_as_float", word)
+
+
+def shuffle(value: Expr, lane: Expr) -> Expr:
+    """Return the value of a lane; every lane of the warp must come here."""
+    return T.tvm_warp_shuffle(T.uint32(_ALL_LANES), value, lane, WARP, WARP)
