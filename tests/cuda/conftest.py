@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -17,5 +18,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     driver.recover()
     monkeypatch.setenv(LIBRARY, str(driver.path))
     yield driver
+    gc.collect()
+    taken = driver.taken()
     driver.recover()
-    assert driver.taken() == {}
+    assert taken == {}

@@ -83,7 +83,7 @@ class Emulated:
         return self._library.fakecuda_findings().decode().splitlines()
 
     def recover(self) -> None:
-        """Forget failures and findings, as a new process would."""
+        """Forget failures, findings and what is taken, as if the process began anew."""
         self._library.fakecuda_recover()
 
 

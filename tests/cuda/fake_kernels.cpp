@@ -1,4 +1,6 @@
 // The fake model in kernels of the host machine.
+#include <signal.h>
+
 #include "driver/machine.h"
 extern "C" {
 #include "../fake_model.h"
@@ -8,7 +10,7 @@ template <class T>
 static T get(void** parameters, int index) {
   return *(T*)parameters[index];
 }
-static void fail() { *(volatile int*)nullptr = 0; }
+static void fail() { raise(SIGSEGV); }
 
 // state, hashes, tokens, positions, slots, starts, noise, rows, is_batch
 static void append_rows(const Grid* grid, void** p) {

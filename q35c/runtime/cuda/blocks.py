@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q35c.artifact import Artifact
+from q35c.errors import Q35CError
 from q35c.layouts import blobs
 from q35c.runtime.arrays import NUMPY_TYPES
 from q35c.runtime.cuda.driver import Driver
@@ -47,15 +48,20 @@ class Memory:
 
     def take(self, give_back: str, handle: int) -> int:
         """Have something given back by a function of the driver; return it."""
-        self._undo.callback(self.driver.call, give_back, handle)
+        self._undo.callback(self.driver.function(give_back), handle)
         return handle
 
     def defer(self, give_back: Callable[[], None]) -> None:
-        """Have something else given back in its turn."""
-        self._undo.callback(give_back)
+        """Have something else done in its turn."""
+
+        def attempt() -> None:
+            with contextlib.suppress(Q35CError):
+                give_back()
+
+        self._undo.callback(attempt)
 
     def close(self) -> None:
-        """Give everything back, the last first. Raises DeviceError, after all was tried."""
+        """Give everything back, the last first. Nothing can be done about what fails."""
         self._undo.close()
 
 
@@ -94,6 +100,11 @@ class _Stage:
             self._hashed.result()
         self._stream.synchronize()
 
+    def settle(self) -> None:
+        """Wait, where something has failed that is worth more words than what fails now."""
+        with contextlib.suppress(Q35CError):
+            self.wait()
+
 
 def upload_weights(artifact: Artifact, address: int, driver: Driver, *, is_verified: bool) -> None:
     """Copy the weights from the file to the device, through two buffers; the context must be current.
@@ -113,8 +124,11 @@ def upload_weights(artifact: Artifact, address: int, driver: Driver, *, is_verif
                 artifact.read_weights_into(part, start)
                 hashed = hasher.submit(digest.update, part) if is_verified else None
                 stage.send(part, address + start, hashed)
-        finally:
             for stage in stages:
                 stage.wait()
+        except BaseException:  # the buffers must not go before
+            for stage in stages:
+                stage.settle()
+            raise
     if is_verified:
         artifact.check_weights_hash(digest.hexdigest())

@@ -10,7 +10,14 @@ import weakref
 from collections.abc import Generator, Iterable
 
 from q35c.artifact.target import EMULATED, CudaImage
-from q35c.errors import DeviceError, DeviceFault, IncompatibleDevice, NoDevice, OutOfDeviceMemory
+from q35c.errors import (
+    DeviceError,
+    DeviceFault,
+    IncompatibleDevice,
+    NoDevice,
+    OutOfDeviceMemory,
+    Q35CError,
+)
 from q35c.runtime.cuda.driver import Driver
 from q35c.runtime.memory import Available
 from q35c.runtime.process import Origin
@@ -103,8 +110,15 @@ class Context:
 
         Raises DeviceFault at once if the device has failed before.
         """
-        if self._fault is not None:
-            raise self._fault
+        if (fault := self._fault) is not None:
+            got = f"{fault.where}: {fault.got}"
+            raise DeviceFault(
+                "the device has failed before",
+                where=self.title,
+                code=fault.code,
+                got=got,
+                hint=fault.hint,
+            )
         with self._named(doing), self.driver.current(self._handle):
             yield
 
@@ -128,7 +142,7 @@ class Context:
 
 def _release(driver: Driver, device: int, origin: Origin) -> None:
     if not origin.is_elsewhere:
-        with contextlib.suppress(DeviceError):
+        with contextlib.suppress(Q35CError):
             driver.call("cuDevicePrimaryCtxRelease_v2", device)
 
 

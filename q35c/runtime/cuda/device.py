@@ -15,7 +15,7 @@ from q35c.artifact import Artifact
 from q35c.artifact.entries import Entry
 from q35c.artifact.leaves import Probe
 from q35c.artifact.target import CudaTarget
-from q35c.errors import DeviceError, OptionError
+from q35c.errors import OptionError, Q35CError
 from q35c.layouts.blobs import tensor_bytes
 from q35c.runtime.arrays import fill_inputs
 from q35c.runtime.cuda.blocks import Memory, upload_weights
@@ -68,6 +68,8 @@ class CudaDevice:
         blobs["state"] = self.states.origin
         self._programs = load_programs(driver, memory, module, target, manifest.entries, blobs)
         self._host = memory.pin(manifest.io.bytes)
+        for stream in (self._steps, copies):  # first of all: what was cut short may still go on
+            memory.defer(stream.settle)
         self._fields = {
             name: self._host.view(field.dtype, field.shape, field.offset)
             for name, field in manifest.io.fields.items()
@@ -176,6 +178,6 @@ def _of_device(sequence: HasState) -> DeviceState:
 def _close(memory: Memory, context: Context) -> None:
     """Give back all that a model has taken. Nothing can be done about errors, and where the context is lost, nothing need be."""
     if not context.origin.is_elsewhere:
-        with contextlib.suppress(DeviceError), context.current("closing"):
+        with contextlib.suppress(Q35CError), context.current("closing"):
             memory.close()
         context.close()

@@ -7,7 +7,7 @@ from q35c.artifact.target import CudaTarget, Target
 from q35c.errors import IncompatibleDevice
 from q35c.runtime.cuda.context import Context
 from q35c.runtime.cuda.device import CudaDevice
-from q35c.runtime.cuda.states import StatePlan, granularity_of
+from q35c.runtime.cuda.states import StateMemory, StatePlan, granularity_of
 from q35c.runtime.device import Device
 from q35c.runtime.memory import Available
 
@@ -22,7 +22,7 @@ class Cuda:
         """Find the device. Raises NoDevice."""
         self._manifest = manifest
         self._context = Context(ordinal)
-        self._device: CudaDevice | None = None
+        self._states: StateMemory | None = None
 
     def check(self, target: Target) -> None:
         """Find the image that fits, then take part in the device's context."""
@@ -41,10 +41,14 @@ class Cuda:
         self._plan = StatePlan(self._manifest, granularity_of(self._context))
 
     def available_memory(self) -> Available:
+        if self._states is not None:
+            self._states.reclaim()
         return self._context.available_memory()
 
     def sequence_bytes(self, tokens: int) -> int:
         return self._plan.state_bytes(tokens)
 
     def load(self, artifact: Artifact, *, mapped: bool, is_verified: bool) -> Device:
-        return CudaDevice(self._context, artifact, self._plan, is_verified=is_verified)
+        device = CudaDevice(self._context, artifact, self._plan, is_verified=is_verified)
+        self._states = device.states
+        return device

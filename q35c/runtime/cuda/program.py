@@ -107,9 +107,9 @@ class Program:
             with contextlib.ExitStack() as undo:
                 made = ctypes.c_void_p()
                 driver.call("cuStreamEndCapture", capture.handle, ctypes.byref(made))
-                undo.callback(driver.call, "cuGraphDestroy", made)
+                undo.callback(driver.function("cuGraphDestroy"), made)
                 graph = driver.size("cuGraphInstantiateWithFlags", made, 0)
-            self._graphs[rows] = self._memory.take("cuGraphExecDestroy", graph)
+                self._graphs[rows] = self._memory.take("cuGraphExecDestroy", graph)
         return self._graphs[rows]
 
     def record(self, rows: int, stream: Stream) -> list[int]:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from q35c.artifact import Manifest
 from q35c.artifact.leaves import StateTensor
-from q35c.errors import DeviceError, OptionError
+from q35c.errors import OptionError, Q35CError
 from q35c.runtime.arrays import NUMPY_TYPES
 from q35c.runtime.cuda.context import Context
 from q35c.runtime.cuda.stream import Stream
@@ -174,8 +174,8 @@ class StateMemory:
 
     def reserve(self) -> DeviceState:
         """Return a new state; memory is mapped by use. Raises OutOfDeviceMemory."""
+        self.reclaim()
         with self._context.current("a new sequence"):
-            self.reclaim()
             space = self._reserve()
         state = DeviceState(self, space)
         weakref.finalize(state, self._left.append, space).atexit = False
@@ -211,9 +211,9 @@ class StateMemory:
         access = _Access(location, _READ_WRITE)
         with contextlib.ExitStack() as undo:
             handle = driver.size("cuMemCreate", size, ctypes.byref(properties), 0)
-            undo.callback(driver.call, "cuMemRelease", handle)
+            undo.callback(driver.function("cuMemRelease"), handle)
             driver.call("cuMemMap", address, size, 0, handle, 0)
-            undo.callback(driver.call, "cuMemUnmap", address, size)
+            undo.callback(driver.function("cuMemUnmap"), address, size)
             driver.call("cuMemSetAccess", address, size, ctypes.byref(access), 1)
             driver.call("cuMemsetD8Async", address, 0, size, stream.handle)
             space.pieces.append((address, size, handle))
@@ -230,9 +230,10 @@ class StateMemory:
             self._driver.call("cuMemRelease", handle)
 
     def reclaim(self) -> None:
-        """Give back what states that are gone have left. The context must be current."""
+        """Give back what states that are gone have left."""
         while self._left:
-            self._free(self._left.popleft())
+            with self._context.current("giving back a sequence"):
+                self._free(self._left.popleft())
 
     def _free(self, space: Space) -> None:
         if space in self._live:
@@ -243,7 +244,7 @@ class StateMemory:
     def close(self) -> None:
         """Give everything back, live states included. The context must be current."""
         for space in list(self._live):
-            with contextlib.suppress(DeviceError):
+            with contextlib.suppress(Q35CError):
                 self._free(space)
 
     def save(self, space: Space, parts: Sequence[Part], tokens: int) -> Saved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 
+from q35c.errors import Q35CError
 from q35c.runtime.cuda.driver import Driver
 
 _NON_BLOCKING = 1  # does not wait for the default stream, which other libraries use
@@ -25,8 +26,11 @@ class Stream:
         self._needs = needs
         try:
             yield
-        finally:  # a signal handler may raise at any point, also here: then `settle` finds it
-            self.synchronize()
+        except BaseException:  # which says more than what waiting for the rest might raise
+            with contextlib.suppress(Q35CError):
+                self.synchronize()
+            raise
+        self.synchronize()  # a signal handler may raise at any point: then `settle` finds it
 
     def settle(self) -> None:
         """Wait for work whose caller was interrupted while waiting."""

@@ -422,7 +422,7 @@ API cuGraphLaunch(Graph* executable, Stream* stream) {
 API cuGraphDestroy(Graph* graph) { CONTEXT; delete graph; --live_["graph"]; return OK; }
 API cuGraphExecDestroy(Graph* graph) { CONTEXT; delete graph; --live_["executable"]; return OK; }
 API cuEventCreate(Event** event, unsigned) { CONTEXT; *event = new Event; ++live_["event"]; return OK; }
-API cuEventDestroy_v2(Event* event) { CONTEXT; delete event; --live_["event"]; return OK; }
+API cuEventDestroy_v2(Event*) { CONTEXT; --live_["event"]; return OK; }  // kept: a stream may still record it
 API cuEventRecord(Event* event, Stream* stream) {
   CONTEXT;
   event->is_done = false;
@@ -438,7 +438,15 @@ API cuEventElapsedTime(float* milliseconds, Event* first, Event* last) {
 
 // --- for the tests ---
 VISIBLE void fakecuda_fail(const char* failure) { std::lock_guard<std::recursive_mutex> guard(mutex_); failure_ = failure; calls_.clear(); }
-VISIBLE void fakecuda_recover() { std::lock_guard<std::recursive_mutex> guard(mutex_); sticky_ = 0; failure_.clear(); machine_forget_findings(); }
+VISIBLE void fakecuda_recover() {  // as if the process began anew
+  std::lock_guard<std::recursive_mutex> guard(mutex_);
+  for (auto& [start, bytes] : mapped_) machine_unmap(start, bytes);
+  for (Stream* stream : streams_) stream->queue.clear();
+  mapped_.clear(), reserved_.clear(), pinned_.clear(), allocated_.clear(), behind_.clear();
+  physical_.clear(), streams_.clear(), live_.clear(), current_.clear(), failure_.clear();
+  contexts_ = sticky_ = used_ = 0;
+  machine_forget_findings();
+}
 VISIBLE const char* fakecuda_findings() { return machine_findings(); }
 static const char* table(const std::map<std::string, long>& numbers) {
   text_.clear();
