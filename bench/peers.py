@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 from peer import report, systems
-from peer.install import Cache
+from peer.install import Cache, default_cache
 from peer.machine import Probe
 from peer.rounds import Rounds, machine_facts, make_plan
 from peer.systems import Maker, System, Test
@@ -79,10 +78,12 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    default = os.environ.get("Q35C_PEERS_CACHE", Path.home() / ".cache/q35c-peers")
     add("model", nargs="?", default="qwen3.5-0.8b", help="a family name [qwen3.5-0.8b]")
     add(
-        "--cache", type=Path, default=default, help="where peers and models stay; $Q35C_PEERS_CACHE"
+        "--cache",
+        type=Path,
+        default=default_cache(),
+        help="where peers and models stay; $Q35C_PEERS_CACHE",
     )
     add("--only", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)}")
     add("--precision", help="q35c's, as a list [all but f32]")

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+CHAT_PATH = "/v1/chat/completions"
 ANSWERS = 3  # of each client of `load`
 
 
@@ -88,7 +89,7 @@ async def connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, Any
             await writer.wait_closed()
 
 
-def request(body: Any = None, path: str = "/v1/chat/completions") -> bytes:
+def request(body: Any = None, path: str = CHAT_PATH) -> bytes:
     data = b"" if body is None else json.dumps(body).encode()
     head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: localhost\r\n"
     head += (
@@ -109,12 +110,14 @@ def chat(number: int, tokens: int) -> dict[str, Any]:
     }
 
 
-async def ask(port: int, body: Any, leave_after: float | None = None) -> Answer:
+async def ask(
+    port: int, body: Any, leave_after: float | None = None, path: str = CHAT_PATH
+) -> Answer:
     """Send a request and read its stream, or go away after some seconds."""
     made = Answer(begun=time.perf_counter())
     with contextlib.suppress(TimeoutError, ConnectionError):
         async with asyncio.timeout(leave_after), connection(port) as (reader, writer):
-            writer.write(request(body))
+            writer.write(request(body, path))
             made.status = int((await reader.readline()).split()[1])
             made.headed = time.perf_counter()
             async for line in reader:
@@ -130,7 +133,7 @@ def _note(made: Answer, line: bytes) -> None:
         made.new_tokens = (event.get("usage") or {}).get("completion_tokens", made.new_tokens)
         for choice in event.get("choices", ()):
             made.reason = choice["finish_reason"] or made.reason
-            if choice["delta"].get("content"):
+            if choice.get("text") or choice.get("delta", {}).get("content"):
                 made.times.append(time.perf_counter())
 
 
@@ -159,6 +162,11 @@ def quantile(values: list[float], share: float) -> float:
     return 1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
+def rate_of(answers: list[Answer], seconds: float) -> float:
+    """Return the tokens a second of all answers together."""
+    return sum(made.new_tokens for made in answers) / seconds
+
+
 async def load(server: Server, options: argparse.Namespace) -> str:
     lines: list[str] = []
     for clients in options.clients:
@@ -172,7 +180,7 @@ async def load(server: Server, options: argparse.Namespace) -> str:
         answers = list(itertools.chain(*done))
         gaps = [b - a for made in answers for a, b in itertools.pairwise(made.times)]
         firsts = [made.times[0] - made.begun for made in answers if made.times]
-        rate = sum(made.new_tokens for made in answers) / seconds
+        rate = rate_of(answers, seconds)
         lines.append(
             f"{clients} clients: {rate:.1f} tok/s in all; first token {quantile(firsts, 0.5):.0f} ms, "
             f"then every {1000 * statistics.median(gaps or [0.0]):.1f} ms, p99 {quantile(gaps, 0.99):.1f} ms"

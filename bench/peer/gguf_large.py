@@ -58,7 +58,7 @@ def write_large(source: str, out: Path, kind: str, tool: Path, donor: Path) -> N
     tensors = list(list_tensors(checkpoint))
     floats = [tensor_type(tensor, Kind.BF16) for tensor in tensors]
     hollow = out.with_suffix(".hollow")
-    begin_file(hollow, checkpoint.config, tensors, floats).close()
+    begin_file(hollow, source, checkpoint.config, tensors, floats).close()
     with open(hollow, "r+b") as file:
         sizes = (stored_size(tensor, now) + 32 for tensor, now in zip(tensors, floats, strict=True))
         file.truncate(hollow.stat().st_size + sum(sizes))
@@ -66,7 +66,7 @@ def write_large(source: str, out: Path, kind: str, tool: Path, donor: Path) -> N
     hollow.unlink()
     kinds = [planned[tensor.name] for tensor in tensors]
     pools = {each: block_pool(donor, each) for each in set(kinds) if each not in _FLOATS}
-    writer = begin_file(out, checkpoint.config, tensors, kinds)
+    writer = begin_file(out, source, checkpoint.config, tensors, kinds)
     with Progress() as progress:
         for index, (tensor, each) in enumerate(zip(tensors, kinds, strict=True)):
             progress(f"writing {out.name}", index / len(tensors))

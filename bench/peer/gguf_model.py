@@ -4,12 +4,14 @@
     python -m peer.gguf_model q35c/demo/model out.gguf --type f32
 
 Matrices are stored in one float type, and llama-quantize makes the rest from that file. The mapping is
-that of llama.cpp's own converter (`conversion/qwen.py`), without the tokenizer, which nothing here needs.
+that of llama.cpp's own converter (`conversion/qwen.py`). The tokenizer is a directory's, for servers; a family
+shape has none, only a count of tokens.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +62,7 @@ def write_model(source: str, out: Path, dtype: str = "bf16") -> None:
     checkpoint = open_source(source)
     tensors = list(list_tensors(checkpoint))
     kinds = [tensor_type(tensor, _TYPES[dtype]) for tensor in tensors]
-    writer = begin_file(out, checkpoint.config, tensors, kinds)
+    writer = begin_file(out, source, checkpoint.config, tensors, kinds)
     with Progress() as progress:
         for index, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True)):
             progress(f"writing {out.name}", index / len(tensors))
@@ -75,6 +77,7 @@ def open_source(source: str) -> Checkpoint:
 
 def begin_file(
     out: Path,
+    source: str,
     config: ModelConfig,
     tensors: Sequence[Tensor],
     kinds: Sequence[gguf.GGMLQuantizationType],
@@ -82,6 +85,7 @@ def begin_file(
     """Write everything before the tensors' data, which must follow in the same order."""
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[_architecture(config)])
     add_metadata(writer, config)
+    add_tokenizer(writer, Path(source), config.vocab_size)
     for tensor, kind in zip(tensors, kinds, strict=True):
         size = stored_size(tensor, kind)
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, kind)
@@ -104,9 +108,8 @@ def tensor_type(tensor: Tensor, matrix: gguf.GGMLQuantizationType) -> gguf.GGMLQ
 
 
 def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
-    """Write the hyperparameters. The file has no tokenizer, only a count of tokens."""
+    """Write the hyperparameters."""
     writer.add_name("q35c benchmark")
-    writer.add_tokenizer_model("none")
     writer.add_vocab_size(config.vocab_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -131,6 +134,27 @@ def add_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
         writer.add_expert_used_count(config.num_experts_per_tok)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, directory: Path, vocab_size: int) -> None:
+    """Write a directory's byte-level BPE, padded to the embedding's rows, or say that there is none."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        writer.add_tokenizer_model("none")
+        return
+    document = json.loads(path.read_text())
+    tokens = [f"[PAD{number}]" for number in range(vocab_size)]
+    kinds = [gguf.TokenType.UNUSED] * vocab_size
+    for token, number in document["model"]["vocab"].items():
+        tokens[number], kinds[number] = token, gguf.TokenType.NORMAL
+    for added in document["added_tokens"]:
+        tokens[added["id"]], kinds[added["id"]] = added["content"], gguf.TokenType.CONTROL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    merges = document["model"]["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
 
 
 def _architecture(config: ModelConfig) -> gguf.MODEL_ARCH:

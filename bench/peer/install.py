@@ -1,7 +1,7 @@
 """Get the peers and the model files they run, once, into a cache directory.
 
 CACHE/env/        a virtual environment with torch, transformers, onnxruntime-genai, gguf
-CACHE/llama.cpp/  llama-bench, llama-quantize and the libraries, built from llama-cpp-python's source
+CACHE/llama.cpp/  llama-bench, llama-quantize, llama-server and the libraries, built from llama-cpp-python's source
 CACHE/models/     the models, each written under another name first and renamed when it is whole
 CACHE/logs/       what every step printed
 """
@@ -40,7 +40,7 @@ PACKAGES = (
     "safetensors",
 )
 LLAMA_SOURCE = "llama-cpp-python"
-_LLAMA_TOOLS = ("llama-bench", "llama-quantize")
+_LLAMA_TOOLS = ("llama-bench", "llama-quantize", "llama-server")
 _LLAMA_OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
@@ -49,7 +49,7 @@ _LLAMA_OPTIONS = (
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_SERVER=ON",
     "-DLLAMA_BUILD_APP=OFF",
 )
 _LARGE_PARAMETERS = 8e9  # a bf16 file of more is not written first
@@ -98,7 +98,7 @@ class Cache:
         configure = ["cmake", "-S", str(source), "-B", str(home / "build"), *_LLAMA_OPTIONS]
         self._run("cmake", configure)
         build = ["cmake", "--build", str(home / "build"), "-j", str(os.cpu_count() or 1)]
-        self._run("build llama.cpp (about 6 minutes)", [*build, "--target", *_LLAMA_TOOLS])
+        self._run("build llama.cpp (about 10 minutes)", [*build, "--target", *_LLAMA_TOOLS])
         return programs
 
     def versions(self) -> dict[str, str]:
@@ -152,9 +152,9 @@ class Cache:
             part.rename(path)
         return path
 
-    def artifact(self, model: str, precision: str, context: int) -> Path:
+    def artifact(self, model: str, precision: str, context: int, batch: int = 1) -> Path:
         """Return a compiled artifact; a change of q35c's source compiles it again."""
-        stem = f"{_file_stem(model)}-{precision}-{context}"
+        stem = f"{_file_stem(model)}-{precision}-{context}-{batch}"
         path = self.root / "models" / f"{stem}-{source_digest()}.q35c"
         if not path.exists():
             for old in path.parent.glob(f"{stem}-*.q35c"):
@@ -162,7 +162,9 @@ class Cache:
             form = "auto" if Path(model).exists() else "dummy"
             command = [sys.executable, "-m", "q35c", "compile", model, "-o", str(path)]
             command += ["--load-format", form, "--precision", precision]
-            self._run(f"compile {stem}", [*command, "--context", str(context), "--batch", "1"])
+            self._run(
+                f"compile {stem}", [*command, "--context", str(context), "--batch", str(batch)]
+            )
         return path
 
     def ask(self, module: str, *arguments: str) -> dict[str, object]:
@@ -212,6 +214,11 @@ class Cache:
             last = (done.stdout.strip().splitlines() or ["no output"])[-1]
             raise Unavailable(f"{title} failed: {last[:300]} (all of it: {log})")
         return done.stdout
+
+
+def default_cache() -> Path:
+    """Return where peers and models stay unless the caller says otherwise."""
+    return Path(os.environ.get("Q35C_PEERS_CACHE", Path.home() / ".cache/q35c-peers"))
 
 
 def module_path() -> dict[str, str]:
