@@ -150,6 +150,7 @@ def commands(
 
     def ours(sequences: int, tokens: int) -> list[str]:
         command = [sys.executable, "-m", "q35c", "serve", artifact, "--port", port]
+        command += ["--served-model-name", "m"]
         return [*command, "--context", str(tokens), "--threads", threads]
 
     def theirs(sequences: int, tokens: int) -> list[str]:

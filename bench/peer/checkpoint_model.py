@@ -3,8 +3,8 @@
     python -m peer.checkpoint_model qwen3.5-0.8b out-directory --tokenizer q35c/demo/model
 
 It is the multimodal form, which onnxruntime-genai's builder asks for, with a vision tower as small as can
-be. The weights are those that `q35c compile NAME --load-format dummy` draws. Any tokenizer will do: all
-peers are given token ids.
+be. The weights are those that `q35c compile NAME --load-format dummy` draws. Any tokenizer will do, as all
+peers are given token ids; it is padded, so that servers have a text for every id that such weights choose.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from q35c.config import ModelConfig
 from q35c.frontend.checkpoint import open_checkpoint
 from q35c.frontend.hf_config import hf_text_config
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
 _VISION = {"depth": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
 
 
@@ -34,12 +34,23 @@ def write_checkpoint(name: str, directory: Path, tokenizer: Path) -> None:
     (directory / "config.json").write_text(json.dumps(document, indent=2))
     for file in _TOKENIZER_FILES:
         shutil.copy(tokenizer / file, directory / file)
+    padded = padded_tokenizer(tokenizer / "tokenizer.json", checkpoint.config.vocab_size)
+    (directory / "tokenizer.json").write_text(json.dumps(padded))
     tensors = vision_tensors(document)
     for tensor in checkpoint.names:
         data = torch.from_numpy(checkpoint.read(tensor)).bfloat16()
         is_head = tensor.startswith("lm_head")
         tensors[tensor if is_head else f"model.language_model.{tensor}"] = data
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def padded_tokenizer(path: Path, vocab_size: int) -> dict[str, Any]:
+    """Return a tokenizer with a text for each row of the embedding."""
+    document = json.loads(path.read_text())
+    vocab = document["model"]["vocab"]
+    first = 1 + max(*vocab.values(), *(added["id"] for added in document["added_tokens"]))
+    vocab.update((f"[{number}]", number) for number in range(first, vocab_size))
+    return document
 
 
 def config_document(config: ModelConfig) -> dict[str, Any]:

@@ -23,6 +23,11 @@ from q35c.errors import InputError
 @click.option("--tools", type=click.Path(path_type=Path), help="JSON schemas of tools to offer.")
 @click.option("--load", type=click.Path(path_type=Path), help="Go on from a saved conversation.")
 @click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    help="Directory of this conversation: go on from what it holds, and keep there what is said and computed.",
+)
+@click.option(
     "-n",
     "--max-new-tokens",
     type=int,
@@ -38,6 +43,7 @@ def chat_command(
     think: str | None,
     tools: Path | None,
     load: Path | None,
+    resume: Path | None,
     threads: int | None,
     context: int | None,
     quiet: bool,
@@ -52,6 +58,7 @@ def chat_command(
     Examples:
       q35c chat model.q35c
       q35c chat model.q35c --system "Answer briefly." --think off --temperature 0
+      q35c chat model.q35c --resume trip        # and again tomorrow
       echo "Why is the sky blue?" | q35c chat model.q35c --quiet
     """
     import q35c
@@ -64,15 +71,24 @@ def chat_command(
         talk = Talk(model, thinking=None if think is None else think == "on", **options)
         if tools is not None:
             talk.load_tools(tools)
-        if load is not None:
-            talk.load(load)
-        if terminal.is_interactive:
-            terminal.tell(f"{artifact.name}: context {model.context} tokens; /help lists commands")
         try:
+            if resume is not None:
+                talk.resume(resume)
+            if load is not None:
+                talk.load(load)
+            if terminal.is_interactive:
+                terminal.tell(greeting(artifact.name, talk))
             with line_history(terminal.is_interactive):
                 run_talk(talk, terminal, quiet)
         finally:
             talk.close()
+
+
+def greeting(name: str, talk: Talk) -> str:
+    """Return the first line that a terminal shows."""
+    earlier = len(talk.history())
+    resumed = f"{earlier} messages so far; " if earlier else ""
+    return f"{name}: context {talk.model.context} tokens; {resumed}/help lists commands"
 
 
 def run_talk(talk: Talk, terminal: Terminal, is_quiet: bool = False) -> None:

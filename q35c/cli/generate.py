@@ -15,7 +15,7 @@ import click
 
 from q35c.cli.options import model_options, sampling_options
 from q35c.cli.streams import note, say
-from q35c.cli.texts import argument_or_file
+from q35c.cli.texts import argument_or_file, read_json
 from q35c.errors import InputError, OptionError
 
 _DASH_HINT = "A prompt that begins with a dash goes behind -- at the end: -- '-5 degrees'"
@@ -58,6 +58,11 @@ class PromptCommand(click.Command):
     type=click.Choice(["on", "off"]),
     help="Let the model think first, or not; with --chat.",
 )
+@click.option(
+    "--json-schema",
+    type=click.Path(path_type=Path),
+    help="File with a JSON schema that the text obeys.",
+)
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from there.")
 @model_options
 @click.option(
@@ -71,6 +76,7 @@ def generate_command(
     chat: bool,
     system: str | None,
     think: str | None,
+    json_schema: Path | None,
     threads: int | None,
     context: int | None,
     is_json: bool,
@@ -89,16 +95,20 @@ def generate_command(
       q35c generate model.q35c -n 200 --stop '\\n\\n' -- "- a list:"
       q35c generate model.q35c --chat "Why is the sky blue?" --temperature 0
       q35c generate model.q35c --chat --system "Answer in one word." --think off "Why is the sky blue?"
+      q35c generate model.q35c --chat --json-schema person.json "Who wrote Faust?" -n 300
       cat letter.txt | q35c generate model.q35c - --seed 7 --json --quiet
     """
     import q35c
 
+    if json_schema is not None:
+        schema = read_json(json_schema)
+        options["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
     for name, value in (("--system", system), ("--think", think)):
         if value is not None and not chat:
             raise OptionError("belongs to --chat", where=name)
     text: Any = argument_or_file(prompt, prompt_file).removesuffix("\n" if prompt_file else "")
     begin = time.perf_counter()
-    with q35c.load(artifact, threads, context=context) as model:
+    with q35c.load(artifact, threads, context=context) as model, naming(json_schema):
         load_seconds = time.perf_counter() - begin
         if chat:
             text = encode_question(model, text, system, think)
@@ -109,6 +119,17 @@ def generate_command(
             result = stream_text(model, text, **options)
         if not quiet:
             note(describe_result(result, load_seconds, model.threads))
+
+
+@contextmanager
+def naming(schema: Path | None) -> Iterator[None]:
+    """Say in errors about the structure which file it came from."""
+    try:
+        yield
+    except OptionError as error:
+        if schema is not None and (error.where or "").startswith("response_format"):
+            error.where = str(schema)
+        raise
 
 
 def encode_question(model: Any, question: str, system: str | None, think: str | None) -> list[int]:

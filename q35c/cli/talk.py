@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from q35c import strictjson
 from q35c.cli.signals import interrupting_once
+from q35c.cli.texts import read_json
 from q35c.errors import OptionError
 from q35c.outputs import write_output
 
-MAX_FILE_BYTES = 64 << 20
-MAX_FILE_VALUES = 1 << 20
+MESSAGES = "messages.json"  # of a conversation that is kept
 _SEEDS = 1 << 63
 
 
@@ -50,10 +50,31 @@ class Talk:
         self._options = options
         self._before: list[dict[str, Any]] = []  # the messages before the last change
         self._conversation = Conversation(model)
+        self._kept: Path | None = None
 
     def close(self) -> None:
-        """Give the session back."""
-        self._conversation.close()
+        """Give the session back; first write what `resume` goes on from. Raises OptionError, DiskRefused."""
+        try:
+            if self._kept is not None:
+                self.save(self._kept / MESSAGES)
+                self._conversation.save(self._kept)
+        finally:
+            self._conversation.close()
+
+    def resume(self, directory: Path) -> None:
+        """Go on from what a directory holds, and keep there what is said. Raises OptionError.
+
+        A directory without messages is a new conversation. What an answer computed is kept too, for this model alone.
+        """
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"cannot keep a conversation here: {error.strerror}"
+            raise OptionError(what, where=str(directory)) from None
+        if os.path.lexists(directory / MESSAGES):
+            self.load(directory / MESSAGES)
+        self._conversation.load(directory)
+        self._kept = directory
 
     @property
     def open_calls(self) -> list[dict[str, Any]]:
@@ -175,19 +196,3 @@ class Talk:
         tools = read_json(path)
         AnswerParser(tools)
         self.tools = tools
-
-
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds. Raises OptionError."""
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise OptionError(f"cannot be read: {error.strerror}", where=str(path)) from None
-    return strictjson.loads(
-        data,
-        where=str(path),
-        limit=MAX_FILE_BYTES,
-        error=OptionError,
-        max_values=MAX_FILE_VALUES,
-    )

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from q35c import strictjson
 from q35c.cli.streams import note
 from q35c.errors import OptionError, PromptError
 
 MAX_TEXT_BYTES = 64 << 20
+MAX_JSON_VALUES = 1 << 20
 STANDARD_INPUT = "-"
 
 
@@ -40,6 +42,22 @@ def read_standard_input() -> str:
         return _decoded(stdin.buffer.read(MAX_TEXT_BYTES + 1)).removesuffix("\n")
     except OSError as error:
         raise PromptError(f"cannot read standard input: {error.strerror}") from None
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds. Raises OptionError."""
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_TEXT_BYTES + 1)
+    except OSError as error:
+        raise OptionError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return strictjson.loads(
+        data,
+        where=str(path),
+        limit=MAX_TEXT_BYTES,
+        error=OptionError,
+        max_values=MAX_JSON_VALUES,
+    )
 
 
 def _decoded(data: bytes) -> str:

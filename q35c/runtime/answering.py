@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,6 @@ from q35c.runtime.chat.answer import (
     tool_schemas,
 )
 from q35c.runtime.chat.normalise import normalise
-from q35c.runtime.device import Logits
 from q35c.runtime.gathered import Gathered
 from q35c.runtime.generate import UNLIMITED, Row, Stream, resolve_options, run_rows
 from q35c.runtime.grammar import Matcher
@@ -26,7 +26,6 @@ from q35c.runtime.lease import Lease
 from q35c.runtime.memory import state_bytes
 from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.prompts import check_ids
-from q35c.runtime.sampling import Mask
 from q35c.runtime.session import Session
 from q35c.runtime.structures import Wanted, read_format, read_tool_choice
 from q35c.runtime.tokenizer import Tokenizer
@@ -38,23 +37,14 @@ _KEPT_SESSIONS = 2  # full ones, whose memory a conversation may keep
 
 
 class _Row(Row):
-    """A row whose tokens a structure may decide with."""
+    """A row that says how much of its prompt was computed before."""
 
-    matcher: Matcher | None = None
     cached_tokens: int = 0
 
     def start(self, place: Session | Lease) -> str:
         """Prefill the prompt, and sample the first token."""
         self.cached_tokens = place.cached_tokens if isinstance(place, Lease) else 0
         return super().start(place)
-
-    def accept(self, logits: Logits, mask: Mask | None = None) -> str:
-        """Sample a token, of those that the structure allows."""
-        if self.matcher is None:
-            return super().accept(logits, mask)
-        text = super().accept(logits, self.matcher.mask())
-        self.matcher.accept(self.last_token)
-        return text
 
 
 class ChatStream(Iterator[Part]):
@@ -158,6 +148,15 @@ class Conversation:
         self._end()
         self._cache.close()
 
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write what was computed to files below a directory, for `load`. Raises OptionError, DiskRefused."""
+        self._end()
+        self._cache.save(directory)
+
+    def load(self, directory: str | os.PathLike[str]) -> None:
+        """Go on from what `save` has written for this model. Raises OptionError for a directory that cannot be."""
+        self._cache.load(directory)
+
     def answer(self, messages: Sequence[Any], **options: Any) -> ChatStream:
         """Answer a conversation; options as of `Model.chat`. Closes an earlier stream that has not ended."""
         self._end()
@@ -201,7 +200,7 @@ def start_chat(
     resolved = replace(resolved, stop=(), stop_ids=resolved.stop_ids | stop_ids)
     is_thinking = begins_thinking(tokenizer, prompt)
     parser = AnswerParser(tools, is_thinking)
-    matcher = _matcher(model, wanted, is_thinking, is_parallel)
+    matcher = find_matcher(model, wanted, is_thinking, is_parallel)
     row = _Row(prompt, resolved, resolved.seed, tokenizer)
     row.matcher = matcher
 
@@ -214,8 +213,8 @@ def start_chat(
     )
 
 
-def _matcher(
-    model: Model, wanted: Wanted | None, is_thinking: bool, is_parallel: bool
+def find_matcher(
+    model: Model, wanted: Wanted | None, is_thinking: bool, is_parallel: bool = True
 ) -> Matcher | None:
     """Return what follows an answer's structure. Raises OptionError, ToolchainError."""
     if wanted is None:

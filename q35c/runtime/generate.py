@@ -21,6 +21,7 @@ from q35c import arguments
 from q35c.artifact.leaves import Generation as Defaults
 from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime.device import Logits
+from q35c.runtime.grammar import Matcher
 from q35c.runtime.lease import Lease
 from q35c.runtime.sampling import MAX_SEED, Mask, Sampler, SamplingOptions
 from q35c.runtime.session import Session
@@ -143,7 +144,12 @@ def _check_stop_ids(stop_ids: Sequence[int], vocab: int) -> frozenset[int]:
 
 
 class Row:
-    """One prompt on its way: its session, what was sampled, and why it ended."""
+    """One prompt on its way: its session, what was sampled, and why it ended.
+
+    matcher     the structure that its tokens follow, if any
+    """
+
+    matcher: Matcher | None = None
 
     def __init__(
         self,
@@ -194,9 +200,16 @@ class Row:
         return self.accept(logits)
 
     def accept(self, logits: Logits, mask: Mask | None = None) -> str:
-        """Sample a token that the mask allows; return the text that is certain now. Sets `finish_reason` at the end."""
+        """Sample a token that the mask, or else the structure, allows; return the text that is certain now.
+
+        Sets `finish_reason` at the end.
+        """
         assert self.session is not None
+        if self.matcher is not None:
+            mask = self.matcher.mask()
         token = self._sampler.sample(logits, mask)
+        if self.matcher is not None:
+            self.matcher.accept(token)
         self._ids.append(token)
         self._last_at = time.perf_counter()
         if token in self._options.stop_ids:

@@ -231,6 +231,7 @@ class Model:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_ids: Sequence[int] | None = None,
+        response_format: Any = None,
     ) -> Any:
         """Continue a prompt, or each of a list of prompts.
 
@@ -248,6 +249,7 @@ class Model:
         seed                0..2^64-1; prompt i uses seed + i; by default a random one
         stop, stop_ids      a text or a list of texts (or control tokens), and a list of token ids, that end the text; `stop_ids`
                             replaces the defaults
+        response_format     what the text must look like, in the form of `structures.read_format`
 
         Returns a `Generation` (a `str`) for one prompt, a list of them for a list, or a `Stream`. Raises
         PromptError, OptionError, TokenizerError, MemoryRefused.
@@ -289,6 +291,7 @@ class Model:
             Row(ids, options, (options.seed + index) % (MAX_SEED + 1), tokenizer, session)
             for index, ids in enumerate(encoded)
         ]
+        self._follow(rows, response_format)
 
         def open_session(prompt: Sequence[int]) -> Session | Lease:
             context = min(self.context, len(prompt) + options.max_new_tokens)
@@ -300,6 +303,17 @@ class Model:
         for _ in pieces:
             pass
         return pieces.result if is_single else pieces.results
+
+    def _follow(self, rows: Sequence[Row], response_format: Any) -> None:
+        """Let the tokens of rows follow a structure, after what a prompt lets the model think. Raises OptionError."""
+        if response_format is None:
+            return
+        from q35c.runtime.answering import begins_thinking, find_matcher
+        from q35c.runtime.structures import read_format
+
+        wanted = read_format(response_format)
+        for row in rows:
+            row.matcher = find_matcher(self, wanted, begins_thinking(self.tokenizer, row.prompt))
 
     def chat(self, messages: Sequence[Message], *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation: messages as clients of common APIs send them, with `role` and `content`.

@@ -105,6 +105,26 @@ def test_options_offer_tools_and_load_conversations(run: Run, talker: Path, tool
     assert [message["role"] for message in saved(path)] == ["system", "user", "assistant"]
 
 
+def test_a_conversation_is_resumed(run: Run, babbler: Path, tmp_path: Path) -> None:
+    """A second run goes on from the first, computes what is new alone, and says what one run says."""
+    options = ("--seed", "3", "-n", "20", "--think", "off")
+    place, whole = tmp_path / "deep" / "trip", tmp_path / "talk.json"
+    chat(run, babbler, "x" * 60, "b", f"/save {whole}", options=options)
+    chat(run, babbler, "x" * 60, options=(*options, "--resume", place))
+    _, said = chat(run, babbler, "b", options=(*options, "--resume", place))
+    assert saved(place / "messages.json") == saved(whole) and " 64 cached" in said
+    assert (place.stat().st_mode & 0o077) == 0
+
+
+def test_a_directory_that_cannot_keep_a_conversation(
+    run: Run, babbler: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "file"
+    place.write_text("")
+    result = run("chat", babbler, "--resume", place, stdin="a\n")
+    assert result.exit_code == 1 and result.stdout == "" and str(place) in result.stderr
+
+
 def test_an_answer_taken_back_comes_again(run: Run, babbler: Path, tmp_path: Path) -> None:
     """After /undo the same is said to the same conversation, bit for bit; /regen draws anew."""
     options = ("--seed", "3", "-n", "20", "--think", "off")

@@ -28,6 +28,29 @@ def test_prompt_from_standard_input(run: Run, speaker: Path, arguments: list[str
     assert (result.exit_code, result.stdout) == (0, REST)
 
 
+@pytest.mark.parametrize("options", [(), ("--chat", "--think", "on")], ids=["raw", "chat"])
+def test_the_text_obeys_a_schema(run: Run, tmp_path: Path, options: tuple[str, ...]) -> None:
+    generation = {**GENERATION, "do_sample": True}
+    model = write_chat(tmp_path / "m.q35c", noise=8.0, generation=generation, context=512)
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"enum": ["yes", "no"]}))
+    said = run(
+        "generate", model, *options, "Th", "--json-schema", schema, "--seed", 1, "-n", 400, "--json"
+    )
+    assert said.exit_code == 0, said.stderr
+    made = json.loads(said.stdout)
+    text = made["text"].rpartition("</think>")[2]
+    assert json.loads(text) in ("yes", "no") and made["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("text", ["{", '{"type": "nothing"}'])
+def test_what_is_no_schema_is_refused(run: Run, speaker: Path, tmp_path: Path, text: str) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(text)
+    said = run("generate", speaker, "Th", "--json-schema", schema)
+    assert said.exit_code == 1 and said.stdout == "" and str(schema) in said.stderr
+
+
 def test_limits_and_stops(run: Run, speaker: Path) -> None:
     short = run("generate", speaker, "Th", "-n", 3)
     assert short.stdout == "e q\n"
