@@ -44,7 +44,7 @@ def load(
     device: str | None = None,
 ) -> Model:
     """Open a compiled model. See `q35c.runtime.load_model` for the arguments and errors."""
-    from q35c.runtime.model import load_model
+    from q35c.runtime.load import load_model
 
     return load_model(path, threads, verify, context=context, batch=batch, mmap=mmap, device=device)
 

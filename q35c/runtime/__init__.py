@@ -4,7 +4,8 @@ It never imports torch, transformers, tvm or the compiler's packages.
 """
 
 from q35c.runtime.generate import Generation, Stream, Timings
-from q35c.runtime.model import Model, load_model
+from q35c.runtime.load import load_model
+from q35c.runtime.model import Model
 from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.sampling import Sampler, SamplingOptions
 from q35c.runtime.saved import Checkpoint, Snapshot

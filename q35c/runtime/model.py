@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -10,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from q35c import arguments
-from q35c.artifact import Artifact, Manifest, read_artifact
+from q35c.artifact import Artifact, Manifest
 from q35c.artifact.leaves import Probe
-from q35c.errors import MemoryRefused, OptionError, PromptError, TokenizerError
+from q35c.errors import OptionError, PromptError, TokenizerError
 from q35c.runtime.device import Block, Logits
 from q35c.runtime.executor import Executor, Recording
 from q35c.runtime.generate import (
@@ -23,70 +22,18 @@ from q35c.runtime.generate import (
 )
 from q35c.runtime.grammar import Grammars
 from q35c.runtime.lease import MESSAGE_START, Lease
-from q35c.runtime.memory import StateBudget, available_memory, check_memory
+from q35c.runtime.memory import StateBudget, available_memory
 from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.prompts import encode_prompt, split_prompts
 from q35c.runtime.sampling import MAX_SEED
 from q35c.runtime.session import Progress, Session
 from q35c.runtime.stored_template import read_template
-from q35c.runtime.targets import find_machine
 from q35c.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from q35c.runtime.chat import Message
-
-VERIFY_BYTES = 256 << 20
-
-
-def load_model(
-    path: str | os.PathLike[str],
-    threads: int | None = None,
-    verify: bool | None = None,
-    *,
-    context: int | None = None,
-    batch: int | None = None,
-    mmap: bool = True,
-    device: str | None = None,
-) -> Model:
-    """Open an artifact for generating.
-
-    threads   worker threads, at most one for each CPU (more are not started: Q35CWarning); None: Q35C_THREADS,
-              else the physical cores this process may use, and fewer while other processes use them
-    verify    check the hash of the weights; None: if they have at most 256 MiB, or are copied to a device
-    context   tokens per sequence, by default as compiled, at most what the model can take
-    batch     sequences decoded together, at most and by default the compiled batch
-    mmap      map the weights from the file (shared, lazy), or read them into private memory; a device gets a copy
-    device    `cpu`, or `cuda:N` for the Nth NVIDIA device; None: what the artifact was compiled for, the first of its kind
-
-    Raises ArtifactError (damaged or no artifact, other version, CPU lacks instructions), MemoryRefused
-    (before any weight is read), OptionError. For a device NoDevice (no driver, too old, no device), IncompatibleDevice (the
-    artifact has no code for it), OutOfDeviceMemory, DeviceError.
-    """
-    place = arguments.path("path", path)
-    verify = None if verify is None else arguments.flag("verify", verify)
-    mapped = arguments.flag("mmap", mmap)
-    artifact = read_artifact(place)
-    try:
-        manifest = artifact.manifest
-        context = _choose("context", context, manifest.context, manifest.max_context)
-        batch = _choose("batch", batch, manifest.batch, manifest.batch)
-        machine = find_machine(manifest, threads, device)
-        machine.check(manifest.target)
-        have = machine.available_memory()
-        check_memory(manifest, context, batch, have, machine.sequence_bytes)
-        artifact.verify_segments()
-        if verify is None:
-            verify = machine.reads_all or manifest.weights_bytes <= VERIFY_BYTES
-        loaded = machine.load(artifact, mapped=mapped, is_verified=verify)
-        budget = StateBudget(machine.sequence_bytes, machine.available_memory)
-        return Model(artifact, Executor(manifest, loaded), budget, context, batch)
-    except BaseException as error:
-        artifact.close()
-        if isinstance(error, MemoryError):
-            raise MemoryRefused("not enough memory to load the model", where=str(place)) from None
-        raise
 
 
 class Model:
@@ -173,7 +120,9 @@ class Model:
         Raises MemoryRefused if it would not fit beside the sessions that are open, OptionError.
         """
         self._executor.check_usable()
-        context = _choose("context", context, self.context, self.context)
+        if context is None:
+            context = self.context
+        context = arguments.integer("context", context, 1, self.context)
         return Session(self._executor, self._budget, self._artifact.digest, context)
 
     def cache(self, max_bytes: int | None = None) -> PrefixCache:
@@ -399,10 +348,6 @@ class Model:
                 self._executor.check_usable()
                 self._template = read_template(self._artifact)
             return self._template
-
-
-def _choose(name: str, asked: int | None, default: int, limit: int) -> int:
-    return default if asked is None else arguments.integer(name, asked, 1, limit)
 
 
 def _readable(messages: Any) -> list[Any]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from q35c import arguments
 from q35c.errors import OptionError
+from q35c.runtime.load import load_model
 from q35c.runtime.memory import available_memory
-from q35c.runtime.model import load_model
 from q35c.serve.app import App
 from q35c.serve.engine import Engine
 from q35c.serve.server import Server, is_local, listen, raise_file_limit

@@ -23,7 +23,7 @@ from q35c.errors import (
     Q35CWarning,
     UnsupportedMachine,
 )
-from q35c.runtime import model
+from q35c.runtime import load
 from q35c.runtime.cpu import device, machine
 from q35c.runtime.cpu.blocks import Region
 from q35c.runtime.cpu.machine import check_target, choose_threads, default_threads
@@ -67,11 +67,11 @@ def test_large_weights_are_verified_on_demand(
 ) -> None:
     damaged = damaged_weights(path, tmp_path / "damaged")
     size = q35c.load(path, threads=1).manifest.weights_bytes
-    monkeypatch.setattr(model, "VERIFY_BYTES", size - 1)
+    monkeypatch.setattr(load, "VERIFY_BYTES", size - 1)
     q35c.load(damaged, threads=1).close()
     with pytest.raises(ArtifactError):
         q35c.load(damaged, threads=1, verify=True)
-    monkeypatch.setattr(model, "VERIFY_BYTES", size)
+    monkeypatch.setattr(load, "VERIFY_BYTES", size)
     with pytest.raises(ArtifactError):
         q35c.load(damaged, threads=1)
 

@@ -25,7 +25,7 @@ def peak():
         return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmHWM"))
 
 path, part = sys.argv[1], int(sys.argv[2])
-with q35c.runtime.model.read_artifact(path) as artifact:
+with q35c.runtime.load.read_artifact(path) as artifact:
     manifest = artifact.manifest
     need = memory.needed_bytes(manifest, manifest.context, manifest.batch)
 if part:
