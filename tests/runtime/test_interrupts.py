@@ -60,7 +60,7 @@ def test_interrupts_at_every_look_for_signals(path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_interrupts_at_random(path: Path) -> None:
-    assert interrupt(path, "random", 2, 4000) > 1500
+    assert interrupt(path, "random", 2, 6000) > 2000
 
 
 @pytest.mark.slow
