@@ -48,6 +48,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "attention_combine": [HEADS | {"splits": 2} | o for o in options(kv_dtype=["f32", "int8"], group=[0, 32])],
     "attention_prepare": [HEADS | CACHE | {"R": 8, "eps": 1e-6, "scale": 0.25} | cache for cache in CACHES],
+    "axial_rotary_table": [{"inv_freq": (1.0, 0.5, 0.25)}],
     "combine": [{"H": 80, "top_k": 2, **o} for o in options(has_shared=[True, False])],
     "embedding": [{"V": 64, "H": 64, "dtype": dtype} for dtype in ("f32", "bf16", "i5g64")],
     "expert_down": [EXPERTS | F32, EXPERTS | INTEGER],
@@ -55,6 +56,18 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gated_delta": [DELTA | {"group": 0}, DELTA | {"group": 32}],
     "gated_delta_decode": [DELTA | {"group": 0}, DELTA | {"group": 32}],
     "group_by_expert": [{"E": 4, "top_k": 2}],
+    "interpolate_rows": [{"D": 48, "rows": 9, "taps": 4}],
+    "layer_norm": [{"D": 48, "eps": 1e-6, **o} for o in options(result=["f32", "bf16"])],
+    "linear_bias": [
+        {"N": 128, "K": 64, **F32, **o}
+        for o in options(epilogue=["bias", "gelu_erf", "bias_residual"], result=["f32", "bf16"])
+    ],
+    "picture_attention": [
+        {"H": 2, "cells": 64, **o} for o in options(D=[32, 72], kv_dtype=["f32", "bf16"], result=["f32", "bf16"])
+    ],
+    "picture_prepare": [
+        {"H": 2, "cells": 64, "scale": 0.25, **o} for o in options(D=[32, 72], kv_dtype=["f32", "bf16"])
+    ],
     "linear": [
         *({"N": 128, "K": 64, **F32, **o} for o in options(epilogue=["none", "residual", "swiglu"])),
         {"N": 128, "K": 64, **INTEGER, "epilogue": "none"},
@@ -68,6 +81,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "rotary_table": [{"inv_freq": (1.0, 0.5, 0.25, 0.125), "sections": (2, 1, 1), "scaling": 1.0}],
     "round_rows": [{"K": 65, "pairs": 1}],
+    "scale_pixels": [{"K": 27, "scale": 0.5, "shift": -1.0, **o} for o in options(result=["f32", "bf16"])],
     "route": [{"E": 8, "top_k": 2, **o} for o in options(has_shared=[True, False])],
 }  # fmt: skip
 

@@ -10,16 +10,20 @@ from q35c.codegen.backend import KernelKey, Parameters
 from q35c.codegen.calls import Signature
 from q35c.codegen.cpu.fast_macros import install
 from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.kernels.attention.picture import PICTURE_ATTENTION, PICTURE_PREPARE
 from q35c.codegen.cpu.kernels.attention.prepare import ATTENTION_PREPARE
 from q35c.codegen.cpu.kernels.attention.tasks import ATTENTION, ATTENTION_COMBINE
 from q35c.codegen.cpu.kernels.delta.tasks import GATED_DELTA, GATED_DELTA_DECODE
 from q35c.codegen.cpu.kernels.experts.products import EXPERT_DOWN, EXPERT_GATE_UP
 from q35c.codegen.cpu.kernels.experts.routing import COMBINE, GROUP_BY_EXPERT, ROUTE
 from q35c.codegen.cpu.kernels.family import Family
+from q35c.codegen.cpu.kernels.linear.biased import LINEAR_BIAS
 from q35c.codegen.cpu.kernels.linear.embedding import EMBEDDING
 from q35c.codegen.cpu.kernels.linear.linear import LINEAR
+from q35c.codegen.cpu.kernels.rows.layer_norm import LAYER_NORM
 from q35c.codegen.cpu.kernels.rows.norm import RMS_NORM
-from q35c.codegen.cpu.kernels.rows.rotary import ROTARY_TABLE
+from q35c.codegen.cpu.kernels.rows.picture import INTERPOLATE_ROWS, SCALE_PIXELS
+from q35c.codegen.cpu.kernels.rows.rotary import AXIAL_ROTARY_TABLE, ROTARY_TABLE
 from q35c.codegen.cpu.kernels.rows.round_bf16 import ROUND_ROWS
 from q35c.codegen.cpu.kernels.rows.round_int8 import QUANTIZE_ROWS
 from q35c.errors import LoweringError
@@ -32,6 +36,7 @@ FAMILIES: dict[str, Family] = {
         ATTENTION,
         ATTENTION_COMBINE,
         ATTENTION_PREPARE,
+        AXIAL_ROTARY_TABLE,
         COMBINE,
         EMBEDDING,
         EXPERT_DOWN,
@@ -39,12 +44,18 @@ FAMILIES: dict[str, Family] = {
         GATED_DELTA,
         GATED_DELTA_DECODE,
         GROUP_BY_EXPERT,
+        INTERPOLATE_ROWS,
+        LAYER_NORM,
         LINEAR,
+        LINEAR_BIAS,
+        PICTURE_ATTENTION,
+        PICTURE_PREPARE,
         QUANTIZE_ROWS,
         RMS_NORM,
         ROTARY_TABLE,
         ROUND_ROWS,
         ROUTE,
+        SCALE_PIXELS,
     )
 }
 

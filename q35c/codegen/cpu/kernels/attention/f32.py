@@ -54,7 +54,8 @@ def attend(
             _score_block(shape, queries, state, place, tiles, scores, number * CELLS, wide)
         with T.serial(tiles * height) as row:
             token = shape.token(first, row, tokens)
-            last_cell = T.Bind(T.cast(start + token - step * STEP, "int32"))
+            last_cell = shape.last_cell(start, token, end_cell)
+            last_cell = T.Bind(T.cast(last_cell - step * STEP, "int32"))
             _soften_row(shape, scores, row, last_cell, w, T.Bind(at + row * shape.row_words))
         values = T.Bind(shape.cache.value(base, kv_head, step * STEP))
         width = _VECTORS * lanes

@@ -135,8 +135,8 @@ def attend_paired(
                 blocks = T.Bind(T.min(T.truncdiv(end_cell - cell + (CELLS - 1), CELLS), T.int64(STEP // CELLS)))  # fmt: skip
                 block = T.Bind(T.truncdiv(cell, CELLS))
                 form.score(work, state, shape.cache.key(base, kv_head, block), blocks)
-                with T.If(cell + (STEP - 1) > start + first), T.Then():
-                    _mask(work, first, tokens, start, cell)
+                with T.If(cell + (STEP - 1) > shape.last_cell(start, first, end_cell)), T.Then():
+                    _mask(work, first, tokens, start, cell, end_cell)
                 value = shape.cache.value(base, kv_head, cell)
                 with T.serial(work.live_rows) as row:
                     _soften(form, work, state, value, row)
@@ -159,11 +159,12 @@ def _begin(form: Form, work: Work, q: Expr, first: Expr, kv_head: Expr, tokens: 
             T.buffer_store(work.sums, splat(0.0, lanes), [ramp(work.row(row) + v * lanes, lanes)])
 
 
-def _mask(work: Work, first: Expr, tokens: Expr, start: Expr, cell: Expr) -> None:
-    """Emit the lowest score for cells behind a row's own; what is there may be NaN."""
+def _mask(work: Work, first: Expr, tokens: Expr, start: Expr, cell: Expr, end_cell: Expr) -> None:
+    """Emit the lowest score for cells behind the last that a row sees; what is there may be NaN."""
     lanes = work.lanes
     with T.serial(work.live_rows) as row:
-        limit = T.Bind(T.cast(start + work.shape.token(first, row, tokens) - cell, "int32"))
+        last = work.shape.last_cell(start, work.shape.token(first, row, tokens), end_cell)
+        limit = T.Bind(T.cast(last - cell, "int32"))
         for v in range(STEP // lanes):
             columns = ramp(v * lanes, lanes)
             is_seen = T.ramp(T.int32(v * lanes), 1, lanes) <= T.broadcast(limit, lanes)

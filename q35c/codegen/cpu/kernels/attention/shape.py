@@ -123,13 +123,17 @@ def make_cache(
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Describe one attention kernel. A task computes `query_tokens` tokens of one key head's group."""
+    """Describe one attention kernel. A task computes `query_tokens` tokens of one key head's group.
+
+    A token sees the cells up to its own, or all of them where attention is not causal.
+    """
 
     Hq: int
     cache: Cache
     query_tokens: int
     splits: int
     isa: Isa
+    is_causal: bool = True
 
     @property
     def Hkv(self) -> int:
@@ -175,6 +179,10 @@ class AttentionShape:
     def token(self, first: Expr, row: Expr, tokens: Expr) -> Expr:
         """Return the token of a task's row; rows beyond the last token repeat it."""
         return T.min(first + T.truncdiv(row, T.int64(self.group)), tokens - 1)
+
+    def last_cell(self, start: Expr, token: Expr, end_cell: Expr) -> Expr:
+        """Return the last cell that a token sees, of cells before end_cell; the first token's own cell is `start`."""
+        return start + token if self.is_causal else end_cell - 1
 
     def live_tiles(self, tokens: Expr) -> Expr:
         """Return how many tiles the rows of a task's first tokens fill."""

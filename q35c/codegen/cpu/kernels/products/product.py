@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from tvm.script import tirx as T
 
 from q35c.codegen.cpu.isa.base import Isa
+from q35c.codegen.cpu.kernels.gelu import vgelu
 from q35c.codegen.cpu.kernels.products.narrow_tile_avx2 import AHEAD_BYTES
+from q35c.codegen.cpu.kernels.rows.round_bf16 import store_bf16
 from q35c.codegen.cpu.kernels.vectors import STACK, Expr, fetch, ramp, splat, vsilu
 from q35c.layouts.weights import BLOCK, LINE_WORDS, ceil_div
 
@@ -28,7 +30,8 @@ class Product:
     """Describe a product with packed weights: N output rows (before swiglu) of K inputs each.
 
     `epilogue` says what is stored: "none" the sums, "residual" sums plus the same element of R,
-    "swiglu" silu(gate) * up of the two halves of each block.
+    "swiglu" silu(gate) * up of the two halves of each block, "bias" sums plus B[column], "gelu_tanh" and "gelu_erf" the GELU
+    of those, "bias_residual" those plus the same element of R. With `is_rounded` Y is bf16, in halves of words.
     """
 
     N: int
@@ -36,6 +39,7 @@ class Product:
     dtype: str
     epilogue: str
     isa: Isa
+    is_rounded: bool = False
 
     @property
     def blocks(self) -> int:
@@ -104,6 +108,7 @@ class Operands:
     column_block: Expr
     x_row: Callable[[Expr], Expr]
     y_row: Callable[[Expr], Expr]
+    bias: Expr = None  # f32 [N], of an epilogue that has one
 
 
 def accumulators(product: Product, rows: int, vectors: Vectors, dtype: str = "float32") -> Expr:
@@ -185,6 +190,13 @@ def _store_columns(
 ) -> None:
     value = sums[i, ramp(column, lanes)]
     columns = ramp(operands.column_block * product.block_outputs + column, lanes)
-    if product.epilogue == "residual":
+    if operands.bias is not None:
+        value = value + operands.bias[columns]
+    if product.epilogue.startswith("gelu"):
+        value = vgelu(value, lanes, product.epilogue.removeprefix("gelu_"))
+    if product.epilogue.endswith("residual"):
         value = value + operands.r[row, columns]
-    T.buffer_store(operands.y, value, [row, columns])
+    if product.is_rounded:
+        store_bf16(operands.y, value, row, columns, lanes)
+    else:
+        T.buffer_store(operands.y, value, [row, columns])

@@ -131,6 +131,48 @@ def rotary_table(
     return rotary_table_kernel
 
 
+def axial_rotary_table(inv_freq: Sequence[float]) -> tirx.PrimFunc:
+    """Build the table kernel of a picture for R = 4 * len(inv_freq): the angles of the row, then those of the column.
+
+    Params: PLACES i32[T, 2] (row, column), TABLE f32[T, R], both dense, T, tid, nt.
+    """
+    angles = 2 * len(inv_freq)
+    lanes = 4 if angles % 4 == 0 else 1
+    wide, single = vector("float64", lanes), vector("float32", lanes)
+    frequencies = [T.float32(f) for f in inv_freq]
+
+    @T.prim_func(private=True, s_tir=True)
+    def axial_rotary_table_kernel(
+        PLACES: T.handle("int32"),
+        TABLE: T.handle("float32"),
+        tokens: T.int64,
+        tid: T.int32,
+        nt: T.int32,
+    ) -> T.int32:
+        T.func_attr({"tirx.noalias": True})
+        places = T.decl_buffer((tokens, 2), "int32", data=PLACES)
+        table = T.decl_buffer((tokens, 2 * angles), "float32", data=TABLE)
+        frequency = T.alloc_buffer((angles // 2,), "float32", annotations=STACK)
+        place = T.alloc_buffer((angles,), "float32", annotations=STACK)
+        _fill(frequency, frequencies)
+        low: T.let[T.int64] = share(tokens, tid, nt)
+        for item in T.serial(share(tokens, tid + 1, nt) - low):
+            row: T.let[T.int64] = low + item
+            for axis, i in T.grid(2, angles // 2):
+                place[axis * (angles // 2) + i] = (
+                    T.cast(places[row, axis], "float32") * frequency[i]
+                )
+            for v in T.serial(angles // lanes):
+                angle: T.let[vector_type("float64", lanes)] = T.cast(
+                    place[ramp(v * lanes, lanes)], wide
+                )
+                table[row, ramp(v * lanes, lanes)] = T.cast(_turn(angle, 1, lanes), single)
+                table[row, ramp(angles + v * lanes, lanes)] = T.cast(_turn(angle, 0, lanes), single)
+        return T.int32(0)
+
+    return axial_rotary_table_kernel
+
+
 _ANGLE_OPERATIONS = 120  # of a cosine and a sine; in f64 each counts double
 
 
@@ -144,5 +186,12 @@ ROTARY_TABLE = Family(
     "positions table tokens ld_positions",
     writes="table",
     cost=_cost,
+    takes_isa=False,
+)
+AXIAL_ROTARY_TABLE = Family(
+    axial_rotary_table,
+    "places table tokens",
+    writes="table",
+    cost=lambda p: elementwise(4 * len(p["inv_freq"]), 2 * _ANGLE_OPERATIONS * len(p["inv_freq"])),
     takes_isa=False,
 )

@@ -22,8 +22,7 @@ _SEGMENT = 128  # values of one work item
 
 def round_rows(K: int, isa: Isa, pairs: int = 1) -> PrimFunc:
     """Make the kernel (X f32 [T * pairs, K], Y [T * pairs, ..], T, ld_x, ld_y, tid, nt), strides in words."""
-    element = "uint16" if isa.offers("dot2_bf16") else "float32"
-    word_elements = 2 if isa.offers("dot2_bf16") else 1
+    element, word_elements = bf16_element(isa)
     segments = ceil_div(K, _SEGMENT)
 
     @T.prim_func(private=True, s_tir=True)
@@ -67,7 +66,17 @@ def _round_segment(K: int, isa: Isa, x: Expr, y: Expr, row: Expr, number: Expr) 
 
 def _round_values(x: Expr, y: Expr, row: Expr, column: Expr, lanes: int) -> None:
     columns = ramp(column, lanes)
-    word = T.Bind(_rounded(bits(x[row, columns], lanes), lanes))
+    store_bf16(y, x[row, columns], row, columns, lanes)
+
+
+def bf16_element(isa: Isa) -> tuple[str, int]:
+    """Return the TIR type of an element of rows rounded to bf16, and how many of them a word holds."""
+    return ("uint16", 2) if isa.offers("dot2_bf16") else ("float32", 1)
+
+
+def store_bf16(y: Expr, value: Expr, row: Expr, columns: Expr, lanes: int) -> None:
+    """Emit y[row, columns] = values rounded to bf16: halves of words, or in f32 if y is f32."""
+    word = T.Bind(_rounded(bits(value, lanes), lanes))
     if y.dtype == "float32":
         T.buffer_store(y, from_bits(word, lanes), [row, columns])
     else:
