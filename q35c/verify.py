@@ -92,6 +92,7 @@ def verify_artifact(
     follow_links: bool = False,
     ignore_config: Collection[str] = (),
     threads: int | None = None,
+    device: str | None = None,
     progress: Progress | None = None,
 ) -> ParityReport:
     """Compare on `ids`, on `text`, on `tokens` random ids drawn from `seed`, or else on a paragraph of English.
@@ -105,7 +106,7 @@ def verify_artifact(
 
     arguments.path("source", source)
     report = arguments.callback("progress", progress) or (lambda stage, fraction: None)
-    with q35c.load(artifact, threads) as model:
+    with q35c.load(artifact, threads, device=device) as model:
         listed = _choose_ids(model, tokens, text, ids, seed)
         report("run artifact", 0.0)
         got = model.score(listed, lambda done, total: report("run artifact", done / total))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from q35c.cli.options import describe_machine, machine_options
 from q35c.cli.roofline import bench_roofline
 from q35c.cli.streams import say
 from q35c.cli.text import size_text, table_text
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     "-d", "depths", type=int, multiple=True, default=(0,), help="Tokens already there [0]."
 )
 @click.option("-r", "--repetitions", type=int, default=5, show_default=True)
-@click.option("--threads", type=int, help="Worker threads [physical cores].")
+@machine_options
 @click.option("--json", "is_json", is_flag=True, help="Print every run as JSON.")
 @click.option(
     "--roofline", "is_roofline", is_flag=True, help="Measure kernels beside their limits."
@@ -59,6 +60,7 @@ def bench_command(
     depths: tuple[int, ...],
     repetitions: int,
     threads: int | None,
+    device: str | None,
     is_json: bool,
     is_roofline: bool,
     html: Path | None,
@@ -92,7 +94,7 @@ def bench_command(
         "repetitions": repetitions,
     }
     begin = time.perf_counter()
-    with q35c.load(artifact, threads) as model:
+    with q35c.load(artifact, threads, device=device) as model:
         load_seconds = time.perf_counter() - begin
         if is_roofline:
             facts = facts_of(artifact, model, load_seconds)
@@ -113,7 +115,7 @@ def print_rates(found: Sequence[Measurement], facts: dict[str, Any]) -> None:
     say(table_text(["test", "tok/s"], rows))
     say(
         f"\n{facts['target']}, {facts['precision']}, {size_text(facts['weights_bytes'])} "
-        f"of weights, {facts['threads']} threads; loaded in {facts['load_seconds']:.2f} s, "
+        f"of weights, {facts['machine']}; loaded in {facts['load_seconds']:.2f} s, "
         f"peak {size_text(facts['peak_rss_bytes'])}"
     )
 
@@ -130,6 +132,7 @@ def facts_of(artifact: Path, model: Model, load_seconds: float) -> dict[str, Any
         "precision": manifest.precision,
         "weights_bytes": manifest.weights_bytes,
         "threads": model.threads,
+        "machine": describe_machine(model),
         "load_seconds": load_seconds,
         "peak_rss_bytes": peak_memory(),
     }

@@ -45,6 +45,7 @@ def chat_command(
     load: Path | None,
     resume: Path | None,
     threads: int | None,
+    device: str | None,
     context: int | None,
     quiet: bool,
     **options: Any,
@@ -64,7 +65,7 @@ def chat_command(
     import q35c
 
     terminal = Terminal()
-    with q35c.load(artifact, threads, context=context) as model:
+    with q35c.load(artifact, threads, context=context, device=device) as model:
         model.apply_chat_template(
             [{"role": "user", "content": "?"}]
         )  # refuses what has no template

@@ -44,4 +44,4 @@ def demo_command(prompt: str | None, max_new_tokens: int, seed: int, threads: in
         load_seconds = time.perf_counter() - begin
         say(prompt, end="")
         result = stream_text(model, prompt, max_new_tokens=max_new_tokens, seed=seed)
-        note(describe_result(result, load_seconds, model.threads))
+        note(describe_result(result, load_seconds, model))

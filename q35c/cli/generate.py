@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from q35c.cli.options import model_options, sampling_options
+from q35c.cli.options import describe_machine, model_options, sampling_options
 from q35c.cli.streams import note, say
 from q35c.cli.texts import argument_or_file, read_json
 from q35c.errors import InputError, OptionError
@@ -78,6 +78,7 @@ def generate_command(
     think: str | None,
     json_schema: Path | None,
     threads: int | None,
+    device: str | None,
     context: int | None,
     is_json: bool,
     quiet: bool,
@@ -108,7 +109,10 @@ def generate_command(
             raise OptionError("belongs to --chat", where=name)
     text: Any = argument_or_file(prompt, prompt_file).removesuffix("\n" if prompt_file else "")
     begin = time.perf_counter()
-    with q35c.load(artifact, threads, context=context) as model, naming(json_schema):
+    with (
+        q35c.load(artifact, threads, context=context, device=device) as model,
+        naming(json_schema),
+    ):
         load_seconds = time.perf_counter() - begin
         if chat:
             text = encode_question(model, text, system, think)
@@ -118,7 +122,7 @@ def generate_command(
         else:
             result = stream_text(model, text, **options)
         if not quiet:
-            note(describe_result(result, load_seconds, model.threads))
+            note(describe_result(result, load_seconds, model))
 
 
 @contextmanager
@@ -172,7 +176,7 @@ def ending_line() -> Iterator[None]:
             say()
 
 
-def describe_result(result: Any, load_seconds: float, threads: int) -> str:
+def describe_result(result: Any, load_seconds: float, model: Any) -> str:
     """Return one line about a generation: why it ended, its seed and speed."""
     timings = result.timings
     prefill = timings.prompt_tokens / timings.prefill_seconds if timings.prefill_seconds else 0.0
@@ -180,5 +184,5 @@ def describe_result(result: Any, load_seconds: float, threads: int) -> str:
         f"[{result.finish_reason}; load {load_seconds:.2f} s; "
         f"prompt {timings.prompt_tokens} tokens at {prefill:.1f} tok/s; "
         f"new {timings.new_tokens} tokens at {timings.decode_tokens_per_second:.1f} tok/s; "
-        f"threads {threads}; seed {result.seed}]"
+        f"{describe_machine(model)}; seed {result.seed}]"
     )

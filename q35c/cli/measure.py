@@ -67,6 +67,7 @@ def perplexity_command(
     file: Path,
     window: int | None,
     threads: int | None,
+    device: str | None,
     context: int | None,
     is_json: bool,
 ) -> None:
@@ -84,7 +85,10 @@ def perplexity_command(
     from q35c.runtime.perplexity import measure_perplexity
 
     text = argument_or_file("-", None if str(file) == "-" else file)
-    with q35c.load(artifact, threads, context=context) as model, Progress() as progress:
+    with (
+        q35c.load(artifact, threads, context=context, device=device) as model,
+        Progress() as progress,
+    ):
 
         def show(done: int, count: int) -> None:
             progress("predict", done / count)

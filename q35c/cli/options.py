@@ -20,13 +20,27 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the options that say how a model is loaded."""
-    threads = click.option("--threads", type=int, help="Worker threads [physical cores].")
     context = click.option(
         "--context",
         type=int,
         help="Most tokens of the sequence, up to the model's own limit [as compiled].",
     )
-    return threads(context(command))
+    return machine_options(context(command))
+
+
+def machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say what a model runs on."""
+    threads = click.option("--threads", type=int, help="Worker threads [physical cores].")
+    device = click.option(
+        "--device",
+        help="cpu, or cuda:N for the Nth NVIDIA device [what the model was compiled for].",
+    )
+    return threads(device(command))
+
+
+def describe_machine(model: Any) -> str:
+    """Return what a loaded model runs on."""
+    return f"{model.threads} threads" if model.device == "cpu" else model.device
 
 
 def unescaped(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from q35c.cli.options import machine_options
 from q35c.cli.streams import note, say
 
 _LEVELS = ("debug", "info", "warning", "error")
@@ -19,7 +20,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--api-key-file", type=click.Path(path_type=Path), help="File with the API keys, one a line [the key in Q35C_API_KEY, else none is asked for].")  # fmt: skip
 @click.option("--insecure", is_flag=True, help="Let other machines in without a key.")
 @click.option("--served-model-name", "names", multiple=True, help="Name that requests give the model; may be given several times, '*' accepts any [the file's name].")  # fmt: skip
-@click.option("--threads", type=int, help="Worker threads [physical cores].")
+@machine_options
 @click.option(
     "--context",
     type=int,
@@ -76,6 +77,7 @@ def serve_command(artifact: Path, **options: Any) -> None:
         context=options["context"],
         batch=options["batch"],
         threads=options["threads"],
+        device=options["device"],
         max_queue=options["max_queue"],
         max_stall=options["max_stall"] / 1000,
         prefix_cache=options["prefix_cache"],

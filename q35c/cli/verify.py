@@ -11,6 +11,7 @@ import click
 
 from q35c.cli.compile import LOAD_FORMATS, check_source, source_options
 from q35c.cli.group import EXIT_INPUT
+from q35c.cli.options import machine_options
 from q35c.cli.streams import note, say
 from q35c.errors import OptionError
 from q35c.progress import Progress
@@ -27,7 +28,7 @@ from q35c.progress import Progress
     "--seed", type=int, default=0, show_default=True, help="Seed of random ids and dummy weights."
 )
 @source_options
-@click.option("--threads", type=int, help="Worker threads [physical cores].")
+@machine_options
 @click.option("--json", "is_json", is_flag=True, help="Print the figures as JSON.")
 @click.pass_context
 def verify_command(

@@ -85,6 +85,11 @@ class Device(Protocol):
     """A model on its machine: code, weights and working memory. Runs are one caller's at a time."""
 
     @property
+    def name(self) -> str:
+        """The device as users call it, with what identifies it."""
+        ...
+
+    @property
     def threads(self) -> int:
         """The most threads that run a program."""
         ...

@@ -51,6 +51,7 @@ class Model:
         self.context = context
         self.batch = batch
         self.threads = executor.device.threads
+        self.device = executor.device.name
         self._artifact = artifact
         self._executor = executor
         self._budget = budget
@@ -146,10 +147,7 @@ class Model:
         return self._executor.device.block(arguments.integer("size", size, 1, 2**62))
 
     def run_probe(self, probe: Probe, address: int, amount: int) -> float:
-        """Return the seconds that all threads take for `amount` units of a probe's work.
-
-        `address` is that of memory which the probe may overwrite, aligned to 64 bytes.
-        """
+        """Return the seconds of `amount` units of a probe's work, on memory at an aligned address that it may overwrite."""
         probe = arguments.instance("probe", probe, Probe)
         address = arguments.integer("address", address, 1, 2**63 - 1)
         amount = arguments.integer("amount", amount, 1, 2**62)

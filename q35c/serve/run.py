@@ -31,7 +31,7 @@ class Limits:
     """How much a server takes on.
 
     context, batch  as in `q35c.load`
-    threads         as in `q35c.load`
+    threads, device as in `q35c.load`
     max_queue       requests that may wait for a row
     max_stall       seconds that a step and the slices of prompts behind it should take together
     prefix_cache    memory for the beginnings of prompts: bytes, with a unit, or a share of what is free
@@ -41,6 +41,7 @@ class Limits:
     context: int | None = None
     batch: int | None = None
     threads: int | None = None
+    device: str | None = None
     max_queue: int = 64
     max_stall: float = 0.2
     prefix_cache: str = DEFAULT_PREFIX_CACHE
@@ -69,7 +70,9 @@ def serve(
     raise_file_limit(2 * MAX_CONNECTIONS)
     with (
         listen(host, port) as listener,
-        load_model(path, limits.threads, context=limits.context, batch=limits.batch) as model,
+        load_model(
+            path, limits.threads, context=limits.context, batch=limits.batch, device=limits.device
+        ) as model,
     ):
         model.tokenizer  # noqa: B018  an artifact without one cannot be served
         if model.batch == 1:

@@ -14,11 +14,13 @@ from q35c.artifact.entries import EntrySpec
 from tests.cuda.emulated import HERE, shared_object
 from tests.fake_artifact import (
     BATCH,
+    CHAT_TEMPLATE,
     CONTEXT,
     VOCAB,
     entry_specs,
     manifest_fields,
     numbers,
+    tokenizer,
     write_fake,
 )
 
@@ -37,7 +39,8 @@ def write_fake_cuda(path: Path, *, architecture: str = "emulated", **changes: An
     """Write the artifact; arguments as of `write_fake`."""
     context = max(changes.get("context", CONTEXT), changes.get("max_context", CONTEXT))
     batch = changes.get("batch", BATCH)
-    segments = {**changes.pop("segments", {}), f"image_{architecture}": image(context, batch)}
+    texts = {"tokenizer": tokenizer(), "chat_template": CHAT_TEMPLATE.encode()}
+    segments = {**texts, f"image_{architecture}": image(context, batch)}
     fields = cuda_fields(architecture, context, batch)
     return write_fake(path, with_code=False, segments=segments, **fields, **changes)
 

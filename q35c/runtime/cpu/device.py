@@ -51,6 +51,8 @@ class Cpu:
 class CpuDevice:
     """Code, weights, working memory and threads of one model, as `device.Device`."""
 
+    name = "cpu"
+
     def __init__(
         self,
         manifest: Manifest,

@@ -39,6 +39,7 @@ class CudaDevice:
         """Take memory, load code and weights. Raises OutOfDeviceMemory, DeviceError, ArtifactError."""
         self._context, self._driver = context, context.driver
         self._manifest = artifact.manifest
+        self.name = context.title
         self._memory = Memory(context.driver)
         self._finalizer = weakref.finalize(self, _close, self._memory, context)
         self._finalizer.atexit = False  # the driver does it

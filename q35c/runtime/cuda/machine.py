@@ -19,14 +19,14 @@ class Cuda:
     reads_all = True
 
     def __init__(self, manifest: Manifest, ordinal: int) -> None:
-        """Find the device. Raises NoDevice."""
-        self._manifest = manifest
-        self._context = Context(ordinal)
+        """Take the number of a device; the driver is loaded by `check`."""
+        self._manifest, self._ordinal = manifest, ordinal
         self._states: StateMemory | None = None
 
     def check(self, target: Target) -> None:
-        """Find the image that fits, then take part in the device's context."""
+        """Find the device and the image that fits it, then take part in the device's context."""
         assert isinstance(target, CudaTarget)  # `runtime/targets.py` chooses by the target
+        self._context = Context(self._ordinal)
         self._context.choose(target.images)
         most = max(kernel.shared_bytes for kernel in target.kernels)
         if most > self._context.shared_bytes:
