@@ -44,6 +44,7 @@ ROOMS: dict[str, set[str]] = {
     # What a checkpoint brings is checked by what will read it.
     "frontend": {
         "ir", "numpy", "torch", "transformers", "safetensors", "huggingface_hub", "runtime.tokenizer", "runtime.chat",
+        "vision.files", "vision.parameters",
     },
     "codegen": {"ir", "formats", "layouts", "artifact", "codegen.calls", "numpy"},
     "codegen.calls": {"layouts"},
@@ -68,7 +69,7 @@ ROOMS: dict[str, set[str]] = {
     f"{CPU}.attention": {f"{CPU}.rows", *KERNELS},
     f"{CPU}.delta": {f"{CPU}.rows", *KERNELS},
     "export": {"ir", "passes", "frontend", "numpy", "onnx"},
-    "artifact": {"layouts", "numpy", "safetensors"},
+    "artifact": {"layouts", "numpy", "safetensors", "vision.parameters"},
     "runtime": {
         "artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe", "llguidance", "runtime.chat",
         "runtime.tokenizer", "runtime.targets",

@@ -16,14 +16,18 @@ from q35c.layouts import blobs
 from q35c.layouts.cache import CELLS, STATE_DTYPES, CacheLayout, stored_shape
 from q35c.layouts.rows import row_words
 from q35c.layouts.weights import packed_shape
+from q35c.vision_config import MERGE
 
 if TYPE_CHECKING:
+    from q35c.artifact.leaves import Vision
     from q35c.artifact.manifest import Manifest
 
 
 def check_consistent(manifest: Manifest) -> None:
     """Recompute what follows from other fields. Raises ArtifactError naming the field."""
     _check_entries(manifest)
+    if manifest.vision is not None:
+        _check_vision(manifest.vision, manifest.model)
     steps = max(len(entry.steps) for entry in manifest.entries)
     expected_io = io_layout(manifest.entries, manifest.model.vocab_size, steps)
     _check_equal("$.io", encode(manifest.io), expected_io)
@@ -50,6 +54,27 @@ def check_consistent(manifest: Manifest) -> None:
     for path, size in aligned.items():
         if size % blobs.ALIGNMENT:
             raise refuse(path, "size is not a multiple of 64", got=size)
+
+
+def _check_vision(vision: Vision, model: ModelConfig) -> None:
+    """Refuse patches that the tower does not read, and a tower of another model."""
+    tower, made = vision.config, vision.parameters
+    sizes = {
+        "patch_size": (tower.patch_size, made.patch_size),
+        "temporal_patch_size": (tower.temporal_patch_size, made.temporal_patch_size),
+        "merge_size": (MERGE, made.merge_size),
+    }
+    for name, (read, prepared) in sizes.items():
+        _check_equal(f"$.vision.parameters.{name}", prepared, read)
+    _check_equal("$.vision.config.out_hidden_size", tower.out_hidden_size, model.hidden_size)
+    for name in (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+    ):
+        if (token := getattr(tower, name)) >= model.vocab_size:
+            raise refuse(f"$.vision.config.{name}", "id is outside the vocabulary", got=token)
 
 
 def expected_state(

@@ -23,6 +23,7 @@ from q35c.artifact.leaves import (
     Segment,
     State,
     Text,
+    Vision,
     Weight,
 )
 from q35c.artifact.schema import Items, Pattern, Range, Reader, decode, encode
@@ -44,6 +45,7 @@ class Manifest:
     format: Literal[4]
     producer: Text
     model: Annotated[ModelConfig, Reader(ModelConfig.from_dict)]
+    vision: Vision | None
     target: Target
     precision: Annotated[str, Pattern(r"[a-z0-9_\-]{1,32}")]
     context: Annotated[int, Range(1, MAX_CONTEXT)]

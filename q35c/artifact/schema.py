@@ -199,6 +199,9 @@ def _decode_map(item: Any, limit: Limit | None, value: object, path: str) -> dic
 
 
 def _decode_union(kinds: tuple[Any, ...], value: object, path: str) -> object:
+    given = [kind for kind in kinds if kind is not type(None)]
+    if value is not None and len(given) == 1 and dataclasses.is_dataclass(given[0]):
+        return _decode(given[0], value, path)  # so that errors say what in it is wrong
     for kind in kinds:
         try:
             return _decode(kind, value, path)

@@ -113,6 +113,7 @@ def _add_derived(document: dict[str, Any]) -> None:
     entries = [decode(Entry, entry, "$.entries") for entry in document["entries"]]
     document.setdefault("producer", f"q35c {__version__}")
     document.setdefault("barrier_bytes", 128)
+    document.setdefault("vision", None)  # of a model that reads text alone
     vocab = document["model"]["vocab_size"]
     steps = max(len(entry.steps) for entry in entries)
     document.setdefault("io", io_layout(entries, vocab, steps))

@@ -7,10 +7,10 @@ Nothing from a model directory is imported or run, no pickle is opened, no link 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from q35c.frontend.directory import ModelDirectory
 from q35c.frontend.dummy import DummyWeights
 from q35c.frontend.hf_config import MAX_CONFIG_BYTES, read_hf_config, sampling_keys
 from q35c.frontend.shards import Shards
+from q35c.vision.files import NAMES as PREPROCESSORS
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 # Files beside the weights, with the most bytes each may have.
@@ -33,6 +34,7 @@ FILE_LIMITS = {
     "chat_template.jinja": limits.MAX_TEMPLATE_BYTES,
     "chat_template.json": 1 << 20,  # may hold several
     "generation_config.json": 1 << 20,
+    **dict.fromkeys(PREPROCESSORS, 1 << 20),
 }
 # What a tokenizer is made of where there is no tokenizer.json.
 SLOW_LIMITS = {"vocab.json": 64 << 20, "merges.txt": 64 << 20}
@@ -55,7 +57,8 @@ class Weights(Protocol):
 class Checkpoint:
     """A model to compile. Tensor names are Hugging Face's without the leading `model.`.
 
-    `where` is the directory it was read from, empty for a family name; `notes` say what of the directory is not taken.
+    `where` is the directory it was read from, empty for a family name; `notes` say what of the directory is not taken;
+    `document` is its config.json, of which `config` is the text tower.
     """
 
     config: ModelConfig
@@ -63,6 +66,7 @@ class Checkpoint:
     files: dict[str, bytes]
     where: str = ""
     notes: tuple[str, ...] = ()
+    document: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -133,7 +137,7 @@ def open_checkpoint(
         config = family.load(str(source))
         return Checkpoint(config, DummyWeights(config, seed), {})
     directory = _directory(source, follow_links)
-    config, notes = _read_config(directory, ignore_config)
+    document, config, notes = _read_config(directory, ignore_config)
     files = _read_files(directory)
     if OTHER_TEMPLATES in directory.names():
         notes.append(f"{OTHER_TEMPLATES}: only the default chat template is taken")
@@ -142,7 +146,7 @@ def open_checkpoint(
     else:
         weights = Shards(directory, config)
         notes.extend(weights.notes)
-    return Checkpoint(config, weights, files, str(directory.root), tuple(notes))
+    return Checkpoint(config, weights, files, str(directory.root), tuple(notes), document)
 
 
 def _directory(source: str | Path, follow_links: bool) -> ModelDirectory:
@@ -184,8 +188,8 @@ def _download(hub_id: str) -> Path:
 
 def _read_config(
     directory: ModelDirectory, ignore: Collection[str]
-) -> tuple[ModelConfig, list[str]]:
-    """Return the configuration, and notes of what it says in vain."""
+) -> tuple[dict[str, Any], ModelConfig, list[str]]:
+    """Return config.json, what it says of the text tower, and notes of what it says in vain."""
     where = f"{directory.root}/config.json"
     data = directory.read("config.json", MAX_CONFIG_BYTES)
     document = strictjson.loads(data, where=where, limit=MAX_CONFIG_BYTES, error=ConfigError)
@@ -195,7 +199,7 @@ def _read_config(
     note = (
         f"config.json: {sampling} not taken; defaults of sampling stand in generation_config.json"
     )
-    return config, [note] if is_note else []
+    return document, config, [note] if is_note else []
 
 
 def _read_files(directory: ModelDirectory) -> dict[str, bytes]:
