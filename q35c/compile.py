@@ -79,6 +79,7 @@ def compile_model(
     check_places(output, dump, arguments.path("source", source))
     machine, policy = find_target(target), find_policy(precision, kv_dtype)
     machine.check_tools()
+    machine.cache_layout(policy.cache)  # refuses what its kernels do not read
     checkpoint = open_checkpoint(
         source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
     )
@@ -113,7 +114,7 @@ def write_artifact(
     progress: Progress,
 ) -> None:
     """Pack the weights slice by slice into the artifact and publish it."""
-    segments = {"code": generated.code, **companions.segments}
+    segments = {**generated.segments, **companions.segments}
     fields = {
         **generated.fields,
         "model": checkpoint.config.to_dict(),

@@ -48,7 +48,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "codegen": {"ir", "formats", "layouts", "artifact", "codegen.calls", "numpy"},
     "codegen.calls": {"layouts"},
-    "codegen.targets": {"codegen", "codegen.cpu.backend"},
+    "codegen.targets": {"codegen", "codegen.cpu.backend", "codegen.cuda.backend"},
     "codegen.cpu": {
         "codegen", "codegen.calls", "codegen.cpu.backend", "codegen.cpu.isa", "codegen.cpu.kernels", f"{CPU}.rows", f"{CPU}.products", f"{CPU}.linear",
         f"{CPU}.experts", f"{CPU}.attention", f"{CPU}.delta", "ir", "formats", "layouts", "numpy", "tvm", "tvm_ffi",
@@ -59,6 +59,7 @@ ROOMS: dict[str, set[str]] = {
     "codegen.cuda": {
         "codegen", "codegen.calls", "codegen.cuda.backend", "codegen.cuda.kernels", "artifact", "ir", "formats", "layouts", "tvm", "tvm_ffi",
     },
+    "codegen.cuda.backend": {"codegen", "codegen.calls", "codegen.cuda", "artifact", "ir", "formats", "layouts"},
     "codegen.cuda.kernels": {"layouts", "formats", "codegen.calls", "artifact", "tvm"},
     "codegen.cpu.isa": {"numpy", "tvm", CPU},
     CPU: KERNELS,

@@ -25,7 +25,7 @@ from q35c.layouts import blobs
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
 
 _CHUNK_BYTES = 1 << 20
-_MAX_VALUES = 50_000  # the largest model of the family has about 20,000
+_MAX_VALUES = 500_000  # launch tables of the largest models have about 200,000
 _METADATA = re.compile(
     rb'\{"__metadata__":\{"q35c":"([^"\\]*+(?:\\.[^"\\]*+)*+)","q35c\.sha256":"([0-9a-f]{64})"\}'
 )

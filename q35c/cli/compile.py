@@ -44,7 +44,7 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     default="cpu",
     show_default=True,
     help="cpu (this machine), or cpu:LEVEL with a level x86-64-v3 (AVX2), x86-64-v4 (AVX-512), "
-    "x86-64-v4-vnni or x86-64-v4-bf16.",
+    "x86-64-v4-vnni or x86-64-v4-bf16; cuda (NVIDIA devices from A100 on), or cuda:ARCHITECTURE, as cuda:sm_90a.",
 )
 @click.option(
     "--precision",

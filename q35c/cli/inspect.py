@@ -136,7 +136,16 @@ def describe_machine(target: Any) -> str:
     """Return what code for a target needs of a machine."""
     if target.backend == "cpu":
         return " ".join(target.cpu_features)
-    return "images for " + ", ".join(image.architecture for image in target.images)
+    return "images for " + "; ".join(map(describe_image, target.images))
+
+
+def describe_image(image: Any) -> str:
+    """Return an architecture with the most registers of a kernel, and the kernels that spill some."""
+    if not image.figures:
+        return image.architecture
+    most = max(figures.registers for figures in image.figures)
+    spilling = sum(figures.spill_bytes > 0 for figures in image.figures)
+    return f"{image.architecture}: up to {most} registers, {spilling or 'no'} kernels spill"
 
 
 def describe_cache(manifest: Any) -> str:
@@ -161,12 +170,21 @@ def describe_formats(manifest: Any) -> str:
 
 
 def describe_kernels(manifest: Any) -> str:
-    """Return a table of the kernels in the code."""
-    rows = [
-        [kernel.name, kernel.family, " ".join(f"{k}={v}" for k, v in kernel.parameters.items())]
-        for kernel in manifest.kernels
-    ]
-    return table_text(["kernel", "family", "parameters"], rows)
+    """Return a table of the kernels in the code; of images with threads of a block, and registers and shared bytes in the first."""
+    columns, figures = ["kernel", "family", "parameters"], []
+    if manifest.target.backend == "cuda":
+        columns[2:2] = ["threads", "registers", "shared"]
+        figures = manifest.target.images[0].figures
+    rows = []
+    for number, kernel in enumerate(manifest.kernels):
+        row = [kernel.name, kernel.family]
+        if len(columns) > 3:
+            plan = manifest.target.kernels[number]
+            said = figures[number] if figures else None
+            static = said.shared_bytes if said else 0
+            row += [str(math.prod(plan.block)), str(said.registers) if said else "?", str(plan.shared_bytes + static)]  # fmt: skip
+        rows.append([*row, " ".join(f"{k}={v}" for k, v in kernel.parameters.items())])
+    return table_text(columns, rows)
 
 
 def describe_weights(manifest: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from q35c.codegen.calls import Barrier, Call, Cost, Division, Pointer, Signature
@@ -25,10 +25,12 @@ Load = Callable[[bytes], Any]  # a shared object -> its library
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The code of a model, and the manifest's description of the probes in it."""
+    """The code of a model, and what the manifest says of it: its probes, its target; and what else becomes a segment."""
 
     code: bytes
     probes: list[dict[str, Any]]
+    target: dict[str, Any]
+    segments: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Backend(Protocol):
@@ -52,10 +54,6 @@ class Backend(Protocol):
     @property
     def logits_bytes(self) -> int:
         """The most bytes of logits that a score call writes."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Return the manifest's `target`."""
         ...
 
     def cache_layout(self, dtype: str) -> CacheLayout:

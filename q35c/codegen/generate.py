@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from q35c.layouts.cache import stored_shape
 class Generated:
     """A compiled model without its weights' data; `fields` are the manifest's code-related fields."""
 
-    code: bytes
+    segments: Mapping[str, bytes]  # `code`, and what else the target brings
     weights: tuple[PackedWeight, ...]
     entries: tuple[WeightEntry, ...]
     fields: dict[str, Any]
@@ -81,7 +81,7 @@ def generate(
     }
     built = backend.build(shared.kernels, placed, clock, progress)
     fields = {
-        "target": backend.describe(),
+        "target": built.target,
         "precision": policy.name,
         "context": limits.context,
         "max_context": limits.max_context,
@@ -95,7 +95,8 @@ def generate(
         "kernels": describe_kernels(shared),
         "probes": built.probes,
     }
-    return Generated(built.code, tuple(shared.weights.values()), stored, fields)
+    segments = {"code": built.code, **built.segments}
+    return Generated(segments, tuple(shared.weights.values()), stored, fields)
 
 
 def barrier_bytes(shared: Shared) -> int:

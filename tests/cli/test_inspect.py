@@ -10,7 +10,7 @@ import pytest
 from q35c.artifact import read_artifact
 from q35c.artifact.schema import encode
 from tests.cli.conftest import Run
-from tests.fake_artifact import write_fake
+from tests.fake_artifact import write_cuda, write_fake
 
 
 @pytest.fixture
@@ -71,3 +71,11 @@ def flip(path: Path, segment: str) -> None:
     start = header[name]["data_offsets"][0]
     data[8 + int.from_bytes(data[:8], "little") + start] ^= 1
     path.write_bytes(data)
+
+
+def test_images_of_a_cuda_target_and_their_figures(run: Run, tmp_path: Path) -> None:
+    write_cuda(tmp_path / "m", "sm_80", "emulated")
+    shown = run("inspect", tmp_path / "m", "--kernels")
+    assert shown.exit_code == 0
+    assert "cuda (images for sm_80: up to 32 registers, no kernels spill; emulated)" in shown.output
+    assert "128" in shown.output and "5120" in shown.output  # threads; dynamic and static bytes

@@ -25,14 +25,15 @@ import pytest
 from q35c.user_cache import cache_directory
 from tests.cuda.translate import translate
 
-SIMT = Path(__file__).with_name("simt")
+SIMT, DRIVER = (Path(__file__).with_name(name) for name in ("simt", "driver"))
 Dims = tuple[int, int, int]
 Argument = np.ndarray | int
 ORDERS: tuple[str | int, ...] = ("forward", "backward", 1, 2)  # of threads and blocks; or a seed
 
 _FLAGS = (
-    "-std=c++17", "-march=native", "-fPIC", "-fno-stack-protector", "-w", "-fno-strict-aliasing", "-ffp-contract=fast",
-    f"-I{SIMT}", f"-I{SIMT}/include",
+    # Without unique symbols, with which an image would never be unloaded.
+    "-std=c++17", "-march=native", "-fPIC", "-fno-stack-protector", "-w", "-fno-strict-aliasing", "-fno-gnu-unique", "-ffp-contract=fast",
+    f"-I{SIMT}", f"-I{SIMT}/include", f"-I{DRIVER}",
 )  # fmt: skip
 # -O1 without vectorisers: what is optimised more merges accesses that a finding would name.
 _CHECKED = (
@@ -47,42 +48,46 @@ class Unknown(Exception):
 
 def build(source: str, *, is_checked: bool = True) -> Path:
     """Return the image of CUDA text: kept from an earlier run if it is the same. Raises Unknown."""
-    return compiled(translate(source), _CHECKED if is_checked else ("-O2",))
+    return compiled([translate(source)], _CHECKED if is_checked else ("-O2",))
 
 
 @functools.cache
 def engine() -> Path:
-    """Return the machine itself as a shared library."""
-    return compiled((SIMT / "simt.cpp").read_text(), ("-O3", "-g1"))
+    """Return the machine itself behind the emulated driver: one library, so that all images meet the same machine."""
+    sources = (SIMT / "driver_machine.cpp", DRIVER / "driver.cpp")
+    return compiled([source.read_text() for source in sources], ("-O3", "-g1"))
 
 
 @functools.cache
 def headers() -> bytes:
     """Return what every compilation depends on beside its text."""
-    return b"\0".join(path.read_bytes() for path in sorted(SIMT.rglob("*.h")))
+    places = [*SIMT.rglob("*.h"), *DRIVER.rglob("*.h"), SIMT / "simt.cpp"]
+    return b"\0".join(path.read_bytes() for path in sorted(places))
 
 
-def compiled(text: str, flags: Sequence[str]) -> Path:
+def compiled(texts: Sequence[str], flags: Sequence[str]) -> Path:
     """Compile C++ into a shared object that is kept. Skips the test where there is no g++."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    parts = [text.encode(), headers(), " ".join([*flags, *_FLAGS]).encode()]
+    parts = [headers(), " ".join([*flags, *_FLAGS]).encode(), *(text.encode() for text in texts)]
     folder = cache_directory() / "simt"
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.so"
     if path.exists():
         return path
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    command = [compiler, "-x", "c++", "-c", "-", *_FLAGS, *flags, "-o", f"{unfinished}.o"]
-    done = subprocess.run(command, input=text, text=True, capture_output=True)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line]
-        raise Unknown("\n".join(lines[:8]) or done.stderr[-2000:])
+    made = [path.with_suffix(f".{os.getpid()}.{number}") for number in range(len(texts) + 1)]
+    for text, unfinished in zip(texts, made[1:], strict=True):
+        command = [compiler, "-x", "c++", "-c", "-", *_FLAGS, *flags, "-o", str(unfinished)]
+        done = subprocess.run(command, input=text, text=True, capture_output=True)
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if "error" in line]
+            raise Unknown("\n".join(lines[:8]) or done.stderr[-2000:])
     # Linked apart: with -fsanitize=thread the linker would bring a library that defines the hooks, too.
-    subprocess.run([compiler, "-shared", "-o", unfinished, f"{unfinished}.o"], check=True)
-    os.remove(f"{unfinished}.o")
-    os.replace(unfinished, path)
+    subprocess.run([compiler, "-shared", "-o", *made], check=True)
+    for unfinished in made[1:]:
+        unfinished.unlink()
+    os.replace(made[0], path)
     return path
 
 

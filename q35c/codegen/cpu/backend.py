@@ -110,7 +110,7 @@ class CpuBackend:
         code = build_shared(
             functions, entries, self.isa, lambda done: progress("machine code", done)
         )
-        return Built(code, [probe.describe() for probe in measuring])
+        return Built(code, [probe.describe() for probe in measuring], self.describe())
 
     def packer(self, weights: Iterable[PackedWeight], load: Load) -> Pack:
         from q35c.codegen.cpu.native_pack import packer

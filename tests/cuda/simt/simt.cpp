@@ -6,7 +6,7 @@
 // here (no sanitizer runtime). Order is kept as in FastTrack: every access has its thread's clock;
 // a block barrier raises the clock of all, partial barriers (warp, named, mbarrier) join vector
 // clocks. Kernels of one stream are ordered; blocks of one kernel only by atomics and fences.
-#include "machine.h"
+#include "threads.h"
 #include "order.h"
 #include "barriers.h"
 #include "copies.h"

@@ -1,0 +1,238 @@
+"""Lowering for CUDA: every op of an entry becomes launches. One function per op kind, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from q35c.codegen.calls import Int
+from q35c.codegen.requests import Lowering, Shared, row_count, width
+from q35c.codegen.schedule import Schedule, View
+from q35c.errors import LoweringError
+from q35c.ir.graph import Graph, Op, Value
+from q35c.ir.types import count
+from q35c.layouts.weights import WeightLayout
+
+TILE = 8  # rows for which a product reads its weights once
+
+
+def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
+    """Return the launches of an entry of up to `max_tokens` rows, or raise LoweringError naming the op that has no kernel."""
+    low = Lowering(graph, shared, max_tokens)
+    for op in graph.ops:
+        rule = RULES.get(op.kind)
+        if rule is None:
+            raise LoweringError(
+                "no CUDA kernel for this op", where=f"entry {graph.name}, {op.kind}",
+                expected=sorted(RULES), hint="compile for a CPU target",
+            )  # fmt: skip
+        rule(low, op)
+    return low.schedule
+
+
+# --- rounding -------------------------------------------------------------------------------------
+
+
+def finish(low: Lowering, op: Op, exact: View) -> None:
+    """Append the rounding of an op's exact rows, if it has rounded ones as well."""
+    if "is_kept" in op.attrs.to_dict():
+        low.quantize(exact, low.output(op.results[-1]), width(op.results[-1]), op.attrs["dtype"])
+
+
+def lower_quantize_rows(low: Lowering, op: Op) -> None:
+    x, q = low.views[op.operands[0]], low.output(op.result)
+    low.quantize(x, q, width(op.result), op.attrs["dtype"])
+
+
+# --- one rule per op ------------------------------------------------------------------------------
+
+
+def lower_embedding(low: Lowering, op: Op) -> None:
+    tokens, table = op.operands
+    vocabulary, hidden = table.type.shape
+    parameters = {"V": vocabulary, "H": hidden, "dtype": table.type.dtype}
+    w = low.shared.weight("linear", table)
+    low.call("embedding", parameters, w=w, ids=low.views[tokens], y=low.output(op.result))
+
+
+def lower_matrix(
+    low: Lowering, op: Op, epilogue: str, layout: WeightLayout, weights: tuple[Value, ...]
+) -> None:
+    x = low.views[op.operands[0]]
+    parameters = {
+        "N": sum(count(w.type.shape[:1]) for w in weights),
+        "K": width(weights[0]),
+        "dtype": weights[0].type.dtype,
+        "rows": op.operands[0].type.dtype,
+        "epilogue": epilogue,
+        "tile": 1 if isinstance(x.rows, Int) else min(TILE, low.max_tokens),
+    }
+    residual = {"r": low.views[op.operands[1]]} if epilogue == "residual" else {}
+    y = low.exact(op)
+    low.call("linear", parameters, w=low.shared.weight(layout, *weights), x=x, y=y, **residual)
+    finish(low, op, y)
+
+
+def lower_linear(low: Lowering, op: Op) -> None:
+    lower_matrix(low, op, "none", "linear", op.operands[1:])
+
+
+def lower_linear_residual(low: Lowering, op: Op) -> None:
+    lower_matrix(low, op, "residual", "linear", op.operands[2:])
+
+
+def lower_linear_swiglu(low: Lowering, op: Op) -> None:
+    lower_matrix(low, op, "swiglu", "swiglu", op.operands[1:])
+
+
+def lower_slice(low: Lowering, op: Op) -> None:
+    """A slice of the last axis is a view: no kernel."""
+    source = low.views[op.operands[0]]
+    if op.attrs["axis"] % op.result.type.rank != op.result.type.rank - 1 or op.attrs["step"] != 1:
+        raise LoweringError(
+            "only last-axis slices are views", where=f"entry {low.graph.name}", got=op.attrs
+        )
+    low.views[op.result] = replace(source, offset=source.offset + 4 * op.attrs["start"])
+
+
+def lower_last_token(low: Lowering, op: Op) -> None:
+    low.views[op.result] = replace(low.views[op.operands[0]], rows=Int(1), last_row=True)
+
+
+def lower_rms_norm(low: Lowering, op: Op) -> None:
+    x, w = low.views[op.operands[0]], low.shared.weight("vector", op.operands[1])
+    parameters = {"D": width(op.results[0]), "eps": op.attrs["eps"], "offset": op.attrs["offset"]}
+    y = low.exact(op)
+    low.call("rms_norm", parameters, x=x, w=w, y=y)
+    finish(low, op, y)
+
+
+def lower_rotary_table(low: Lowering, op: Op) -> None:
+    parameters = {name: op.attrs[name] for name in ("inv_freq", "sections", "scaling")}
+    # One row for each axis, as long as the field in io.
+    positions = replace(low.views[op.operands[0]], stride=low.shared.io_tokens)
+    low.call("rotary_table", parameters, positions=positions, table=low.output(op.result))
+
+
+def lower_gated_delta_net(low: Lowering, op: Op) -> None:
+    qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, _, conv, delta = op.operands
+    _, value_heads, key_dim, value_dim = delta.type.shape
+    shared, view, rows = low.shared, low.views, row_count(op.results[0])
+    heads = {"Hk": op.attrs["key_heads"], "Hv": value_heads, "Dk": key_dim, "Dv": value_dim}
+    shape = {**heads, "K": width(conv_w), "rows": op.attrs["rows"]}
+    mixed = low.temporary("mixed", width(qkv), rows)
+    gates = low.temporary("gates", 2 * op["b"].type.shape[-1], rows)  # type: ignore[operator]
+    o = low.temporary("o", width(op.results[0]), rows)
+    a_log, dt_bias, norm_w = (shared.weight("vector", w) for w in (a_log, dt_bias, norm_w))
+    low.call(
+        "delta_inputs", shape, conv_w=shared.weight("conv", conv_w), conv_state=shared.state(conv), qkv=view[qkv],
+        b=view[b], a=view[a], a_log=a_log, dt_bias=dt_bias, slots=view[slots], mixed=mixed, gates=gates,
+    )  # fmt: skip
+    low.call(
+        "delta_scan", shape, conv_state=shared.state(conv), state=shared.state(delta), qkv=view[qkv],
+        mixed=mixed, gates=gates, slots=view[slots], o=o,
+    )  # fmt: skip
+    if is_unread(low, op):
+        return  # the entry only continues the state
+    y = low.exact(op)
+    parameters = {"Hv": value_heads, "Dv": value_dim, "eps": op.attrs["eps"]}
+    low.call("delta_output", parameters, o=o, z=view[z], norm_w=norm_w, y=y)
+    finish(low, op, y)
+
+
+def is_unread(low: Lowering, op: Op) -> bool:
+    """Tell whether no result of an op is read."""
+    return not any(result in low.readers or result == low.logits for result in op.results)
+
+
+def lower_gated_attention(low: Lowering, op: Op) -> None:
+    q_gate, k, v, q_norm, k_norm, table, slots, starts, keys, values = op.operands
+    shared, view, rows = low.shared, low.views, row_count(op.results[0])
+    head_dim, splits = width(q_norm), op.attrs["splits"] if op.attrs["rows"] == "batch" else 1
+    heads = {"Hq": op.attrs["heads"], "D": head_dim}
+    # Offsets relative to the keys are the same in every layer, so all layers share one kernel.
+    cache = {
+        **heads, "Hkv": op.attrs["kv_heads"], "kv_dtype": op.attrs["cache"], "context": shared.context, "rows": op.attrs["rows"],
+        "v_offset_bytes": shared.state_offsets[values.name] - shared.state_offsets[keys.name],
+    }  # fmt: skip
+    place = {"state": shared.state(keys, values), "slots": view[slots], "starts": view[starts]}
+    q = low.temporary("q", op.attrs["heads"] * head_dim, rows)
+    rotation = {"R": width(table), "eps": op.attrs["eps"], "scale": op.attrs["scale"]}
+    low.call(
+        "attention_prepare", cache | rotation, **place,
+        qg=view[q_gate], k=view[k], v=view[v], table=view[table], q_out=q,
+        q_norm=shared.weight("vector", q_norm), k_norm=shared.weight("vector", k_norm),
+    )  # fmt: skip
+    if is_unread(low, op):
+        return  # the entry only continues the cache
+    y = low.exact(op)
+    parameters = {**cache, "splits": splits}
+    if splits == 1:
+        low.call("attention", parameters, **place, q=q, qg=view[q_gate], y=y)
+    else:
+        size = op.attrs["heads"] * splits * (head_dim + 2)
+        parts = low.temporary("parts", size, rows)
+        low.call("attention", parameters, **place, q=q, parts=parts)
+        combine = {**heads, "splits": splits}
+        low.call("attention_combine", combine, parts=parts, qg=view[q_gate], y=y)
+    finish(low, op, y)
+
+
+def lower_sparse_moe(low: Lowering, op: Op) -> None:
+    x, logits, gate, residual = (
+        low.views[op[name]] for name in ("x", "router_logits", "shared_gate", "residual")
+    )
+    shared, top_k, rows = low.shared, op.attrs["top_k"], row_count(op.result)
+    experts, hidden, inner = (int(d) for d in op["down"].type.shape)  # type: ignore[arg-type]
+    ups, downs = [op["gate_up"]], [op["down"]]
+    router = {"E": experts, "top_k": top_k}
+    is_folded = op.kind == "folded_moe_residual"
+    if is_folded:  # the shared expert is the last one, and every token's last choice
+        ups, downs = [*ups, op["gate"], op["up"]], [*downs, op["shared_down"]]
+        experts, top_k = experts + 1, top_k + 1
+    ids, weights = (low.temporary(name, top_k, rows) for name in ("ids", "weights"))
+    router |= {"has_shared": is_folded}
+    low.call("route", router, logits=logits, gate=gate, ids=ids, weights=weights)
+
+    dtype = op["x"].type.dtype
+    shape: dict[str, Any] = {"E": experts, "I": inner, "H": hidden, "top_k": top_k, "rows": dtype}
+    activated = low.temporary("activated", top_k * inner, rows)
+    up, parameters = (
+        shared.weight("experts_swiglu", *ups),
+        {**shape, "dtype": op["gate_up"].type.dtype},
+    )
+    low.call("expert_gate_up", parameters, w=up, x=x, ids=ids, y=activated)
+    read = activated if dtype == "f32" else low.rounded(activated, inner, dtype, pairs=top_k)
+    outputs = low.temporary("outputs", top_k * hidden, rows)
+    down, parameters = shared.weight("experts", *downs), {**shape, "dtype": op["down"].type.dtype}
+    low.call("expert_down", parameters, w=down, x=read.split(top_k), ids=ids, y=outputs)
+
+    # Without a shared expert beside the others, combine reads no shared rows: any take their place.
+    beside = residual if is_folded else low.views[op["shared"]]
+    low.call(
+        "combine", {"H": hidden, "top_k": top_k, "has_shared": not is_folded},
+        y2=outputs, weights=weights, shared=beside, gate=gate, residual=residual, y=low.output(op.result),
+    )  # fmt: skip
+
+
+RULES: dict[str, Callable[[Lowering, Op], None]] = {
+    "embedding": lower_embedding,
+    "linear": lower_linear,
+    "linear_residual": lower_linear_residual,
+    "linear_swiglu": lower_linear_swiglu,
+    "rounded_linear_swiglu": lower_linear_swiglu,
+    "slice": lower_slice,
+    "last_token": lower_last_token,
+    "rms_norm": lower_rms_norm,
+    "rounded_rms_norm": lower_rms_norm,
+    "rotary_table": lower_rotary_table,
+    "stateful_gated_delta_net": lower_gated_delta_net,
+    "rounded_stateful_gated_delta_net": lower_gated_delta_net,
+    "scheduled_gated_attention": lower_gated_attention,
+    "rounded_scheduled_gated_attention": lower_gated_attention,
+    "sparse_moe_residual": lower_sparse_moe,
+    "quantized_moe_residual": lower_sparse_moe,
+    "folded_moe_residual": lower_sparse_moe,
+    "quantize_rows": lower_quantize_rows,
+}
