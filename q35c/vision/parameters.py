@@ -43,7 +43,8 @@ class VideoLimits:
 class VisionParameters:
     """How pictures become patches: `patch_size` pixels square, `temporal_patch_size` frames deep.
 
-    `merge_size` x `merge_size` patches become one token.
+    `merge_size` x `merge_size` patches become one token. `max_tokens` is the most of one picture or frame that the compiled
+    tower takes; None: as many as the limits allow.
     """
 
     patch_size: int = 16
@@ -51,6 +52,7 @@ class VisionParameters:
     merge_size: int = 2
     image: ImageLimits = field(default_factory=ImageLimits)
     video: VideoLimits = field(default_factory=VideoLimits)
+    max_tokens: int | None = None
 
     @property
     def factor(self) -> int:
@@ -72,8 +74,11 @@ class VisionParameters:
         items = Fields(document, where)
         image, video = items.nested("image"), items.nested("video")
         sizes = {name: items.integer(name, 1, high) for name, high in _SIZES.items()}
+        most = items.integer("max_tokens", 1, MOST_PIXELS, default=None)
         items.finish()
-        parameters = cls(**sizes, image=_image_limits(image), video=_video_limits(video))
+        parameters = cls(
+            **sizes, image=_image_limits(image), video=_video_limits(video), max_tokens=most
+        )
         check_parameters(parameters, where)
         return parameters
 

@@ -1,6 +1,7 @@
 """Choose the size that a picture or a clip is resized to: multiples of the factor, the area within limits.
 
-The formulas are those of transformers 5.23 (Qwen2VLImageProcessor and Qwen3VLVideoProcessor), rounding included.
+The formulas are those of transformers 5.23 (Qwen2VLImageProcessor and Qwen3VLVideoProcessor), rounding included. Where the
+compiled tower takes fewer tokens, that is the most pixels in them, for each frame.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 
 from q35c.errors import MediaError
-from q35c.vision.parameters import VisionParameters
+from q35c.vision.parameters import MOST_PIXELS, VisionParameters
 
 MAX_ASPECT = 200
 
@@ -18,8 +19,10 @@ def image_size(
 ) -> tuple[int, int]:
     """Return height and width in pixels of a resized picture. Raises MediaError for an absurd shape."""
     check_aspect(height, width, where)
-    limits = parameters.image
-    return _fit(1, 1, height, width, parameters.factor, limits.min_pixels, limits.max_pixels)
+    most = _tower_pixels(parameters)
+    high = min(parameters.image.max_pixels, most)
+    low = min(parameters.image.min_pixels, high)
+    return _within(most, parameters.factor, _fit(1, 1, height, width, parameters.factor, low, high))
 
 
 def video_size(
@@ -40,8 +43,10 @@ def video_size(
         height, width = int(height * scale), int(width * scale)
     check_aspect(height, width, where)
     paired = round(frames / step) * step
-    low, high = parameters.video.min_pixels, _most_pixels(frames, parameters)
-    return _fit(frames, paired, height, width, factor, low, high)
+    most = _tower_pixels(parameters)
+    high = min(_most_pixels(frames, parameters), frames * most)
+    low = min(parameters.video.min_pixels, high)
+    return _within(most, factor, _fit(frames, paired, height, width, factor, low, high))
 
 
 def check_aspect(height: int, width: int, where: str | None = None) -> None:
@@ -54,6 +59,21 @@ def check_aspect(height: int, width: int, where: str | None = None) -> None:
             got=f"{width} x {height} pixels",
             hint="cut it into pieces",
         )
+
+
+def _tower_pixels(parameters: VisionParameters) -> int:
+    """Return the most pixels that the tower takes at once."""
+    tokens = MOST_PIXELS if parameters.max_tokens is None else parameters.max_tokens
+    return tokens * parameters.factor**2
+
+
+def _within(most: int, factor: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Return a size that the tower takes: the reference's may be larger for narrow pictures and odd numbers of frames."""
+    shrink = math.sqrt(max(1.0, size[0] * size[1] / most))
+    height, width = (max(factor, math.floor(side / shrink / factor) * factor) for side in size)
+    short = min(height, width)
+    longest = most // short // factor * factor
+    return min(height, max(longest, short)), min(width, max(longest, short))
 
 
 def _most_pixels(frames: int, parameters: VisionParameters) -> int:

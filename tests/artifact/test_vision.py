@@ -91,7 +91,7 @@ def test_every_field_with_every_value(tmp_path: Path, whole: bytes) -> None:
             text = mutate(sample, place, value)
             manifest = load_fully(tmp_path / "mutant", forge(whole, text))
             assert manifest is None or json.loads(manifest.to_json()) == sample, (place, value)
-    assert len(chosen) == 1 + 2 + 12 + 5 + 2 + 6
+    assert len(chosen) == 1 + 2 + 12 + 6 + 2 + 6
 
 
 def test_a_compiler_that_contradicts_itself_is_found(tmp_path: Path) -> None:
