@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from q35c.codegen.calls import Int
+from q35c.codegen.cuda.kernels.prologue import MOST_BYTES, Prologue
 from q35c.codegen.requests import Lowering, Shared, row_count, width
-from q35c.codegen.schedule import Schedule, View
+from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import count
 from q35c.layouts.weights import WeightLayout
 
 TILE = 8  # rows for which a product reads its weights once
+FEW = 8  # rows for which a product makes its own: more would make them once for many blocks
+PRODUCTS = (
+    "linear", "linear_residual", "linear_swiglu", "rounded_linear_swiglu", "sparse_moe_residual", "quantized_moe_residual",
+    "folded_moe_residual",
+)  # fmt: skip
 
 
 def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
     """Return the launches of an entry of up to `max_tokens` rows, or raise LoweringError naming the op that has no kernel."""
-    low = Lowering(graph, shared, max_tokens)
+    low = CudaLowering(graph, shared, max_tokens)
     for op in graph.ops:
         rule = RULES.get(op.kind)
         if rule is None:
@@ -31,24 +37,85 @@ def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
     return low.schedule
 
 
-# --- rounding -------------------------------------------------------------------------------------
+# --- rows that products make themselves -----------------------------------------------------------
 
 
-def finish(low: Lowering, op: Op, exact: View) -> None:
-    """Append the rounding of an op's exact rows, if it has rounded ones as well."""
-    if "is_kept" in op.attrs.to_dict():
-        low.quantize(exact, low.output(op.results[-1]), width(op.results[-1]), op.attrs["dtype"])
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Rows that no kernel has made yet: what becomes of which f32 rows (kernels/prologue.py)."""
+
+    x: View
+    dtype: str
+    norm: WeightRef | None = None
+    eps: float = 0.0
+    offset: float = 0.0
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Return what a product must know to make them."""
+        if self.norm is None:
+            return {"prologue": "round"}
+        return {"prologue": "norm", "eps": self.eps, "offset": self.offset}
+
+    @property
+    def pointers(self) -> dict[str, View | WeightRef]:
+        """Return what a product must be given to make them."""
+        return {"x": self.x} | ({"norm": self.norm} if self.norm is not None else {})
 
 
-def lower_quantize_rows(low: Lowering, op: Op) -> None:
-    x, q = low.views[op.operands[0]], low.output(op.result)
-    low.quantize(x, q, width(op.result), op.attrs["dtype"])
+class CudaLowering(Lowering):
+    """Lower one entry; of few rows norms and rounding are left to the products that read them."""
+
+    def __init__(self, graph: Graph, shared: Shared, max_tokens: int) -> None:
+        super().__init__(graph, shared, max_tokens)
+        self.made: dict[Value, Made] = {}
+
+    @property
+    def tile(self) -> int:
+        return min(TILE, self.max_tokens)
+
+    def can_be_made(self, value: Value, dtype: str) -> bool:
+        """Tell whether rows of this dtype are few, and all that read them are products that can make them."""
+        readers = self.readers.get(value, [])
+        size = 4 * self.tile * Prologue("round", width(value), dtype).words
+        is_small = self.max_tokens <= FEW and size <= MOST_BYTES
+        return is_small and bool(readers) and all(self._makes(op, value) for op in readers)
+
+    def _makes(self, op: Op, value: Value) -> bool:
+        if op.kind == "quantize_rows":
+            return self.can_be_made(op.result, op.attrs["dtype"])
+        return op.kind in PRODUCTS and [name for name, v in op.named() if v == value] == ["x"]
+
+    def product_rows(self, value: Value) -> tuple[dict[str, Any], Mapping[str, View | WeightRef]]:
+        """Return the parameters and pointers by which a product reads rows."""
+        made = self.made.get(value)
+        return ({}, {"x": self.views[value]}) if made is None else (made.parameters, made.pointers)
+
+    def finish(self, op: Op, exact: View) -> None:
+        """Round an op's exact rows, if it has rounded ones as well, or leave it to the products that read them."""
+        if "is_kept" in op.attrs.to_dict():
+            self.round_rows(exact, op.results[-1], op.attrs["dtype"])
+
+    def round_rows(self, x: View, result: Value, dtype: str) -> None:
+        """Round rows, or leave it to the products that read them."""
+        if self.can_be_made(result, dtype):
+            self.made[result] = Made(x, dtype)
+        else:
+            self.quantize(x, self.output(result), width(result), dtype)
+
+
+def lower_quantize_rows(low: CudaLowering, op: Op) -> None:
+    source = low.made.get(op.operands[0])
+    if source is not None:
+        low.made[op.result] = replace(source, dtype=op.attrs["dtype"])
+    else:
+        low.round_rows(low.views[op.operands[0]], op.result, op.attrs["dtype"])
 
 
 # --- one rule per op ------------------------------------------------------------------------------
 
 
-def lower_embedding(low: Lowering, op: Op) -> None:
+def lower_embedding(low: CudaLowering, op: Op) -> None:
     tokens, table = op.operands
     vocabulary, hidden = table.type.shape
     parameters = {"V": vocabulary, "H": hidden, "dtype": table.type.dtype}
@@ -57,36 +124,37 @@ def lower_embedding(low: Lowering, op: Op) -> None:
 
 
 def lower_matrix(
-    low: Lowering, op: Op, epilogue: str, layout: WeightLayout, weights: tuple[Value, ...]
+    low: CudaLowering, op: Op, epilogue: str, layout: WeightLayout, weights: tuple[Value, ...]
 ) -> None:
-    x = low.views[op.operands[0]]
+    first, rows = low.product_rows(op.operands[0])
     parameters = {
+        **first,
         "N": sum(count(w.type.shape[:1]) for w in weights),
         "K": width(weights[0]),
         "dtype": weights[0].type.dtype,
         "rows": op.operands[0].type.dtype,
         "epilogue": epilogue,
-        "tile": 1 if isinstance(x.rows, Int) else min(TILE, low.max_tokens),
+        "tile": 1 if isinstance(row_count(op.result), Int) else low.tile,
     }
     residual = {"r": low.views[op.operands[1]]} if epilogue == "residual" else {}
     y = low.exact(op)
-    low.call("linear", parameters, w=low.shared.weight(layout, *weights), x=x, y=y, **residual)
-    finish(low, op, y)
+    low.call("linear", parameters, w=low.shared.weight(layout, *weights), y=y, **rows, **residual)
+    low.finish(op, y)
 
 
-def lower_linear(low: Lowering, op: Op) -> None:
+def lower_linear(low: CudaLowering, op: Op) -> None:
     lower_matrix(low, op, "none", "linear", op.operands[1:])
 
 
-def lower_linear_residual(low: Lowering, op: Op) -> None:
+def lower_linear_residual(low: CudaLowering, op: Op) -> None:
     lower_matrix(low, op, "residual", "linear", op.operands[2:])
 
 
-def lower_linear_swiglu(low: Lowering, op: Op) -> None:
+def lower_linear_swiglu(low: CudaLowering, op: Op) -> None:
     lower_matrix(low, op, "swiglu", "swiglu", op.operands[1:])
 
 
-def lower_slice(low: Lowering, op: Op) -> None:
+def lower_slice(low: CudaLowering, op: Op) -> None:
     """A slice of the last axis is a view: no kernel."""
     source = low.views[op.operands[0]]
     if op.attrs["axis"] % op.result.type.rank != op.result.type.rank - 1 or op.attrs["step"] != 1:
@@ -96,26 +164,30 @@ def lower_slice(low: Lowering, op: Op) -> None:
     low.views[op.result] = replace(source, offset=source.offset + 4 * op.attrs["start"])
 
 
-def lower_last_token(low: Lowering, op: Op) -> None:
+def lower_last_token(low: CudaLowering, op: Op) -> None:
     low.views[op.result] = replace(low.views[op.operands[0]], rows=Int(1), last_row=True)
 
 
-def lower_rms_norm(low: Lowering, op: Op) -> None:
+def lower_rms_norm(low: CudaLowering, op: Op) -> None:
     x, w = low.views[op.operands[0]], low.shared.weight("vector", op.operands[1])
-    parameters = {"D": width(op.results[0]), "eps": op.attrs["eps"], "offset": op.attrs["offset"]}
+    shape = {"eps": op.attrs["eps"], "offset": op.attrs["offset"]}
+    read = [value for value in op.results if value in low.readers]
+    if all(low.can_be_made(value, value.type.dtype) for value in read):
+        low.made |= {value: Made(x, value.type.dtype, w, **shape) for value in read}
+        return
     y = low.exact(op)
-    low.call("rms_norm", parameters, x=x, w=w, y=y)
-    finish(low, op, y)
+    low.call("rms_norm", {"D": width(op.results[0]), **shape}, x=x, w=w, y=y)
+    low.finish(op, y)
 
 
-def lower_rotary_table(low: Lowering, op: Op) -> None:
+def lower_rotary_table(low: CudaLowering, op: Op) -> None:
     parameters = {name: op.attrs[name] for name in ("inv_freq", "sections", "scaling")}
     # One row for each axis, as long as the field in io.
     positions = replace(low.views[op.operands[0]], stride=low.shared.io_tokens)
     low.call("rotary_table", parameters, positions=positions, table=low.output(op.result))
 
 
-def lower_gated_delta_net(low: Lowering, op: Op) -> None:
+def lower_gated_delta_net(low: CudaLowering, op: Op) -> None:
     qkv, z, b, a, conv_w, a_log, dt_bias, norm_w, slots, _, conv, delta = op.operands
     _, value_heads, key_dim, value_dim = delta.type.shape
     shared, view, rows = low.shared, low.views, row_count(op.results[0])
@@ -138,15 +210,15 @@ def lower_gated_delta_net(low: Lowering, op: Op) -> None:
     y = low.exact(op)
     parameters = {"Hv": value_heads, "Dv": value_dim, "eps": op.attrs["eps"]}
     low.call("delta_output", parameters, o=o, z=view[z], norm_w=norm_w, y=y)
-    finish(low, op, y)
+    low.finish(op, y)
 
 
-def is_unread(low: Lowering, op: Op) -> bool:
+def is_unread(low: CudaLowering, op: Op) -> bool:
     """Tell whether no result of an op is read."""
     return not any(result in low.readers or result == low.logits for result in op.results)
 
 
-def lower_gated_attention(low: Lowering, op: Op) -> None:
+def lower_gated_attention(low: CudaLowering, op: Op) -> None:
     q_gate, k, v, q_norm, k_norm, table, slots, starts, keys, values = op.operands
     shared, view, rows = low.shared, low.views, row_count(op.results[0])
     head_dim, splits = width(q_norm), op.attrs["splits"] if op.attrs["rows"] == "batch" else 1
@@ -176,12 +248,12 @@ def lower_gated_attention(low: Lowering, op: Op) -> None:
         low.call("attention", parameters, **place, q=q, parts=parts)
         combine = {**heads, "splits": splits}
         low.call("attention_combine", combine, parts=parts, qg=view[q_gate], y=y)
-    finish(low, op, y)
+    low.finish(op, y)
 
 
-def lower_sparse_moe(low: Lowering, op: Op) -> None:
-    x, logits, gate, residual = (
-        low.views[op[name]] for name in ("x", "router_logits", "shared_gate", "residual")
+def lower_sparse_moe(low: CudaLowering, op: Op) -> None:
+    logits, gate, residual = (
+        low.views[op[name]] for name in ("router_logits", "shared_gate", "residual")
     )
     shared, top_k, rows = low.shared, op.attrs["top_k"], row_count(op.result)
     experts, hidden, inner = (int(d) for d in op["down"].type.shape)  # type: ignore[arg-type]
@@ -198,14 +270,18 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
     dtype = op["x"].type.dtype
     shape: dict[str, Any] = {"E": experts, "I": inner, "H": hidden, "top_k": top_k, "rows": dtype}
     activated = low.temporary("activated", top_k * inner, rows)
-    up, parameters = (
-        shared.weight("experts_swiglu", *ups),
-        {**shape, "dtype": op["gate_up"].type.dtype},
-    )
-    low.call("expert_gate_up", parameters, w=up, x=x, ids=ids, y=activated)
-    read = activated if dtype == "f32" else low.rounded(activated, inner, dtype, pairs=top_k)
+    first, x = low.product_rows(op["x"])
+    parameters = {**shape, **first, "dtype": op["gate_up"].type.dtype}
+    up = shared.weight("experts_swiglu", *ups)
+    low.call("expert_gate_up", parameters, w=up, **x, ids=ids, y=activated)
     outputs = low.temporary("outputs", top_k * hidden, rows)
-    down, parameters = shared.weight("experts", *downs), {**shape, "dtype": op["down"].type.dtype}
+    read, first = activated, {}
+    if dtype != "f32" and low.max_tokens <= FEW:
+        first = Made(activated, dtype).parameters
+    elif dtype != "f32":
+        read = low.rounded(activated, inner, dtype, pairs=top_k)
+    parameters = {**shape, **first, "dtype": op["down"].type.dtype}
+    down = shared.weight("experts", *downs)
     low.call("expert_down", parameters, w=down, x=read.split(top_k), ids=ids, y=outputs)
 
     # Without a shared expert beside the others, combine reads no shared rows: any take their place.
@@ -216,7 +292,7 @@ def lower_sparse_moe(low: Lowering, op: Op) -> None:
     )  # fmt: skip
 
 
-RULES: dict[str, Callable[[Lowering, Op], None]] = {
+RULES: dict[str, Callable[[CudaLowering, Op], None]] = {
     "embedding": lower_embedding,
     "linear": lower_linear,
     "linear_residual": lower_linear_residual,

@@ -10,6 +10,8 @@ little as can be for one. The limit is the bandwidth of the weights.
 
 from __future__ import annotations
 
+from typing import Any
+
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.calls import Cost
@@ -17,7 +19,6 @@ from q35c.codegen.cuda.kernels.blocks import (
     Line,
     block_words,
     multiply,
-    row_type,
     units,
     weight_type,
 )
@@ -35,8 +36,19 @@ from q35c.codegen.cuda.kernels.family import (
     per_row,
     row_bytes,
 )
-from q35c.codegen.cuda.kernels.linear import HALF, WARPS, total, weight_blocks
-from q35c.codegen.cuda.kernels.make import T, add, array, let, local, make_kernel, shared, store
+from q35c.codegen.cuda.kernels.linear import HALF, total, weight_blocks
+from q35c.codegen.cuda.kernels.make import (
+    Expr,
+    T,
+    add,
+    array,
+    let,
+    local,
+    make_kernel,
+    shared,
+    store,
+)
+from q35c.codegen.cuda.kernels.prologue import WARPS, Prologue, norm_array, prologue_of
 from q35c.codegen.cuda.kernels.threads import (
     barrier,
     shuffle_xor,
@@ -134,32 +146,35 @@ ROUTE = Family(
 # --- products -------------------------------------------------------------------------------------
 
 
-def _product(arguments, E, N, K, top_k, dtype, rows, is_gated, x_pairs) -> PrimFunc:  # type: ignore[no-untyped-def]
+def _product(E, N, K, top_k, dtype, is_gated, x_pairs, first_steps: Prologue) -> PrimFunc:  # type: ignore[no-untyped-def]
     """Make a product of each pair's row with its expert's matrix [N, K]; X has `x_pairs` rows a token."""
     epilogue = "swiglu" if is_gated else "none"
     blocks, words, parts = weight_blocks(N, epilogue), block_words(dtype, K), units(dtype, K)
     outputs, columns = (N // 2, HALF) if is_gated else (N, BLOCK)
 
-    def body(w, x, ids, y, tokens, ld_x) -> None:  # type: ignore[no-untyped-def]
+    def body(w, x, ids, y, tokens, ld_x, norm=None) -> None:  # type: ignore[no-untyped-def]
         w = array(w, (E * blocks, words), weight_type(dtype))
-        x = array(x, (tokens * x_pairs, ld_x), row_type(rows))
-        ids, y = (
-            array(ids, (tokens * top_k,), "int32"),
-            array(y, (tokens * top_k, outputs), "float32"),
-        )
+        x = array(x, (tokens * x_pairs, ld_x), first_steps.row_type)
+        ids = array(ids, (tokens * top_k,), "int32")
+        y, norm = array(y, (tokens * top_k, outputs), "float32"), norm_array(norm, K)
         with threads((blocks, tokens * top_k, 1), (WARP, WARPS, 1)) as (block, pair, lane, warp):
             acc, sums = local("acc", (1,)), shared("sums", (WARPS, 1, BLOCK))
             line = let(
                 "line", T.cast(ids[pair], "int64") * T.int64(blocks) + T.cast(block, "int64")
             )
-            row = pair if x_pairs == top_k else pair // top_k
+            row = let("row", pair if x_pairs == top_k else pair // top_k)
+            rows = x
+            if first_steps.is_needed:
+                rows = first_steps.stage(x, norm, lambda _: row, 1, 1, lane, warp)
+
+            def read(_: int, word: Expr) -> Expr:
+                return rows[0 if first_steps.is_needed else row, word]
+
             store(acc, T.float32(0), 0)
             with T.serial(ceil_div(parts, WARPS)) as i:
                 unit = let("unit", i * WARPS + warp)
                 with when(unit < parts):
-                    multiply(
-                        K, dtype, rows, Line(w, line), 0, lane, unit, lambda _, word: x[row, word], acc, 1
-                    )  # fmt: skip
+                    multiply(K, dtype, first_steps.rows, Line(w, line), 0, lane, unit, read, acc, 1)
             store(sums, acc[0], warp, 0, lane)
             barrier()
             column = let("column", block * columns + lane)
@@ -169,21 +184,27 @@ def _product(arguments, E, N, K, top_k, dtype, rows, is_gated, x_pairs) -> PrimF
                     value = silu(value) * total(sums, 0, lane + HALF)
                 store(y, value, pair, column)
 
-    types = {"w": weight_type(dtype), "x": row_type(rows), "ids": "int32", "y": "float32"}
-    return make_kernel(arguments, types, body)
+    types = {"w": weight_type(dtype), "x": first_steps.row_type, "ids": "int32"}
+    types |= {"y": "float32", "norm": "float32"}
+    return make_kernel(_product_arguments({"prologue": first_steps.kind}), types, body)
 
 
-_PRODUCT = "w x ids y tokens ld_x"
+def _product_arguments(p: Parameters) -> str:
+    norm = " norm" if p.get("prologue") == "norm" else ""
+    return f"w x{norm} ids y tokens ld_x"
 
 
-def expert_gate_up(E: int, I: int, H: int, top_k: int, dtype: str, rows: str) -> PrimFunc:  # noqa: E741
-    """Make the kernel (W [E, 2 I, H] packed, X [T, H], IDS i32 [T, k], Y f32 [T, k, I], T, ld_x); k is top_k."""
-    return _product(_PRODUCT, E, 2 * I, H, top_k, dtype, rows, True, 1)
+def expert_gate_up(E: int, I: int, H: int, top_k: int, dtype: str, **rows: Any) -> PrimFunc:  # noqa: E741
+    """Make the kernel (W [E, 2 I, H] packed, X [T, H], [NORM f32 [H],] IDS i32 [T, k], Y f32 [T, k, I], T, ld_x); k is top_k.
+
+    `rows`, `prologue`, `eps` and `offset` are those of `linear`.
+    """
+    return _product(E, 2 * I, H, top_k, dtype, True, 1, prologue_of(rows, H))
 
 
-def expert_down(E: int, I: int, H: int, top_k: int, dtype: str, rows: str) -> PrimFunc:  # noqa: E741
+def expert_down(E: int, I: int, H: int, top_k: int, dtype: str, **rows: Any) -> PrimFunc:  # noqa: E741
     """Make the kernel (W [E, H, I] packed, X [T, k, I], IDS i32 [T, k], Y f32 [T, k, H], T, ld_x); k is top_k."""
-    return _product(_PRODUCT, E, H, I, top_k, dtype, rows, False, top_k)
+    return _product(E, H, I, top_k, dtype, False, top_k, prologue_of(rows, I))
 
 
 def _grid(N: int, epilogue: str, p: Parameters) -> Grid:
@@ -202,14 +223,14 @@ def _cost(p: Parameters, N: int, K: int, outputs: int, x_rows: int) -> Cost:
 
 EXPERT_GATE_UP = Family(
     expert_gate_up,
-    _PRODUCT,
+    _product_arguments,
     writes="y",
     cost=lambda p: _cost(p, 2 * p["I"], p["H"], p["I"], 1),
     grid=lambda p: _grid(2 * p["I"], "swiglu", p),
 )
 EXPERT_DOWN = Family(
     expert_down,
-    _PRODUCT,
+    _product_arguments,
     writes="y",
     cost=lambda p: _cost(p, p["H"], p["I"], p["H"], p["top_k"]),
     grid=lambda p: _grid(p["H"], "none", p),

@@ -8,6 +8,7 @@ sums are added in the order of the warps. Each weight is read once for `tile` ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm.tirx import PrimFunc
@@ -16,7 +17,6 @@ from q35c.codegen.calls import Cost
 from q35c.codegen.cuda.kernels.blocks import (
     block_words,
     multiply,
-    row_type,
     units,
     weight_type,
 )
@@ -33,49 +33,64 @@ from q35c.codegen.cuda.kernels.family import (
     per_row,
     row_bytes,
 )
-from q35c.codegen.cuda.kernels.make import T, array, let, local, make_kernel, shared, store
+from q35c.codegen.cuda.kernels.make import Expr, T, array, let, local, make_kernel, shared, store
+from q35c.codegen.cuda.kernels.prologue import WARPS, Prologue, norm_array
 from q35c.codegen.cuda.kernels.threads import barrier, silu, threads, when
 from q35c.layouts.weights import BLOCK
 
-WARPS = 8
 HALF = BLOCK // 2
 
 
-def linear(N: int, K: int, dtype: str, rows: str, epilogue: str, tile: int) -> PrimFunc:
-    """Make the kernel (W, X, [R,] Y, T, ld_x, [ld_r,] ld_y) for X [T, K] and Y f32 [T, N], [T, N / 2] with "swiglu".
+def linear(
+    N: int, K: int, dtype: str, rows: str, epilogue: str, tile: int, prologue: str = "none", eps: float = 0.0, offset: float = 0.0
+) -> PrimFunc:  # fmt: skip
+    """Make the kernel (W, X, [NORM,] [R,] Y, T, ld_x, [ld_r,] ld_y) for X [T, K] and Y f32 [T, N], [T, N / 2] with "swiglu".
 
-    `rows` is the dtype of X; `epilogue` is none, residual (R f32 [T, N] is added) or swiglu.
+    `rows` is the dtype of the rows that W meets: that of X, or what a prologue (prologue.py) makes of f32 rows X; its "norm"
+    takes NORM f32 [K]. `epilogue` is none, residual (R f32 [T, N] is added) or swiglu.
     """
     blocks, words, parts = weight_blocks(N, epilogue), block_words(dtype, K), units(dtype, K)
     outputs = N // 2 if epilogue == "swiglu" else N
     columns = HALF if epilogue == "swiglu" else BLOCK
+    first_steps = Prologue(prologue, K, rows, eps, offset)
 
-    def body(w, x, y, tokens, ld_x, ld_y, r=None, ld_r=None) -> None:  # type: ignore[no-untyped-def]
+    def body(w, x, y, tokens, ld_x, ld_y, norm=None, r=None, ld_r=None) -> None:  # type: ignore[no-untyped-def]
         w = array(w, (blocks * words,), weight_type(dtype))
-        x = array(x, (tokens, ld_x), row_type(rows))
-        y = array(y, (tokens, ld_y), "float32")
+        x = array(x, (tokens, ld_x), first_steps.row_type)
+        y, norm = array(y, (tokens, ld_y), "float32"), norm_array(norm, K)
         residual = array(r, (tokens, ld_r), "float32") if r is not None else None
         grid = (blocks, (tokens + (tile - 1)) // tile, 1)
         with threads(grid, (WARP, WARPS, 1)) as (block, by, lane, warp):
             acc = local("acc", (tile,))
             sums = shared("sums", (WARPS, tile, BLOCK))
             first = let("row", by * tile)
+            count = let("count", T.min(tokens - first, tile))
+
+            def read(at: int, word: Expr) -> Expr:
+                return x[T.min(first + at, tokens - 1), word]
+
+            if first_steps.is_needed:
+                staged = first_steps.stage(x, norm, lambda at: first + at, count, tile, lane, warp)
+
+                def read(at: int, word: Expr) -> Expr:
+                    return staged[T.min(at, count - 1) if at else 0, word]
+
+            def accumulate(rows_here: int) -> None:
+                with T.serial(ceil_div(parts, WARPS)) as i:
+                    unit = let("unit", i * WARPS + warp)
+                    with when(unit < parts):
+                        multiply(K, dtype, rows, w, block * words, lane, unit, read, acc, rows_here)
+
             for i in range(tile):
                 store(acc, T.float32(0), i)
-            with T.serial(ceil_div(parts, WARPS)) as i:
-                unit = let("unit", i * WARPS + warp)
-                with when(unit < parts):
-                    multiply(
-                        K, dtype, rows, w, block * words, lane, unit,
-                        lambda at, word: x[T.min(first + at, tokens - 1), word], acc, tile,
-                    )  # fmt: skip
+            for_one_or(tile, count, accumulate)
             for i in range(tile):
                 store(sums, acc[i], warp, i, lane)
             barrier()
             with T.serial(ceil_div(tile, WARPS)) as i:
                 at = let("at", i * WARPS + warp)
                 column = let("column", block * columns + lane)
-                with when(at < tile, first + at < tokens, lane < columns, column < outputs):
+                with when(at < count, lane < columns, column < outputs):
                     value = let("value", total(sums, at, lane))
                     if epilogue == "swiglu":
                         value = silu(value) * total(sums, at, lane + HALF)
@@ -83,9 +98,22 @@ def linear(N: int, K: int, dtype: str, rows: str, epilogue: str, tile: int) -> P
                         value = residual[first + at, column] + value
                     store(y, value, first + at, column)
 
-    parameters = {"epilogue": epilogue}
-    types = {"w": weight_type(dtype), "x": row_type(rows), "r": "float32", "y": "float32"}
+    parameters = {"epilogue": epilogue, "prologue": prologue}
+    types = {"w": weight_type(dtype), "x": first_steps.row_type}
+    types |= dict.fromkeys(("norm", "r", "y"), "float32")
     return make_kernel(_arguments(parameters), types, body)
+
+
+def for_one_or(tile: int, count: Expr, emit: Callable[[int], None]) -> None:
+    """Emit statements for a tile of rows, and a version of them for one row, which is most of what decoding has."""
+    if tile == 1:
+        emit(1)
+        return
+    with T.If(count == 1):
+        with T.Then():
+            emit(1)
+        with T.Else():
+            emit(tile)
 
 
 def total(sums: Any, r: Any, lane: Any) -> Any:
@@ -102,9 +130,10 @@ def weight_blocks(N: int, epilogue: str) -> int:
 
 
 def _arguments(p: Parameters) -> str:
+    norm = " norm" if p.get("prologue") == "norm" else ""
     if p["epilogue"] == "residual":
-        return "w x r y tokens ld_x ld_r ld_y"
-    return "w x y tokens ld_x ld_y"
+        return f"w x{norm} r y tokens ld_x ld_r ld_y"
+    return f"w x{norm} y tokens ld_x ld_y"
 
 
 def _cost(p: Parameters) -> Cost:

@@ -29,17 +29,15 @@ from q35c.codegen.cuda.kernels.family import (
     weight_bytes,
 )
 from q35c.codegen.cuda.kernels.make import Expr, T, add, array, let, local, make_kernel, store
+from q35c.codegen.cuda.kernels.rounding import VALUES, distances, round_values
 from q35c.codegen.cuda.kernels.threads import (
-    bits_of,
     columns,
     extern,
-    from_bits,
     high_bf16,
     low_bf16,
+    shuffle_xor,
     sigmoid,
     threads,
-    warp_max,
-    warp_sum,
     when,
 )
 from q35c.formats.integer import IntegerFormat
@@ -123,57 +121,33 @@ def quantize_rows(K: int, group: int, pairs: int = 1) -> PrimFunc:
 
         scale = max |x| / 127      q = nearest(x / scale)      sum = SUM_FACTOR * sum of q
 
-    A warp rounds a group. One that holds NaN or infinity gets such a scale, so what is not finite stays so.
+    A lane has a word of codes.
     """
     layout = IntegerRow(K, group, has_starts=False)
-    lanes = group // 4
+    lanes = group // VALUES
 
     def body(x, q, tokens, ld_x, ld_q) -> None:  # type: ignore[no-untyped-def]
-        x, q = (
-            array(x, (tokens * pairs, ld_x), "float32"),
-            array(q, (tokens * pairs, ld_q), "int32"),
-        )
-        grid = (ceil_div(layout.groups, WARPS), tokens * pairs, 1)
-        with threads(grid, (WARP, WARPS, 1)) as (bx, row, lane, warp):
-            number = let("number", bx * WARPS + warp)
-            values, top, total = (
-                local("values", (4,)),
-                local("top", (1,), "int32"),
-                local("total", (1,), "int32"),
-            )
-            with when(number < layout.groups):
-                store(top, 0, 0)
-                for j in range(4):
-                    k = let("k", number * group + lane * 4 + j)
-                    store(values, T.float32(0), j)
-                    with when(lane < lanes, k < K):
-                        store(values, x[row, k], j)
-                    bits = bits_of(values[j])
-                    store(top, T.max(top[0], T.bitwise_and(bits, _MAGNITUDE)), 0)
-                warp_max(top)
-                largest = let("largest", from_bits(top[0]))
-                inverse = let(
-                    "inverse",
-                    T.Select(largest == T.float32(0), T.float32(0), T.float32(127) / largest),
-                )
-                store(total, 0, 0)
-                word = local("word", (1,), "int32")
-                store(word, 0, 0)
-                for j in range(4):
-                    shifted = values[j] * inverse + T.float32(_ROUND)
-                    nearest = bits_of(shifted) - _ROUND_BITS
-                    # Of what is not a number any code will do, but sums of them must not overflow.
-                    code = let("code", T.max(T.min(nearest, 127), -127))
-                    add(total, code, 0)
-                    byte = T.shift_left(T.bitwise_and(code, 255), 8 * j)
-                    store(word, T.bitwise_or(word[0], byte), 0)
-                warp_sum(total)
-                with when(lane < lanes):
-                    store(q, word[0], row, number * lanes + lane)
-                with when(lane == 0):
-                    scale = bits_of(largest * T.float32(1 / 127))
-                    store(q, scale, row, layout.scales + number)
-                    store(q, total[0] * SUM_FACTOR, row, layout.sums + number)
+        x = array(x, (tokens * pairs, ld_x), "float32")
+        q = array(q, (tokens * pairs, ld_q), "int32")
+        grid = (ceil_div(layout.scales, THREADS), tokens * pairs, 1)
+        with threads(grid, (THREADS, 1, 1)) as (bx, row, t):
+            word = let("word", bx * THREADS + t)
+            values = local("values", (VALUES,))
+            for j in range(VALUES):
+                k = let("k", word * VALUES + j)
+                store(values, T.float32(0), j)
+                with when(k < K):
+                    store(values, x[row, k], j)
+            made = round_values(values, group)
+            total = made.total
+            for distance in distances(group):
+                store(total, total[0] + shuffle_xor(total[0], distance), 0)
+            with when(word < layout.scales):
+                store(q, made.word[0], row, word)
+            with when(word < layout.scales, t % lanes == 0):
+                number = let("number", word // lanes)
+                store(q, made.scale, row, layout.scales + number)
+                store(q, total[0] * SUM_FACTOR, row, layout.sums + number)
 
     return make_kernel(_QUANTIZE, {"x": "float32", "q": "int32"}, body)
 
@@ -185,12 +159,16 @@ def _rounding_cost(p: Parameters) -> Cost:
     return Cost(cached_bytes_per_token=cached, operations_per_token=5 * values)
 
 
+def _word_blocks(p: Parameters) -> int:
+    return ceil_div(IntegerRow(p["K"], p["group"], has_starts=False).scales, THREADS)
+
+
 QUANTIZE_ROWS = Family(
     quantize_rows,
     _QUANTIZE,
     writes="q",
     cost=_rounding_cost,
-    grid=lambda p: (fixed(ceil_div(ceil_div(p["K"], p["group"]), WARPS)), per_row(p["pairs"]), ONE),
+    grid=lambda p: (fixed(_word_blocks(p)), per_row(p["pairs"]), ONE),
 )
 
 _ROUND_ROWS = "x y tokens ld_x ld_y"

@@ -92,15 +92,15 @@ def barrier() -> None:
     T.evaluate(T.tvm_storage_sync("shared"))
 
 
-def block_sum(cell: Expr, parts: Expr, thread: Expr, warps: int) -> None:
-    """Let cell[0], of each thread its own, become the sum over the block; `parts` are `warps` shared words of no other use."""
+def block_sum(cell: Expr, parts: Expr, thread: Expr, warps: int, *at: Expr) -> None:
+    """Let cell[0], of each thread its own, become the sum over the block; parts[at] are `warps` shared words of no other use."""
     warp_sum(cell)
     with when(thread % WARP == 0):
-        store(parts, cell[0], thread // WARP)
+        store(parts, cell[0], *at, thread // WARP)
     barrier()
     store(cell, T.float32(0), 0)
     for warp in range(warps):
-        store(cell, cell[0] + parts[warp], 0)
+        store(cell, cell[0] + parts[(*at, warp)], 0)
 
 
 def extern(dtype: str, name: str, *arguments: Expr) -> Expr:
