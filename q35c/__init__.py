@@ -14,15 +14,28 @@ if TYPE_CHECKING:
     from q35c.runtime.answering import Conversation as Conversation
     from q35c.runtime.generate import Generation as Generation
     from q35c.runtime.model import Model as Model
+    from q35c.runtime.multimodal import MultimodalPrompt as MultimodalPrompt
+    from q35c.runtime.multimodal import Picture as Picture
     from q35c.runtime.prefix import PrefixCache as PrefixCache
     from q35c.runtime.saved import Snapshot as Snapshot
     from q35c.runtime.session import Session as Session
 
+_RUNTIME = (
+    "Generation",
+    "Model",
+    "MultimodalPrompt",
+    "Picture",
+    "PrefixCache",
+    "Session",
+    "Snapshot",
+)
 __all__ = [
     "ChatAnswer",
     "Conversation",
     "Generation",
     "Model",
+    "MultimodalPrompt",
+    "Picture",
     "PrefixCache",
     "Q35CError",
     "Session",
@@ -51,7 +64,7 @@ def load(
 
 def __getattr__(name: str) -> object:
     """Import the runtime's classes when they are first asked for."""
-    if name in ("Generation", "Model", "PrefixCache", "Session", "Snapshot"):
+    if name in _RUNTIME:
         from q35c import runtime
 
         return getattr(runtime, name)

@@ -62,6 +62,7 @@ def compile_model(
     follow_links: bool = False,
     ignore_config: Collection[str] = (),
     progress: Progress | None = None,
+    takes_rows: bool = False,
     import_graph: Callable[[ModelConfig], Graph] | None = None,
 ) -> CompileReport:
     """Compile a checkpoint directory, hub id or family name into the file `output`.
@@ -69,7 +70,7 @@ def compile_model(
     `kv_dtype` is the type of keys and values: f32, bf16, int8, or auto for the precision's own.
     `context` is the most tokens of a sequence where the loader asks for no others (default: 4096, or the model's own limit
     if that is smaller), which may be up to that limit; `batch` the most sequences one decode step serves. `load_format` to `ignore_config` are those of
-    `open_checkpoint`; `import_graph` is for callers that have the graph of this configuration, which otherwise is traced. What
+    `open_checkpoint`; with `takes_rows`, rows of images may stand in place of tokens; `import_graph` is for callers that have the graph of this configuration, which otherwise is traced. What
     of the checkpoint is not taken stands in the report's `notes`. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
@@ -89,7 +90,7 @@ def compile_model(
     graph = (import_graph or import_model)(checkpoint.config)
     clock("passes", 0.0)
     splits = functools.partial(machine.decode_splits, context=limits.max_context)
-    module = run_pipeline(graph, Choices(policy, splits), dump)
+    module = run_pipeline(graph, Choices(policy, splits, takes_rows), dump)
 
     def check_weights(size: int) -> None:
         check_space(output.parent, size)
@@ -173,7 +174,7 @@ def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits
     context = arguments.integer("context", min(4096, most) if context is None else context, 1, most)
     batch = arguments.integer("batch", batch, 1, 256)
     context, most = (-(-tokens // CONTEXT_STEP) * CONTEXT_STEP for tokens in (context, most))
-    return Limits(context, most, batch, config.vocab_size)
+    return Limits(context, most, batch, config.vocab_size, config.hidden_size)
 
 
 class Clock:

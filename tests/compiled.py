@@ -59,18 +59,25 @@ def checkpoint(kind: str, precision: str = "f32", seed: int = 0, **overrides: An
 
 @functools.cache
 def artifact(
-    kind: str, precision: str = "f32", seed: int = 0, *, kv_dtype: str = "auto", **overrides: Any
+    kind: str,
+    precision: str = "f32",
+    seed: int = 0,
+    *,
+    kv_dtype: str = "auto",
+    takes_rows: bool = False,
+    **overrides: Any,
 ) -> Path:
     """Return the compiled artifact of `checkpoint` with the same arguments."""
     source = checkpoint(kind, precision, seed, **overrides)
-    output = source.with_name(f"{source.name}.{kv_dtype}.q35c")
-    options = {"precision": precision, "kv_dtype": kv_dtype, "context": CONTEXT, "batch": BATCH}
+    output = source.with_name(f"{source.name}.{kv_dtype}{'.rows' * takes_rows}.q35c")
+    options = {"precision": precision, "kv_dtype": kv_dtype, "takes_rows": takes_rows}
+    options |= {"context": CONTEXT, "batch": BATCH}
     return once(output, lambda: compile_model(source, output, import_graph=graph_of, **options))
 
 
 @functools.cache
 def model(kind: str, precision: str = "f32", seed: int = 0, **overrides: Any) -> q35c.Model:
-    """Return the loaded artifact, on up to two threads; `overrides` may hold `kv_dtype`."""
+    """Return the loaded artifact, on up to two threads; `overrides` may hold `kv_dtype` and `takes_rows`."""
     return q35c.load(artifact(kind, precision, seed, **overrides))
 
 

@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from q35c.artifact import Manifest
-from q35c.artifact.entries import INPUTS, EntrySpec, io_layout
+from q35c.artifact.entries import INPUTS, TEXT, EntrySpec, io_layout
 from q35c.artifact.schema import encode
 from q35c.artifact.writer import ArtifactWriter, WeightEntry
 from q35c.layouts import blobs
@@ -83,7 +83,7 @@ def state_layout(context: int = CONTEXT) -> dict[str, Any]:
 
 def entry_specs(batch: int = BATCH) -> list[EntrySpec]:
     """Return what the fake model's entries take and return."""
-    inputs = tuple(INPUTS)
+    inputs = tuple(name for name in INPUTS if name in TEXT)
     return [
         EntrySpec("prefill", 1, MAX_TOKENS, inputs, "last"),
         EntrySpec("decode", batch, 1, inputs, "all"),
@@ -187,7 +187,7 @@ def weight_entries() -> list[WeightEntry]:
 def numbers(context: int = CONTEXT, batch: int = BATCH, steps: int = 1) -> dict[str, int]:
     """Return the numbers that the fake model's source takes as macros."""
     state = [tensor["offset"] for tensor in state_layout(context)["tensors"]]
-    io = io_layout(entry_specs(batch), VOCAB, steps)["fields"]
+    io = io_layout(entry_specs(batch), VOCAB, MODEL["hidden_size"], steps)["fields"]
     found = dict(zip(("CONV", "DELTA", "KEYS", "VALUES"), state, strict=True))
     found |= {name.upper(): field["offset"] for name, field in io.items()}
     noise = blobs.align(4 * VOCAB * VOCAB)

@@ -29,7 +29,8 @@ def check_consistent(manifest: Manifest) -> None:
     if manifest.vision is not None:
         _check_vision(manifest.vision, manifest.model)
     steps = max(len(entry.steps) for entry in manifest.entries)
-    expected_io = io_layout(manifest.entries, manifest.model.vocab_size, steps)
+    model = manifest.model
+    expected_io = io_layout(manifest.entries, model.vocab_size, model.hidden_size, steps)
     _check_equal("$.io", encode(manifest.io), expected_io)
     for form, rows in manifest.row_layouts.items():
         if row_words(rows, form, 1) is None:

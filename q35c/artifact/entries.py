@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from q35c.artifact.kernels import Symbol
 from q35c.artifact.schema import Items, Range, refuse
@@ -16,10 +16,11 @@ from q35c.layouts import blobs
 
 AXES = 3  # of a rotary position: time, height, width
 MAX_STEPS = 2**16
-Input = Literal["tokens", "positions", "slots", "starts"]
+Input = Literal["tokens", "positions", "slots", "starts", "rows"]
 LogitsOf = Literal["none", "last", "all"]
 Index = Annotated[int, Range(0, 2**16)]
 TEXT: frozenset[Input] = frozenset(("tokens", "positions", "slots", "starts"))
+ROWS: Input = "rows"  # of images and clips, in place of negative tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class EntrySpec:
     name: Symbol
     sequences: Annotated[int, Range(1, 1024)]
     tokens: Annotated[int, Range(1, 65536)]
-    inputs: Annotated[tuple[Input, ...], Items(1, len(TEXT))]
+    inputs: Annotated[tuple[Input, ...], Items(1, len(get_args(Input)))]
     logits: LogitsOf
 
     @property
@@ -60,25 +61,34 @@ class Entry(EntrySpec):
     single_row_steps: Annotated[tuple[Index, ...], Items(0, MAX_STEPS)]
 
 
-# Input -> dtype and shape in the io block, by the most sequences and the most rows of the entries that read it.
-INPUTS: dict[Input, tuple[str, Callable[[int, int], list[int]]]] = {
-    "tokens": ("i32", lambda sequences, rows: [rows]),
-    "positions": ("i32", lambda sequences, rows: [AXES, rows]),
-    "slots": ("i64", lambda sequences, rows: [sequences]),
-    "starts": ("i32", lambda sequences, rows: [sequences]),
+class Most(NamedTuple):
+    """The most sequences and rows of the entries that read an input, and the width of the model's rows."""
+
+    sequences: int
+    rows: int
+    hidden: int
+
+
+# Input -> dtype and shape in the io block.
+INPUTS: dict[Input, tuple[str, Callable[[Most], list[int]]]] = {
+    "tokens": ("i32", lambda most: [most.rows]),
+    "positions": ("i32", lambda most: [AXES, most.rows]),
+    "slots": ("i64", lambda most: [most.sequences]),
+    "starts": ("i32", lambda most: [most.sequences]),
+    "rows": ("f32", lambda most: [most.rows, most.hidden]),
 }
 
 
-def io_layout(entries: Sequence[EntrySpec], vocab: int, steps: int) -> dict[str, Any]:
+def io_layout(entries: Sequence[EntrySpec], vocab: int, hidden: int, steps: int) -> dict[str, Any]:
     """Return the manifest's `io`: the inputs that any entry reads, the logits that any writes, and the clock.
 
-    `positions` keeps its row stride whatever a call's token count. `clock` is a switch, then the cycle counter before each of at most `steps` kernels and after the last.
+    `vocab` and `hidden` are the model's widths. `positions` keeps its row stride whatever a call's token count. `clock` is a switch, then the cycle counter before each of at most `steps` kernels and after the last.
     """
     specs: dict[str, tuple[str, list[int]]] = {}
     for name, (dtype, shape) in INPUTS.items():
         if readers := [entry for entry in entries if name in entry.inputs]:
-            most = (max(e.sequences for e in readers), max(e.rows for e in readers))
-            specs[name] = dtype, shape(*most)
+            most = Most(max(e.sequences for e in readers), max(e.rows for e in readers), hidden)
+            specs[name] = dtype, shape(most)
     if rows := max(entry.logits_rows(entry.sequences, entry.rows) for entry in entries):
         specs["logits"] = "f32", [rows, vocab]
     specs["clock"] = "i64", [steps + 2]
@@ -91,7 +101,7 @@ def io_layout(entries: Sequence[EntrySpec], vocab: int, steps: int) -> dict[str,
 
 
 def entry_for(entries: Iterable[Entry], sequences: int, tokens: int, logits: LogitsOf) -> Entry:
-    """Return the entry that appends so many tokens of text to each of so many sequences, and returns these logits.
+    """Return the entry that appends so many tokens to each of so many sequences, and returns these logits.
 
     It is the smallest that takes them in one call; if none does, the one that takes the most tokens in a call. Raises
     ArtifactError if no entry serves so many sequences.
@@ -101,7 +111,7 @@ def entry_for(entries: Iterable[Entry], sequences: int, tokens: int, logits: Log
         for entry in entries
         if entry.sequences >= sequences
         and entry.logits == logits
-        and frozenset(entry.inputs) == TEXT
+        and frozenset(entry.inputs) - {ROWS} == TEXT
     ]
     if not able:
         raise refuse(

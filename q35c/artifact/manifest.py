@@ -11,7 +11,7 @@ from typing import Annotated, Literal, cast
 
 from q35c import strictjson
 from q35c.artifact.consistency import check_consistent
-from q35c.artifact.entries import Entry, TextEntries, text_entries
+from q35c.artifact.entries import ROWS, Entry, TextEntries, text_entries
 from q35c.artifact.kernels import Kernel
 from q35c.artifact.leaves import (
     Bytes,
@@ -94,6 +94,11 @@ class Manifest:
     def text_entries(self) -> TextEntries:
         """Return the entries that generating text takes; a checked manifest has them."""
         return text_entries(self.entries, self.context, self.batch)
+
+    @property
+    def takes_rows(self) -> bool:
+        """Say whether the entries of prompts take rows of pictures in place of tokens."""
+        return all(ROWS in entry.inputs for entry in self.text_entries[:3])
 
     @property
     def plan_digest(self) -> bytes:

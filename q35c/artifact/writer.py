@@ -114,9 +114,9 @@ def _add_derived(document: dict[str, Any]) -> None:
     document.setdefault("producer", f"q35c {__version__}")
     document.setdefault("barrier_bytes", 128)
     document.setdefault("vision", None)  # of a model that reads text alone
-    vocab = document["model"]["vocab_size"]
+    vocab, hidden = document["model"]["vocab_size"], document["model"]["hidden_size"]
     steps = max(len(entry.steps) for entry in entries)
-    document.setdefault("io", io_layout(entries, vocab, steps))
+    document.setdefault("io", io_layout(entries, vocab, hidden, steps))
     state = decode(State, document["state"], "$.state")
     memory = layout.memory_plan(
         weights=document["weights_bytes"],

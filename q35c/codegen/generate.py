@@ -40,6 +40,7 @@ class Limits:
     max_context: int  # tokens per sequence that addresses leave room for, a multiple of 64
     batch: int  # sequences per decode step
     vocabulary: int
+    hidden: int
 
 
 def generate(
@@ -58,7 +59,7 @@ def generate(
     specs = [entry_spec(graph, backend, limits) for graph in module]
     state = blobs.state_layout(describe_state(module, policy, limits.max_context, backend))
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
-    io = io_layout(specs, limits.vocabulary, 0)["fields"]
+    io = io_layout(specs, limits.vocabulary, limits.hidden, 0)["fields"]
     shared = Shared(backend, limits.max_context, io["positions"]["shape"][-1], offsets)
     schedules = [
         backend.lower(graph, shared, spec.rows) for graph, spec in zip(module, specs, strict=True)
@@ -154,7 +155,8 @@ def stored_state(value: Value, policy: Policy, context: int, backend: Backend) -
 
 def io_places(entries: list[Entry], limits: Limits) -> dict[str, tuple[int, int]]:
     """Return offset and bytes of each io field."""
-    fields = io_layout(entries, limits.vocabulary, max(len(entry.steps) for entry in entries))
+    steps = max(len(entry.steps) for entry in entries)
+    fields = io_layout(entries, limits.vocabulary, limits.hidden, steps)
     return {
         name: (field["offset"], blobs.tensor_bytes(field["dtype"], field["shape"]))
         for name, field in fields["fields"].items()

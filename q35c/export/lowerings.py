@@ -150,6 +150,14 @@ def lower_constant(n: Nodes, op: Op) -> str:
 # --- embedding, linears, norms, rotary -----------------------------------------------------------
 
 
+@lowers("embedding_or_rows")
+def lower_embedding_or_rows(n: Nodes, op: Op, tokens: str, table: str, rows: str) -> str:
+    nothing = n.scalar(0, "i32")
+    found = n.add("Gather", table, n.add("Max", tokens, nothing), axis=0)
+    is_given = n.add("Unsqueeze", n.add("Less", tokens, nothing), n.ints(-1))
+    return n.add("Where", is_given, rows, found)
+
+
 @lowers("embedding")
 def lower_embedding(n: Nodes, op: Op, tokens: str, table: str) -> str:
     return n.add("Gather", table, tokens, axis=0)

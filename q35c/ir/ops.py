@@ -86,6 +86,10 @@ def reference_slice_update(x, y, *, axis, start, step):
     return out
 
 
+def reference_embedding_or_rows(tokens, table, rows):
+    return np.where(tokens[..., None] < 0, rows, table[np.maximum(tokens, 0)])
+
+
 def reference_linear(x, *weights):
     return np.concatenate([x @ w.T.astype(x.dtype) for w in weights], -1)
 
@@ -111,6 +115,8 @@ def linear_macs(shapes, attrs):
 define(
     "embedding", "tokens table", "", rule.looked_up, lambda t, w: w[t], "Look up rows of a table."
 )
+define("embedding_or_rows", "tokens table rows", "", rule.looked_up, reference_embedding_or_rows,
+       "Row t of `rows` where token t is negative, else its row of the table.", stages=("fused", "scheduled"))  # fmt: skip
 define("linear", "x weight*", "", rule.linear_type, reference_linear,
        "Multiply by one or more weights [N, K]; the outputs are concatenated.", macs=linear_macs,
        row_wise="x", factors="weight")  # fmt: skip

@@ -171,9 +171,11 @@ def last_row(types: Types, attrs: Attributes) -> Types:
 
 
 def looked_up(types: Types, attrs: Attributes) -> Types:
-    tokens, table = types
+    tokens, table, *rows = types
     need(tokens.dtype == "i32" and table.rank == 2, "wants i32 tokens and a table [V, H]")
-    return (TensorType("f32", (*tokens.shape, table.shape[1])),)
+    result = TensorType("f32", (*tokens.shape, table.shape[1]))
+    need(rows in ([], [result]), f"rows must be {result}")
+    return (result,)
 
 
 def linear_type(types: Types, attrs: Attributes) -> Types:

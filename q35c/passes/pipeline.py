@@ -11,6 +11,7 @@ from q35c.ir.precision import POLICIES, Policy
 from q35c.ir.text import print_module
 from q35c.ir.verify import verify
 from q35c.outputs import write_output
+from q35c.passes.accept_rows import accept_rows
 from q35c.passes.canonicalize import canonicalize
 from q35c.passes.fold_moe import fold_moe
 from q35c.passes.fold_shared_expert import fold_shared_expert
@@ -32,10 +33,15 @@ from q35c.passes.split_entries import split_entries
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What the caller decides: the precision, and into how many parts decode splits the cells of so many key heads."""
+    """What the caller decides.
+
+    The precision, into how many parts decode splits the cells of so many key heads, and whether rows of images may
+    stand in place of tokens.
+    """
 
     policy: Policy
     decode_splits: Callable[[int], int] = lambda kv_heads: 1
+    takes_rows: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,7 @@ PIPELINE: tuple[Pass, ...] = (
     each(FUSED, canonicalize),
     each(FUSED, fuse_linear),
     each(FUSED, canonicalize),
+    Pass("accept_rows", FUSED, lambda module, to: module.map(accept_rows) if to.takes_rows else module),
     each(STATEFUL, introduce_state),
     Pass("split_entries", STATEFUL, lambda module, _: split_entries(*module)),
     Pass("quantize", QUANTIZED, lambda module, to: quantize(module, to.policy)),

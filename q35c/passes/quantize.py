@@ -119,7 +119,7 @@ def weight_roles(graph: Graph) -> dict[Value, str]:
             readers.setdefault(value, []).append((op, name))
     roles: dict[Value, str] = {}
     for op in graph.ops:
-        if op.kind == "embedding":
+        if op.kind in ("embedding", "embedding_or_rows"):
             roles[op["table"]] = "embedding"
         elif op.kind == "sparse_moe_residual":
             roles.update((op[name], role) for name, role in EXPERT_ROLES.items())

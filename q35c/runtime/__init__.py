@@ -6,6 +6,7 @@ It never imports torch, transformers, tvm or the compiler's packages.
 from q35c.runtime.generate import Generation, Stream, Timings
 from q35c.runtime.load import load_model
 from q35c.runtime.model import Model
+from q35c.runtime.multimodal import MultimodalPrompt, Picture
 from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.sampling import Sampler, SamplingOptions
 from q35c.runtime.saved import Checkpoint, Snapshot
@@ -16,6 +17,8 @@ __all__ = [
     "Checkpoint",
     "Generation",
     "Model",
+    "MultimodalPrompt",
+    "Picture",
     "PrefixCache",
     "Sampler",
     "SamplingOptions",

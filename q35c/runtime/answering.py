@@ -24,6 +24,7 @@ from q35c.runtime.generate import UNLIMITED, Row, Stream, resolve_options, run_r
 from q35c.runtime.grammar import Matcher
 from q35c.runtime.lease import Lease
 from q35c.runtime.memory import state_bytes
+from q35c.runtime.multimodal import Prompt
 from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.prompts import check_ids
 from q35c.runtime.session import Session
@@ -204,7 +205,7 @@ def start_chat(
     row = _Row(prompt, resolved, resolved.seed, tokenizer)
     row.matcher = matcher
 
-    def open_session(prompt: Sequence[int]) -> Session | Lease:
+    def open_session(prompt: Prompt) -> Session | Lease:
         context = min(model.context, len(prompt) + resolved.max_new_tokens)
         return model.session(context) if cache is None else cache.open(prompt, context)
 

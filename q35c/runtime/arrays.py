@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q35c.layouts import blobs
-from q35c.runtime.device import HasState
+from q35c.runtime.device import HasState, Media
 
 # bfloat16 has no numpy type of its own: its bits are handled as uint16.
 NUMPY_TYPES = {
@@ -27,8 +27,12 @@ def fill_inputs(
     origin: int,
     sequences: Sequence[HasState],
     tokens: Sequence[int],
+    media: Media | None = None,
 ) -> None:
-    """Write what a step appends: equally many tokens to each sequence, whose slots count from the address `origin`."""
+    """Write what a step appends: equally many tokens to each sequence, whose slots count from the address `origin`.
+
+    `media` holds the rows of negative tokens, and the positions of all; without it they are text.
+    """
     count = len(tokens)
     each = count // len(sequences)
     fields["tokens"][:count] = tokens
@@ -39,3 +43,7 @@ def fill_inputs(
         at = sequence.position
         ahead = at if each == 1 else np.arange(at, at + each)
         fields["positions"][:, row * each : (row + 1) * each] = ahead
+    if media is not None:
+        fields["positions"][:, :count] = media.positions
+        if len(media.rows):
+            fields["rows"][:count][fields["tokens"][:count] < 0] = media.rows

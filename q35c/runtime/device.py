@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +65,13 @@ class State(Protocol):
         ...
 
 
+class Media(NamedTuple):
+    """What stands in place of a call's negative tokens: their rows f32[R, hidden] in order, and positions i32[3, T] of all."""
+
+    positions: NDArray[np.int32]
+    rows: NDArray[np.float32]
+
+
 class HasState(Protocol):
     """A sequence: its state, its length in tokens, and the rotary position of the next one."""
 
@@ -107,10 +114,12 @@ class Device(Protocol):
         entry: Entry,
         sequences: Sequence[HasState],
         tokens: Sequence[int],
+        media: Media | None = None,
         record: Record | None = None,
     ) -> Logits:
         """Append tokens to sequences, equally many to each; return a copy of the logits that the entry writes, f32[rows, V].
 
+        `media` is of one sequence; without it all are text, and go on at the sequences' positions.
         Their states stay in memory meanwhile, even if a session is closed. Raises ExecutionError if the code reports a
         failure; the states are undefined then.
         """

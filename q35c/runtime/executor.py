@@ -21,7 +21,7 @@ from q35c.artifact import Manifest
 from q35c.artifact.entries import Entry
 from q35c.artifact.leaves import Probe
 from q35c.errors import OptionError, Q35CError
-from q35c.runtime.device import Device, HasState, Logits
+from q35c.runtime.device import Device, HasState, Logits, Media
 from q35c.runtime.process import Origin
 
 Result = TypeVar("Result")
@@ -70,8 +70,14 @@ class Executor:
         """Say whether `close` was called."""
         return self._is_closed
 
-    def run(self, entry: Entry, sequences: Sequence[HasState], tokens: Sequence[int]) -> Logits:
-        """Append tokens to sequences, up to `entry.tokens` to each and equally many.
+    def run(
+        self,
+        entry: Entry,
+        sequences: Sequence[HasState],
+        tokens: Sequence[int],
+        media: Media | None = None,
+    ) -> Logits:
+        """Append tokens to sequences, up to `entry.tokens` to each and equally many; `media` for negative ones.
 
         Returns a copy of the logits: f32[B, V] of the sequences' last tokens, f32[B * T, V] of all or f32[0, V]. Raises
         ExecutionError if the code reports a failure; the sequences' state is undefined then.
@@ -80,7 +86,7 @@ class Executor:
         def step() -> Logits:
             recordings = self._recordings()
             if recordings is None:
-                return self.device.run(entry, sequences, tokens)
+                return self.device.run(entry, sequences, tokens, media)
             starts = tuple(sequence.length for sequence in sequences)
 
             def note(begin: float, seconds: float, cycles: NDArray[np.int64]) -> None:
@@ -88,7 +94,7 @@ class Executor:
                     made = Recording(entry.name, len(tokens), starts, begin, seconds, cycles)
                     recordings.append(made)
 
-            return self.device.run(entry, sequences, tokens, note)
+            return self.device.run(entry, sequences, tokens, media, note)
 
         return self._alone(step)
 

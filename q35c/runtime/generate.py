@@ -23,6 +23,7 @@ from q35c.errors import MemoryRefused, OptionError
 from q35c.runtime.device import Logits
 from q35c.runtime.grammar import Matcher
 from q35c.runtime.lease import Lease
+from q35c.runtime.multimodal import Prompt, token_ids
 from q35c.runtime.sampling import MAX_SEED, Mask, Sampler, SamplingOptions
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import StopScanner, TextStream, Tokenizer, check_stops
@@ -153,7 +154,7 @@ class Row:
 
     def __init__(
         self,
-        prompt: list[int],
+        prompt: Prompt,
         options: GenerationOptions,
         seed: int,
         tokenizer: Tokenizer | None,
@@ -167,7 +168,7 @@ class Row:
         self.finish_reason: FinishReason | None = None
         self._options = options
         self._seed = seed
-        self._sampler = Sampler(options.sampling, seed, prompt)
+        self._sampler = Sampler(options.sampling, seed, token_ids(prompt))
         self._stream = None if tokenizer is None else TextStream(tokenizer)
         self._scanner = StopScanner(options.stop)
         self._ids: list[int] = []
@@ -323,7 +324,7 @@ class Stream(Iterator[Any]):
 
 
 def run_rows(
-    rows: Sequence[Row], batch: int, open_session: Callable[[Sequence[int]], Session | Lease]
+    rows: Sequence[Row], batch: int, open_session: Callable[[Prompt], Session | Lease]
 ) -> Generator[tuple[int, str]]:
     """Generate all rows, up to `batch` at once; yield (row index, piece of text) as it comes.
 

@@ -11,13 +11,14 @@ seen to leave another's way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 
 from q35c.runtime.device import Logits
+from q35c.runtime.multimodal import PromptLike
 from q35c.runtime.prefix_tree import RUN, TokenIds
 from q35c.runtime.recent import Miss
 from q35c.runtime.saved import Checkpoint
@@ -95,7 +96,7 @@ class Lease:
     def __init__(
         self,
         branch: Branch,
-        prompt: Sequence[int],
+        prompt: PromptLike,
         points: Iterable[int] = (),
         miss: Miss | None = None,
         give_back: Callable[[Branch, bool], None] | None = None,

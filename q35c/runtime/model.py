@@ -23,6 +23,7 @@ from q35c.runtime.generate import (
 from q35c.runtime.grammar import Grammars
 from q35c.runtime.lease import MESSAGE_START, Lease
 from q35c.runtime.memory import StateBudget, available_memory
+from q35c.runtime.multimodal import MultimodalPrompt, Prompt, PromptLike, check_prompt, token_ids
 from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.prompts import encode_prompt, split_prompts
 from q35c.runtime.sampling import MAX_SEED
@@ -153,7 +154,7 @@ class Model:
         amount = arguments.integer("amount", amount, 1, 2**62)
         return self._executor.run_probe(probe, address, amount)
 
-    def score(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
+    def score(self, ids: PromptLike, progress: Progress | None = None) -> Logits:
         """Return the logits f32[S, V] after each token of a sequence. Raises as `Session.score`."""
         with self.session() as session:
             return session.score(ids, progress)
@@ -182,8 +183,8 @@ class Model:
     ) -> Any:
         """Continue a prompt, or each of a list of prompts.
 
-        prompt              a text, or token ids as a list, tuple, other sequence or integer array; or a list of
-                            those, or an integer array of two axes, a prompt each row
+        prompt              a text, or token ids as a list, tuple, other sequence or integer array, or a `MultimodalPrompt`;
+                            or a list of those, or an integer array of two axes, a prompt each row
         max_new_tokens      tokens at most, 128 by default; fewer if the context is full; -1: until it is full
         stream              return a `Stream` of text pieces instead of the whole text
         session             continue in this session (one prompt); it then holds prompt and answer, also of a
@@ -220,7 +221,7 @@ class Model:
             stop=stop,
             stop_ids=stop_ids,
         )
-        prompts, is_single = split_prompts(prompt)
+        prompts, is_single = split_prompts(prompt, MultimodalPrompt)
         if session is not None:
             arguments.instance("session", session, Session).check_owner(self._executor)
             if not is_single:
@@ -240,7 +241,7 @@ class Model:
         ]
         self._follow(rows, response_format)
 
-        def open_session(prompt: Sequence[int]) -> Session | Lease:
+        def open_session(prompt: Prompt) -> Session | Lease:
             context = min(self.context, len(prompt) + options.max_new_tokens)
             return self.session(context) if cache is None else cache.open(prompt, context)
 
@@ -260,7 +261,8 @@ class Model:
 
         wanted = read_format(response_format)
         for row in rows:
-            row.matcher = find_matcher(self, wanted, begins_thinking(self.tokenizer, row.prompt))
+            is_thinking = begins_thinking(self.tokenizer, token_ids(row.prompt))
+            row.matcher = find_matcher(self, wanted, is_thinking)
 
     def chat(self, messages: Sequence[Message], *, stream: bool = False, **options: Any) -> Any:
         """Answer a conversation: messages as clients of common APIs send them, with `role` and `content`.
@@ -324,9 +326,11 @@ class Model:
         )
         return tokenizer.encode(text) if allow_special else tokenizer.encode_guarded(text, reveal)
 
-    def _encode(self, prompt: Any, number: int | None) -> list[int]:
+    def _encode(self, prompt: Any, number: int | None) -> Prompt:
         """Return a prompt's ids; errors say which of several prompts it is."""
         try:
+            if isinstance(prompt, MultimodalPrompt):
+                return check_prompt(prompt, self.manifest, self.context)
             return encode_prompt(prompt, lambda: self.tokenizer, self.vocab_size, self.context)
         except PromptError as error:
             if number is not None:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
-
-import numpy as np
 
 from q35c import arguments
 from q35c.artifact import Manifest
 from q35c.errors import MemoryRefused
 from q35c.runtime.lease import SLICE, Branch, Lease, last_cut, plan_points
 from q35c.runtime.memory import give_back_memory, state_bytes
+from q35c.runtime.multimodal import PromptLike, cell_ids
 from q35c.runtime.prefix_files import PrefixFiles
 from q35c.runtime.prefix_tree import Node, PrefixTree, TokenIds
 from q35c.runtime.recent import RecentPrompts
@@ -62,7 +61,7 @@ class PrefixCache:
         self.shares_lent = False
         self._lock = threading.RLock()
 
-    def open(self, prompt: Sequence[int], context: int, salt: str = "") -> Lease:
+    def open(self, prompt: PromptLike, context: int, salt: str = "") -> Lease:
         """Return a session for a prompt, with as much of it as is kept for this salt. Raises MemoryRefused."""
         if not self.max_bytes:
             return Lease(Branch(self._open_session(context), salt), prompt)
@@ -78,8 +77,8 @@ class PrefixCache:
                 if not self.shrink():
                     raise
 
-    def _open(self, prompt: Sequence[int], context: int, salt: str) -> Lease:
-        ids = np.asarray(prompt, dtype=np.int32)
+    def _open(self, prompt: PromptLike, context: int, salt: str) -> Lease:
+        ids = cell_ids(prompt)
         branch = self._begin(ids, context, salt)
         branch.used = self._clock = self._clock + 1
         self._lent.append(branch)

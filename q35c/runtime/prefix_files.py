@@ -115,7 +115,7 @@ class PrefixFiles:
             "position": str(checkpoint.position),
         }
         cells = [np.concatenate(column, axis=1) for column in columns]
-        ids = np.frombuffer(checkpoint.ids, np.int32)
+        ids = np.frombuffer(checkpoint.ids, np.int64)
         write_state(path, metadata, [ids, *checkpoint.tensors, *cells])
 
     def _read(self, path: Path) -> _Part:
@@ -129,7 +129,7 @@ class PrefixFiles:
         is_right = 0 <= start < length and start % RUN == length % RUN == 0 and position >= 0
         if not (is_ours and is_right) or [array.shape for array in arrays] != shapes:
             raise StateError("not a part of this model's cache", where=str(path))
-        if arrays[0].dtype != np.int32:
+        if arrays[0].dtype != np.int64:
             raise StateError("not a part of this model's cache", where=str(path))
         fixed = sum(tensor.growth == "fixed" for tensor in self._manifest.state.tensors)
         checkpoint = Checkpoint(
@@ -162,7 +162,7 @@ class PrefixFiles:
 
 def _attach(tree: PrefixTree, part: _Part, used: int) -> None:
     """Add a part to a tree, unless what it stands on is missing."""
-    ids = np.frombuffer(part.checkpoint.ids, np.int32)
+    ids = np.frombuffer(part.checkpoint.ids, np.int64)
     if tree.known_tokens(ids, part.salt) < part.start:
         log.info("skipped a checkpoint at token %d: its beginning is missing", len(ids))
         return

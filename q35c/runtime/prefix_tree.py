@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from q35c.runtime.saved import Cells, Checkpoint
 
 RUN = 64  # tokens of a node
-TokenIds = NDArray[np.int32]
+TokenIds = NDArray[np.int64]
 
 
 @dataclass(slots=True, eq=False)
@@ -84,7 +84,7 @@ class PrefixTree:
         last = max(checkpoints, key=lambda item: item.length)
         marks = {item.length: item for item in checkpoints}
         node = self._roots.setdefault(salt, Node(None, b""))
-        for index, key in enumerate(_keys(np.frombuffer(last.ids, np.int32))):
+        for index, key in enumerate(_keys(np.frombuffer(last.ids, np.int64))):
             start, end = index * RUN, (index + 1) * RUN
             child = node.children.get(key)
             if child is None:

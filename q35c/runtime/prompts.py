@@ -13,16 +13,17 @@ from q35c.errors import PromptError
 from q35c.layouts.blobs import GRID
 from q35c.runtime.tokenizer import Tokenizer
 
+MAX_ID = 2**31 - 1
 _IDS = "token ids: a list, tuple or integer array"
 _PROMPT = f"a text, {_IDS}, or a list of those"
 
 
-def split_prompts(prompt: Any) -> tuple[list[Any], bool]:
-    """Return the prompts as a list, and whether there was a single one. Raises PromptError."""
-    if isinstance(prompt, (str, range)):
+def split_prompts(prompt: Any, *kinds: type) -> tuple[list[Any], bool]:
+    """Return the prompts as a list, and whether there was a single one: also one of other `kinds`. Raises PromptError."""
+    if isinstance(prompt, (str, range, *kinds)):
         return [prompt], True
     items = arguments.sequence(None, prompt, _PROMPT, error=PromptError)
-    are_prompts = [isinstance(item, str) or arguments.is_sequence(item) for item in items]
+    are_prompts = [isinstance(item, (str, *kinds)) or arguments.is_sequence(item) for item in items]
     if not any(are_prompts):
         return [_ids_only(items)], True
     if not all(are_prompts):

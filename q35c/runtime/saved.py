@@ -43,7 +43,7 @@ class Snapshot(_Copy):
             "length": str(self.length),
             "position": str(self.position),
         }
-        ids = np.frombuffer(self.ids, np.int32)
+        ids = np.frombuffer(self.ids, np.int64)
         write_state(arguments.path("path", path), metadata, [ids, *self.tensors])
 
     @classmethod
@@ -57,7 +57,7 @@ class Snapshot(_Copy):
         metadata, arrays = read_state(place)
         length, position = (number_of(metadata.get(name)) for name in ("length", "position"))
         is_right = metadata.get("kind") == "snapshot" and bool(arrays)
-        if not is_right or arrays[0].dtype != np.int32 or arrays[0].shape != (length,):
+        if not is_right or arrays[0].dtype != np.int64 or arrays[0].shape != (length,):
             raise StateError("not a snapshot", where=str(place))
         tensors = tuple(arrays[1:])
         return cls(metadata.get("digest", ""), length, position, tensors, arrays[0].tobytes())

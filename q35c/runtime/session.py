@@ -1,9 +1,8 @@
 """A session: the state of one sequence, and everything that may be done with it.
 
 The recurrent state of the linear-attention layers has no past: a session cannot be cut back, only
-restored from a snapshot, or rewound to a checkpoint, which is a snapshot without keys and values: those of
-earlier tokens stay where they are. Cache length and rotary position are two counters, because an image
-advances them differently.
+restored from a snapshot, or rewound to a checkpoint, which is a snapshot without keys and values: those of earlier tokens stay
+where they are. Length in cells and rotary position are two counters: an image advances them differently.
 """
 
 from array import array
@@ -21,6 +20,7 @@ from q35c.layouts.cache import CELLS
 from q35c.runtime.device import Logits, State
 from q35c.runtime.executor import Executor
 from q35c.runtime.memory import StateBudget, available_memory, check_allocation
+from q35c.runtime.multimodal import Prompt, PromptLike, check_prompt, place
 from q35c.runtime.prompts import check_ids, pieces
 from q35c.runtime.saved import Cells, Checkpoint, Snapshot, end_of
 
@@ -49,7 +49,7 @@ class Session:
         self._executor = executor
         self._digest = digest
         self._budget = budget
-        self._ids = array("i")
+        self._ids = array("q")
         self._is_broken = False
         self._claim = _Claim()
         self._claim.is_over = True
@@ -90,9 +90,9 @@ class Session:
         return self._state
 
     @property
-    def ids(self) -> NDArray[np.int32]:
-        """Return a copy of the token ids that the state stands for."""
-        return np.array(self._ids, dtype=np.int32)
+    def ids(self) -> NDArray[np.int64]:
+        """Return a copy of what the cells hold: token ids, and negative numbers for rows of pictures."""
+        return np.array(self._ids, dtype=np.int64)
 
     def resize(self, context: int) -> None:
         """Change the number of tokens that memory is kept for; the state stays as it is.
@@ -109,9 +109,9 @@ class Session:
             self.context = before
             raise
 
-    def extend(self, ids: Sequence[int]) -> None:
+    def extend(self, ids: PromptLike) -> None:
         """Append tokens without computing logits. Raises as `prefill`."""
-        tokens = self._check_ids(ids)
+        tokens = check_prompt(ids, self._executor.manifest)
         entry = self._executor.entries.none
 
         def append() -> None:
@@ -121,14 +121,14 @@ class Session:
 
         Session._use([self], append)
 
-    def prefill(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
+    def prefill(self, ids: PromptLike, progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[V] after the last. May be called at any point.
 
-        `ids` is a list, tuple, other sequence or integer array. Cutting tokens into calls where the length is a
+        `ids` is a list, tuple, other sequence, integer array or `MultimodalPrompt`. Cutting tokens into calls where the length is a
         multiple of 32 changes no bit; elsewhere last digits. Raises PromptError if there are none, too many for the
         context or some outside the vocabulary; then nothing has changed.
         """
-        tokens = self._check_ids(ids)
+        tokens = check_prompt(ids, self._executor.manifest)
         arguments.callback("progress", progress)
         entries = self._executor.entries
 
@@ -148,13 +148,13 @@ class Session:
         """Append one token; return the logits f32[V] after it. Raises PromptError as `prefill`."""
         return Session.decode_together([self], [token])[0]
 
-    def score(self, ids: Sequence[int], progress: Progress | None = None) -> Logits:
+    def score(self, ids: PromptLike, progress: Progress | None = None) -> Logits:
         """Append tokens; return the logits f32[S, V] after each.
 
         Raises PromptError as `prefill`, MemoryRefused if the result would not fit.
         """
         vocab = self._executor.manifest.model.vocab_size
-        tokens = self._check_ids(ids)
+        tokens = check_prompt(ids, self._executor.manifest)
         arguments.callback("progress", progress)
         entry = self._executor.entries.all
         check_allocation("the logits", len(tokens) * vocab * 4, available_memory())
@@ -197,11 +197,12 @@ class Session:
         if not sessions:
             raise OptionError("no sessions to decode", where="sessions")
         executor = sessions[0]._executor
-        ids = sessions[0]._check_ids(tokens)
-        if len(sessions) > executor.manifest.batch or len(ids) != len(sessions):
+        manifest = executor.manifest
+        ids = check_ids(tokens, manifest.model.vocab_size, manifest.max_context)
+        if len(sessions) > manifest.batch or len(ids) != len(sessions):
             raise OptionError(
                 "wrong number of sequences",
-                expected=f"1 to {executor.manifest.batch} sessions with one token each",
+                expected=f"1 to {manifest.batch} sessions with one token each",
                 got=f"{len(sessions)} sessions, {len(ids)} tokens",
             )
         if any(session._executor is not executor for session in sessions):
@@ -214,7 +215,7 @@ class Session:
                 session._is_broken = True
             logits = executor.run(executor.entries.batch, sessions, ids)
             for session, token in zip(sessions, ids, strict=True):
-                session._advance([token])
+                session._advance([token], 1)
             return logits
 
         return Session._use(sessions, append)
@@ -316,7 +317,7 @@ class Session:
             self._is_broken = True
             self.state.zero()
             self.length = self.position = self.high_water = 0
-            self._ids = array("i")
+            self._ids = array("q")
             self._is_broken = False
 
         Session._use([self], clear)
@@ -336,25 +337,22 @@ class Session:
     def _stand_at(self, saved: Snapshot | Checkpoint) -> None:
         self.length, self.position = saved.length, saved.position
         self.high_water = max(self.high_water, self.length)
-        self._ids = array("i", saved.ids)
+        self._ids = array("q", saved.ids)
         self._is_broken = False
 
-    def _append(self, entry: Entry, chunk: Sequence[int]) -> Logits:
+    def _append(self, entry: Entry, chunk: Prompt) -> Logits:
         self._is_broken = True  # until the step has ended
-        logits = self._executor.run(entry, [self], chunk)
-        self._advance(chunk)
+        placed = place(chunk, self.position)
+        logits = self._executor.run(entry, [self], placed.tokens, placed.media)
+        self._advance(placed.ids, placed.positions)
         return logits
 
-    def _advance(self, tokens: Sequence[int]) -> None:
-        self.length += len(tokens)
-        self.position += len(tokens)
-        self._ids.extend(tokens)
+    def _advance(self, ids: Iterable[int], positions: int) -> None:
+        self._ids.extend(ids)
+        self.length = len(self._ids)
+        self.position += positions
         self.high_water = max(self.high_water, self.length)
         self._is_broken = False
-
-    def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        manifest = self._executor.manifest
-        return check_ids(ids, manifest.model.vocab_size, manifest.max_context)
 
     def _check_room(self, count: int) -> None:
         self._check_usable()

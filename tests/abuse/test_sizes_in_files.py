@@ -134,7 +134,8 @@ def many_steps(document: dict[str, Any]) -> None:
         entry["steps"], entry["step_weights"] = [0] * 5000, [0] * 5000
         entry["tokens"] = 1
     specs = [decode(Entry, entry, "$") for entry in document["entries"]]
-    io = io_layout(specs, document["model"]["vocab_size"], 5000)
+    model = document["model"]
+    io = io_layout(specs, model["vocab_size"], model["hidden_size"], 5000)
     document["memory"]["peak"] += io["bytes"] - document["memory"]["io"]
     document["memory"]["io"], document["io"] = io["bytes"], io
 

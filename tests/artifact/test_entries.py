@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from q35c.artifact.entries import INPUTS, Entry, EntrySpec, entry_for, io_layout, text_entries
+from q35c.artifact.entries import INPUTS, TEXT, Entry, EntrySpec, entry_for, io_layout, text_entries
 from q35c.errors import ArtifactError
 from q35c.layouts.blobs import align
 from tests.fake_artifact import entry_specs
 
-VOCAB = 300
+VOCAB, HIDDEN = 300, 24
 ALL: Any = tuple(INPUTS)
+TEXT_INPUTS: Any = tuple(TEXT)
 
 
 def entry(name: str, sequences: int, tokens: int, logits: Any, inputs: Any = ALL) -> Entry:
@@ -28,6 +29,7 @@ ENTRIES = [
     entry("one", 1, 1, "all"),
     entry("decode", 4, 1, "all"),
     entry("verify", 4, 8, "all"),
+    entry("text", 1, 24, "none", TEXT_INPUTS),
     entry("other", 8, 512, "last", ("tokens",)),
 ]
 
@@ -38,7 +40,8 @@ ENTRIES = [
         (1, 10, "last", "short"),
         (1, 17, "last", "long"),
         (1, 5000, "last", "long"),
-        (1, 1, "none", "silent"),
+        (1, 1, "none", "text"),
+        (1, 25, "none", "silent"),
         (1, 5000, "all", "score"),
         (1, 9, "all", "score"),
         (1, 1, "all", "one"),
@@ -73,7 +76,7 @@ def test_rows_of_logits(logits: Any, rows: int) -> None:
 
 def test_the_io_block_is_what_all_entries_take_together() -> None:
     """Tokens and positions as wide as the largest call, slots for the most sequences, logits of the entry with most rows."""
-    io = io_layout(entry_specs(batch=5), VOCAB, steps=7)
+    io = io_layout(entry_specs(batch=5), VOCAB, HIDDEN, steps=7)
     found = {name: (field["dtype"], field["shape"]) for name, field in io["fields"].items()}
     assert found == {
         "tokens": ("i32", [16]),
@@ -90,11 +93,12 @@ def test_the_io_block_is_what_all_entries_take_together() -> None:
 
 def test_several_sequences_of_several_tokens_are_a_value() -> None:
     specs = [*entry_specs(batch=4), EntrySpec("verify", 4, 8, ALL, "all")]
-    fields = io_layout(specs, VOCAB, 1)["fields"]
+    fields = io_layout(specs, VOCAB, HIDDEN, 1)["fields"]
+    assert fields["rows"]["shape"] == [32, HIDDEN]
     assert fields["tokens"]["shape"] == [32] and fields["positions"]["shape"] == [3, 32]
     assert fields["logits"]["shape"] == [32, VOCAB] and fields["slots"]["shape"] == [4]
 
 
 def test_what_no_entry_takes_is_not_in_the_io_block() -> None:
     specs = [replace(spec, inputs=("tokens", "slots"), logits="none") for spec in entry_specs()]
-    assert list(io_layout(specs, VOCAB, 1)["fields"]) == ["tokens", "slots", "clock"]
+    assert list(io_layout(specs, VOCAB, HIDDEN, 1)["fields"]) == ["tokens", "slots", "clock"]

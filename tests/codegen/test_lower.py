@@ -34,7 +34,7 @@ def test_every_size_lowers(name: str) -> None:
     full = family.load(name)
     config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
     traced = graph_of(config)
-    limits = Limits(CONTEXT, CONTEXT, BATCH, config.vocab_size)
+    limits = Limits(CONTEXT, CONTEXT, BATCH, config.vocab_size, config.hidden_size)
     for level in ("x86-64-v3", "x86-64-v4-bf16"):
         for policy in POLICIES.values():
             target = find_target(f"cpu:{level}")

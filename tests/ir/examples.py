@@ -34,6 +34,7 @@ _FREQUENCIES = (1.0, 0.1, 0.01, 0.001)
 
 FITS: dict[str, Case] = {
     "embedding": case("i32[T] @f32[11,8]"),
+    "embedding_or_rows": case("i32[T] @f32[11,8] f32[T,8]", "fused"),
     "linear": case("f32[T,8] @f32[3,8] @f32[5,8]"),
     "add": case("f32[T,8] f32[8]"),
     "mul": case("f32[T,1,8] f32[4,1]"),
@@ -111,6 +112,11 @@ FITS |= {  # an op that also rounds takes what it takes without
 
 REFUSED: dict[str, list[Case]] = {
     "embedding": [case("f32[T] @f32[11,8]"), case("i32[T] @f32[11]")],
+    "embedding_or_rows": [
+        case("i32[T] @f32[11,8] f32[T,4]", "fused"),
+        case("i32[T] @f32[11,8] f32[5,8]", "fused"),
+        case("i32[T] @f32[11,8] f32[T,8]", "traced"),
+    ],
     "linear": [
         case("f32[T,8] @f32[3,7]"),
         case("f32[T,8] @f32[3,8] @f32[3,7]"),

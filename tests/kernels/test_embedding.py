@@ -43,6 +43,27 @@ def test_embedding(kernels, shape, dtype, tokens):
         assert y[:, width:].tobytes() == before[:, width:].tobytes(), "columns past the row changed"
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "i4g32"])
+def test_rows_stand_in_place_of_negative_ids(dtype: str) -> None:
+    """Whole rows, of several chunks and an odd number of columns; where ids are none, they are not read."""
+    vocabulary, width, tokens = 97, 257, 9
+    kernels = build_kernels({"embedding": embedding(vocabulary, width, dtype, ISA, is_mixed=True)})
+    rng = np.random.default_rng(width)
+    table = rng.normal(size=(vocabulary, width)).astype(np.float32)
+    ids = guard(rng.integers(0, vocabulary + 9, tokens, np.int32))
+    rows = guard(np.full((tokens, width), np.nan, np.float32))
+    want = stored(table, dtype)[np.minimum(ids, vocabulary - 1)]
+    for row, token in ((0, -1), (3, -(2**31)), (4, -7), (8, -1)):
+        ids[row] = token
+        rows[row] = rng.normal(size=width)
+        want[row] = rows[row]
+    for threads in (1, 2, 3):
+        y = guard(np.zeros((tokens, width + 1), np.float32), poison=True)
+        packed = guard(pack_formatted(table, dtype))
+        kernels.call("embedding", packed, ids, rows, y, tokens, width + 1, threads=threads)
+        np.testing.assert_array_equal(y[:, :width], want)
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_ids_outside_the_table_stay_inside_memory(kernels, dtype):
     table = np.arange(997 * 257, dtype=np.float32).reshape(997, 257) % 128

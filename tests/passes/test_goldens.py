@@ -24,7 +24,7 @@ from tests.passes.arrays import assert_same_meaning, median_loss
 FOLDER = Path(__file__).parent
 
 
-CHOICES = Choices(replace(POLICIES["w4"], cache="int8"))
+CHOICES = Choices(replace(POLICIES["w4"], cache="int8"), takes_rows=True)
 
 
 def step_of(row: Pass) -> Callable[[Graph], Graph | Module]:

@@ -29,14 +29,14 @@ class Sized:
 
     def __init__(self, context: int) -> None:
         self.context, self.length, self.high_water = context, 0, 0
-        self.ids = np.empty(0, np.int32)
+        self.ids = np.empty(0, np.int64)
 
     def resize(self, context: int) -> None:
         assert context >= self.length
         self.context = context
 
     def extend(self, tokens: Any) -> None:
-        self._become(np.concatenate([self.ids, np.asarray(tokens, np.int32)]))
+        self._become(np.concatenate([self.ids, np.asarray(tokens, np.int64)]))
 
     prefill = extend
 
@@ -57,7 +57,7 @@ class Sized:
             assert item.start <= reached
             reached = item.end
         assert reached >= checkpoint.length
-        self._become(np.frombuffer(checkpoint.ids, np.int32))
+        self._become(np.frombuffer(checkpoint.ids, np.int64))
 
     def close(self) -> None:
         self.is_usable = False

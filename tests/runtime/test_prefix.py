@@ -72,7 +72,7 @@ def next_turn(ids: list[int], seed: int = 3, count: int = 70) -> list[int]:
 
 
 def test_points_are_on_the_grid() -> None:
-    ids = np.array(next_turn(first_turn()), np.int32)
+    ids = np.array(next_turn(first_turn()), np.int64)
     starts = np.flatnonzero(ids == START)
     assert plan_points(ids, START) == (128, 320) == (starts[1] // 64 * 64, starts[-1] // 64 * 64)
     assert plan_points(ids, START, branch=270) == (128, 256, 320)
@@ -294,7 +294,7 @@ def test_random_conversations_are_bit_equal_to_no_cache(
 
 
 def test_agreement() -> None:
-    first = np.arange(200, dtype=np.int32)
+    first = np.arange(200, dtype=np.int64)
     for count in (0, 1, 63, 64, 65, 199):
         other = first.copy()
         other[count] = -1
@@ -305,9 +305,9 @@ def test_agreement() -> None:
 def test_recent_prompts_are_bounded() -> None:
     recent = RecentPrompts()
     for seed in range(400):
-        recent.add(np.full(100_000, seed, np.int32), "", (64,))
+        recent.add(np.full(100_000, seed, np.int64), "", (64,))
     assert len(recent._prompts) < 45
-    new = np.full(100_000, 5, np.int32)
+    new = np.full(100_000, 5, np.int64)
     assert recent.explain(new, "", 0).reason == "new"
     new[:] = 399
     assert recent.explain(new, "", 0).reason == "evicted"

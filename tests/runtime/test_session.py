@@ -135,7 +135,7 @@ def test_snapshot_copies_used_cells_only(model: q35c.Model) -> None:
         snapshot = session.snapshot()
     fixed = (96 + 32 * 32) * 4
     assert empty.bytes == fixed
-    assert snapshot.bytes == fixed + 4 * 32 * (2 * 32 + 33) + 4 * 33  # and the ids
+    assert snapshot.bytes == fixed + 4 * 32 * (2 * 32 + 33) + 8 * 33  # and the ids
 
 
 def test_an_empty_snapshot_restores_the_beginning(model: q35c.Model) -> None:

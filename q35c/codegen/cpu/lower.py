@@ -34,11 +34,15 @@ def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
 
 
 def lower_embedding(low: Lowering, op: Op) -> None:
-    tokens, table = op.operands
+    tokens, table, *given = op.operands
     vocabulary, hidden = table.type.shape
     parameters = {"V": vocabulary, "H": hidden, "dtype": table.type.dtype}
-    w = low.shared.weight("linear", table)
-    low.call("embedding", parameters, w=w, ids=low.views[tokens], y=low.output(op.result))
+    rows: dict[str, View] = {}
+    if given:
+        parameters["is_mixed"] = True
+        rows["rows"] = replace(low.views[given[0]], stride=hidden)
+    w, y = low.shared.weight("linear", table), low.output(op.result)
+    low.call("embedding", parameters, w=w, ids=low.views[tokens], **rows, y=y)
 
 
 def lower_matrix(
@@ -267,6 +271,7 @@ def lower_quantize_rows(low: Lowering, op: Op) -> None:
 
 RULES: dict[str, Callable[[Lowering, Op], None]] = {
     "embedding": lower_embedding,
+    "embedding_or_rows": lower_embedding,
     "linear": lower_linear,
     "linear_residual": lower_linear_residual,
     "linear_swiglu": lower_linear_swiglu,

@@ -19,7 +19,7 @@ from q35c.runtime.cpu.blocks import Region, StateBlock, WeightBlock
 from q35c.runtime.cpu.library import Arguments, Entry, Library, Workers
 from q35c.runtime.cpu.machine import THREADS, check_target, choose_threads
 from q35c.runtime.cpu.pace import Pace
-from q35c.runtime.device import Device, HasState, Logits, Record
+from q35c.runtime.device import Device, HasState, Logits, Media, Record
 
 
 class Cpu:
@@ -95,12 +95,13 @@ class CpuDevice:
         entry: EntryPlan,
         sequences: Sequence[HasState],
         tokens: Sequence[int],
+        media: Media | None = None,
         record: Record | None = None,
     ) -> Logits:
         fields, count = self._fields, len(tokens)
         states = [sequence.state for sequence in sequences]
         first = states[0].address
-        fill_inputs(fields, first, sequences, tokens)
+        fill_inputs(fields, first, sequences, tokens, media)
         fields["clock"][0] = record is not None
         arguments = Arguments(
             self._weights.address,

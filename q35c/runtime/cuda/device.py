@@ -23,7 +23,7 @@ from q35c.runtime.cuda.context import Context
 from q35c.runtime.cuda.program import load_programs
 from q35c.runtime.cuda.states import DeviceState, StateMemory, StatePlan
 from q35c.runtime.cuda.stream import Stream
-from q35c.runtime.device import Block, HasState, Logits, Record
+from q35c.runtime.device import Block, HasState, Logits, Media, Record
 
 _NO_PROBES = "a CUDA artifact has no probes"
 
@@ -92,6 +92,7 @@ class CudaDevice:
         entry: Entry,
         sequences: Sequence[HasState],
         tokens: Sequence[int],
+        media: Media | None = None,
         record: Record | None = None,
     ) -> Logits:
         count, each = len(tokens), len(tokens) // len(sequences)
@@ -100,7 +101,7 @@ class CudaDevice:
         with self._context.current(f"entry {entry.name}"):
             self._steps.settle()
             self.states.reclaim()
-            fill_inputs(self._fields, self.states.origin, sequences, tokens)
+            fill_inputs(self._fields, self.states.origin, sequences, tokens, media)
             begin = time.perf_counter()
             with self._steps.work(states):
                 for sequence, state in zip(sequences, states, strict=True):

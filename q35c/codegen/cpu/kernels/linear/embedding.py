@@ -1,6 +1,6 @@
 """Embedding lookup from the packed layout, so that a tied output head shares its storage.
 
-    y[t, h] = W[token t, h]
+    y[t, h] = W[token t, h]        is_mixed: X[t, h] where token t is negative
 
 Row v lies in block v // 32, lane v % 32: its elements are 128 bytes apart, one cache line each.
 That line traffic is the limit. Threads split (token, chunk of columns) pairs.
@@ -30,10 +30,11 @@ _CHUNK = 128  # columns of one work item: whole groups of integers, whole pairs 
 Word = Callable[[Expr], Expr]  # element of the token's block -> its value
 
 
-def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
+def embedding(V: int, H: int, dtype: str, isa: Isa, is_mixed: bool = False) -> PrimFunc:
     """Make the kernel (W, IDS i32 [T], Y f32 [T, H], T, ld_y, tid, nt) for a table of V rows.
 
-    W is packed as `linear` reads it. Ids outside the table read its first or last row.
+    W is packed as `linear` reads it. Ids outside the table read its first or last row; if `is_mixed`, negative ones
+    a row of ROWS f32 [T, H], which stands behind IDS.
     """
     table = make_product(V, H, dtype, "none", isa)
     chunks = ceil_div(H, _CHUNK)
@@ -64,7 +65,39 @@ def embedding(V: int, H: int, dtype: str, isa: Isa) -> PrimFunc:
             copy_columns(table, words_of(w, block), lane, y, row, begin, end)
         return T.int32(0)
 
-    return embedding_kernel
+    @T.prim_func(private=True, s_tir=True)
+    def mixed_embedding_kernel(
+        W: T.handle(table.element),
+        IDS: T.handle("int32"),
+        ROWS: T.handle("float32"),
+        Y: T.handle("float32"),
+        tokens: T.int64,
+        ld_y: T.int64,
+        tid: T.int32,
+        nt: T.int32,
+    ) -> T.int32:
+        T.func_attr({"tirx.noalias": True})
+        w = table.weights(W)
+        ids = T.decl_buffer((tokens,), "int32", data=IDS)
+        rows = T.decl_buffer((tokens, H), "float32", data=ROWS)
+        y = T.decl_buffer((tokens, ld_y), "float32", data=Y)
+        first: T.let[T.int64] = share(tokens * chunks, tid, nt)
+        last: T.let[T.int64] = share(tokens * chunks, tid + 1, nt)
+        for item in T.serial(last - first):
+            row: T.let[T.int64] = T.truncdiv(first + item, chunks)
+            begin: T.let[T.int64] = T.truncmod(first + item, chunks) * _CHUNK
+            token: T.let[T.int64] = T.cast(T.min(ids[row], V - 1), "int64")
+            end: T.let[T.int64] = T.min(begin + _CHUNK, T.int64(H))
+            if token < 0:
+                for c in T.serial(end - begin):
+                    y[row, begin + c] = rows[row, begin + c]
+            else:
+                block: T.let[T.int64] = T.shift_right(token, T.int64(5))
+                lane: T.let[T.int64] = T.bitwise_and(token, T.int64(BLOCK - 1))
+                copy_columns(table, words_of(w, block), lane, y, row, begin, end)
+        return T.int32(0)
+
+    return mixed_embedding_kernel if is_mixed else embedding_kernel
 
 
 def words_of(w: Expr, block: Expr) -> Word:
@@ -159,4 +192,8 @@ def _cost(p: Parameters) -> Cost:
     )
 
 
-EMBEDDING = Family(embedding, "w ids y tokens ld_y", writes="y", cost=_cost)
+def _arguments(p: Parameters) -> str:
+    return f"w ids {'rows ' if p.get('is_mixed') else ''}y tokens ld_y"
+
+
+EMBEDDING = Family(embedding, _arguments, writes="y", cost=_cost)
