@@ -16,6 +16,7 @@ from q35c.config import ModelConfig
 from q35c.layouts.cache import StateLayout
 from q35c.layouts.rows import RowLayout
 from q35c.layouts.weights import WeightLayout
+from q35c.vision_config import VisionConfig
 
 TEXT = (Path(__file__).parents[2] / "docs/artifact.md").read_text()
 LAYOUTS = {"WeightLayout": WeightLayout, "StateLayout": StateLayout, "RowLayout": RowLayout}
@@ -36,10 +37,10 @@ def names_of(kind: Any) -> set[str]:
 
 
 def records(kind: Any) -> set[type]:
-    """Return the dataclasses that a type consists of; a model's configuration is described elsewhere."""
+    """Return the dataclasses that a type consists of; configurations of models are described elsewhere."""
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind):
         return {found for part in get_args(kind) for found in records(part)}
-    if kind is ModelConfig:
+    if kind in (ModelConfig, VisionConfig):
         return set()
     return {kind}.union(*(records(part) for part in fields_of(kind).values()))
 
