@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import q35c
+from q35c.artifact import read_artifact
 from q35c.errors import OptionError
 from q35c.runtime.session import Session
 
@@ -37,7 +38,8 @@ class Subject:
     def __init__(self, path: str) -> None:
         # Threads inherit the mask: the kernel gives the alarm to the main thread, which alone can be interrupted.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-        self.model = q35c.load(path, threads=2)
+        is_cpu = read_artifact(path).manifest.target.backend == "cpu"
+        self.model = q35c.load(path, threads=2 if is_cpu else None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
         self.session, self.other = self.model.session(64), self.model.session(64)
         self.saved = [self.saved_at(length) for length in (START, 20)]

@@ -95,22 +95,29 @@ class Program:
     def graph(self, rows: int, capture: Stream, before: Around, after: Around) -> int:
         """Return the graph of a step of so many rows between two copies; it is captured the first time, on a stream for that."""
         if rows not in self._graphs:
-            driver = self._driver
-            driver.call("cuStreamBeginCapture_v2", capture.handle, _RELAXED)
-            try:
-                before()
-                self.enqueue(rows, capture)
-                after()
-            except BaseException:
-                _abandon(driver, capture)
-                raise
-            with contextlib.ExitStack() as undo:
-                made = ctypes.c_void_p()
-                driver.call("cuStreamEndCapture", capture.handle, ctypes.byref(made))
-                undo.callback(driver.function("cuGraphDestroy"), made)
-                graph = driver.size("cuGraphInstantiateWithFlags", made, 0)
-                self._graphs[rows] = self._memory.take("cuGraphExecDestroy", graph)
+            self._graphs[rows] = self._capture(rows, capture, before, after)
         return self._graphs[rows]
+
+    def _capture(self, rows: int, capture: Stream, before: Around, after: Around) -> int:
+        driver = self._driver
+        if capture.is_capturing:  # a signal handler has cut it short
+            _abandon(driver, capture)
+        capture.is_capturing = True
+        driver.call("cuStreamBeginCapture_v2", capture.handle, _RELAXED)
+        try:
+            before()
+            self.enqueue(rows, capture)
+            after()
+        except BaseException:
+            _abandon(driver, capture)
+            raise
+        with contextlib.ExitStack() as undo:
+            made = ctypes.c_void_p()
+            driver.call("cuStreamEndCapture", capture.handle, ctypes.byref(made))
+            capture.is_capturing = False
+            undo.callback(driver.function("cuGraphDestroy"), made)
+            graph = driver.size("cuGraphInstantiateWithFlags", made, 0)
+            return self._memory.take("cuGraphExecDestroy", graph)
 
     def record(self, rows: int, stream: Stream) -> list[int]:
         """Add all launches to a stream, and an event before each and after the last; return the events."""
@@ -123,10 +130,11 @@ class Program:
 
 
 def _abandon(driver: Driver, capture: Stream) -> None:
-    """End a capture that failed, and throw away what it has."""
+    """End a capture, if there is one, and throw away what it has."""
     made = ctypes.c_void_p()
     if not driver.function("cuStreamEndCapture")(capture.handle, ctypes.byref(made)) and made.value:
         driver.function("cuGraphDestroy")(made)
+    capture.is_capturing = False
 
 
 def load_programs(

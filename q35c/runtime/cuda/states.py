@@ -9,7 +9,6 @@ talk to the driver then.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import weakref
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from q35c.artifact import Manifest
 from q35c.artifact.leaves import StateTensor
-from q35c.errors import OptionError, Q35CError
+from q35c.errors import OptionError
 from q35c.runtime.arrays import NUMPY_TYPES
 from q35c.runtime.cuda.context import Context
 from q35c.runtime.cuda.stream import Stream
@@ -150,13 +149,28 @@ class StatePlan:
 
 
 @dataclass(slots=True, eq=False)
-class Space:
-    """A state's addresses, and the memory behind them: pieces by address, bytes and handle."""
+class Piece:
+    """Some granules of memory behind addresses. It counts from the moment on when it is ready: a signal handler may raise before."""
 
     address: int
-    is_mapped: NDArray[np.bool_]
+    bytes: int
+    handle: int = 0
+    is_ready: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Space:
+    """A state's addresses, and the memory behind them."""
+
+    address: int
     covered: int = -1  # up to how many tokens memory is there
-    pieces: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
+    pieces: list[Piece] = field(default_factory=list[Piece])
+
+
+class _Watch(weakref.ref["DeviceState"]):
+    """Tells that a state is gone, to a function in C alone: there no signal handler can come between."""
+
+    space: Space
 
 
 class StateMemory:
@@ -167,8 +181,8 @@ class StateMemory:
         self.plan = plan
         self._context, self._driver = context, context.driver
         self._steps, self._copies = steps, copies
-        self._left: deque[Space] = deque()  # by states that are gone
-        self._live: set[Space] = set()
+        self._gone: deque[_Watch] = deque()
+        self._live: dict[Space, _Watch | None] = {}
         # Slots of all states count from here, so that captured programs serve every sequence.
         self.origin = self._reserve().address
 
@@ -178,22 +192,29 @@ class StateMemory:
         with self._context.current("a new sequence"):
             space = self._reserve()
         state = DeviceState(self, space)
-        weakref.finalize(state, self._left.append, space).atexit = False
+        watch = self._live[space] = _Watch(state, self._gone.append)
+        watch.space = space
         return state
 
     def _reserve(self) -> Space:
         size = self.plan.bytes
         address = self._driver.size("cuMemAddressReserve", size, 0, 0, 0)
-        space = Space(address, np.zeros(self.plan.count, np.bool_))
-        self._live.add(space)
+        space = Space(address)
+        self._live[space] = None
         return space
 
     def commit(self, space: Space, tokens: int, stream: Stream) -> None:
         """Have zeroed memory behind what so many tokens use, once the stream comes there. Raises OutOfDeviceMemory."""
         if tokens <= space.covered:
             return
+        for piece in [piece for piece in space.pieces if not piece.is_ready]:
+            self._drop(piece)
+            space.pieces.remove(piece)
         covered = self.plan.covered(tokens)
-        lacking = self.plan.needed(covered) & ~space.is_mapped
+        lacking = self.plan.needed(covered)
+        for piece in space.pieces:
+            first = (piece.address - space.address) // self.plan.granularity
+            lacking[first : first + piece.bytes // self.plan.granularity] = False
         at = 0
         for is_lacking, run in groupby(lacking.tolist()):
             length = sum(1 for _ in run)
@@ -203,49 +224,50 @@ class StateMemory:
         space.covered = covered
 
     def _map(self, space: Space, first: int, count: int, stream: Stream) -> None:
-        """Map memory behind some granules."""
+        """Map zeroed memory behind some granules."""
         driver, size = self._driver, count * self.plan.granularity
         address = space.address + first * self.plan.granularity
         location = _Location(_ON_DEVICE, self._context.device)
         properties = _Properties(_PINNED, 0, location)
         access = _Access(location, _READ_WRITE)
-        with contextlib.ExitStack() as undo:
-            handle = driver.size("cuMemCreate", size, ctypes.byref(properties), 0)
-            undo.callback(driver.function("cuMemRelease"), handle)
-            driver.call("cuMemMap", address, size, 0, handle, 0)
-            undo.callback(driver.function("cuMemUnmap"), address, size)
-            driver.call("cuMemSetAccess", address, size, ctypes.byref(access), 1)
-            driver.call("cuMemsetD8Async", address, 0, size, stream.handle)
-            space.pieces.append((address, size, handle))
-            undo.pop_all()
-        space.is_mapped[first : first + count] = True
+        piece = Piece(address, size)
+        space.pieces.append(piece)
+        piece.handle = driver.size("cuMemCreate", size, ctypes.byref(properties), 0)
+        driver.call("cuMemMap", address, size, 0, piece.handle, 0)
+        driver.call("cuMemSetAccess", address, size, ctypes.byref(access), 1)
+        driver.call("cuMemsetD8Async", address, 0, size, stream.handle)
+        piece.is_ready = True
+
+    def _drop(self, piece: Piece) -> None:
+        """Give a piece back, as much of it as is there: nothing can be done about what fails."""
+        piece.is_ready = False
+        if piece.handle:
+            self._driver.function("cuMemUnmap")(piece.address, piece.bytes)
+            self._driver.function("cuMemRelease")(piece.handle)
 
     def unmap(self, space: Space) -> None:
         """Give the memory of a state back; its addresses stay."""
         space.covered = -1
-        space.is_mapped[:] = False
         while space.pieces:
-            address, size, handle = space.pieces.pop()
-            self._driver.call("cuMemUnmap", address, size)
-            self._driver.call("cuMemRelease", handle)
+            self._drop(space.pieces[-1])
+            space.pieces.pop()
 
     def reclaim(self) -> None:
         """Give back what states that are gone have left."""
-        while self._left:
+        while self._gone:
             with self._context.current("giving back a sequence"):
-                self._free(self._left.popleft())
+                self._free(self._gone.popleft().space)
 
     def _free(self, space: Space) -> None:
         if space in self._live:
-            self._live.discard(space)
             self.unmap(space)
-            self._driver.call("cuMemAddressFree", space.address, self.plan.bytes)
+            self._driver.function("cuMemAddressFree")(space.address, self.plan.bytes)
+            self._live.pop(space, None)
 
     def close(self) -> None:
         """Give everything back, live states included. The context must be current."""
         for space in list(self._live):
-            with contextlib.suppress(Q35CError):
-                self._free(space)
+            self._free(space)
 
     def save(self, space: Space, parts: Sequence[Part], tokens: int) -> Saved:
         """Return copies of parts, which so many tokens use."""

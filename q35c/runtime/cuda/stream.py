@@ -18,6 +18,7 @@ class Stream:
         """Create the stream; the context must be current. Raises DeviceError."""
         self._driver = driver
         self._needs: object = None  # by work that may still be running
+        self.is_capturing = False
         self.handle = driver.size("cuStreamCreate", _NON_BLOCKING)
 
     @contextlib.contextmanager
