@@ -17,7 +17,7 @@ from q35c.user_cache import cache_directory
 
 HERE = Path(__file__).parent
 DRIVER = HERE / "driver"
-_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Werror")
+_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-Wall", "-Werror", "-Wl,-Bsymbolic")
 # What a model takes of a device: none may be left when it is closed.
 TAKEN = (
     "bytes", "context", "memory", "pinned", "address", "physical", "stream", "graph", "executable", "event", "module",

@@ -31,8 +31,9 @@ Argument = np.ndarray | int
 ORDERS: tuple[str | int, ...] = ("forward", "backward", 1, 2)  # of threads and blocks; or a seed
 
 _FLAGS = (
-    # Without unique symbols, with which an image would never be unloaded.
-    "-std=c++17", "-march=native", "-fPIC", "-fno-stack-protector", "-w", "-fno-strict-aliasing", "-fno-gnu-unique", "-ffp-contract=fast",
+    # Without unique symbols, with which an image would never be unloaded; own symbols first, as one process may hold several
+    # emulated drivers.
+    "-std=c++17", "-Wl,-Bsymbolic", "-march=native", "-fPIC", "-fno-stack-protector", "-w", "-fno-strict-aliasing", "-fno-gnu-unique", "-ffp-contract=fast",
     f"-I{SIMT}", f"-I{SIMT}/include", f"-I{DRIVER}",
 )  # fmt: skip
 # -O1 without vectorisers: what is optimised more merges accesses that a finding would name.
@@ -84,7 +85,7 @@ def compiled(texts: Sequence[str], flags: Sequence[str]) -> Path:
             lines = [line for line in done.stderr.splitlines() if "error" in line]
             raise Unknown("\n".join(lines[:8]) or done.stderr[-2000:])
     # Linked apart: with -fsanitize=thread the linker would bring a library that defines the hooks, too.
-    subprocess.run([compiler, "-shared", "-o", *made], check=True)
+    subprocess.run([compiler, "-shared", *_FLAGS, "-o", *made], check=True)
     for unfinished in made[1:]:
         unfinished.unlink()
     os.replace(made[0], path)

@@ -132,7 +132,7 @@ VISIBLE int cuInit(unsigned) {
   if (error && error != NOT_INITIALIZED) return error;
   if (option("FAKECUDA_DEVICES", 1) < 1) return NO_DEVICE;
   Dl_info self;
-  dladdr((void*)cuInit, &self);
+  dladdr(&process_, &self);  // of this library, though another one may have the same functions
   dlopen(self.dli_fname, RTLD_NOLOAD | RTLD_GLOBAL | RTLD_NOW);  // images find the machine here
   process_ = getpid();
   return OK;
