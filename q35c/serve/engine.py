@@ -16,7 +16,7 @@ from q35c import arguments
 from q35c.errors import OptionError, Overloaded, Q35CError, TokenizerError, Unavailable
 from q35c.runtime.lease import SLICE
 from q35c.runtime.model import Model
-from q35c.runtime.prompts import check_ids
+from q35c.runtime.multimodal import MultimodalPrompt, check_prompt
 from q35c.runtime.recent import MISS_REASONS
 from q35c.serve.request import Post, Request, Statistics, Structure, Ticket
 from q35c.serve.schedule import Job, Pace
@@ -93,10 +93,12 @@ class Engine:
     def submit(self, request: Request, post: Post) -> Ticket:
         """Queue a request, from any thread; its events are posted from the engine's.
 
-        Raises PromptError; Overloaded with the seconds after which to try again; Unavailable while the engine drains.
+        Raises PromptError; OptionError for pictures in a prompt that is scored; Overloaded with the seconds after which to try again; Unavailable while the engine drains.
         """
         request = arguments.instance("request", request, Request)
-        check_ids(request.ids, self._model.vocab_size, self._model.context)
+        check_prompt(request.ids, self._model.manifest, self._model.context)
+        if request.is_scoring and isinstance(request.ids, MultimodalPrompt):
+            raise OptionError("a prompt with pictures is not scored", where="is_scoring")
         with self._changed:
             if self._is_draining or self._is_closing or not self._thread.is_alive():
                 raise _draining()

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from q35c.errors import Q35CError
 from q35c.runtime.generate import FinishReason, GenerationOptions
+from q35c.runtime.multimodal import MultimodalPrompt, Prompt
 
 StructureKind = Literal["object", "schema", "regex", "choice", "grammar", "calls"]
 
@@ -40,7 +41,7 @@ class Structure:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One row: a prompt's ids and everything that decides what comes after them.
+    """One row: a prompt's ids, or one with pictures, and everything that decides what comes after them.
 
     options         `max_new_tokens` is already cut to what the context leaves; 0 only scores the prompt.
                     Stop strings in it end the row wherever they occur
@@ -54,7 +55,7 @@ class Request:
     group           requests with the same text here have the same prompt and differ in the seed: prefill once, fork
     """
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] | MultimodalPrompt
     options: GenerationOptions
     client: str = ""
     priority: int = 0
@@ -64,6 +65,11 @@ class Request:
     constraint: Any = None
     deadline: float | None = None
     group: str = ""
+
+    @property
+    def prompt(self) -> Prompt:
+        """Return the prompt as rows take it."""
+        return self.ids if isinstance(self.ids, MultimodalPrompt) else list(self.ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from q35c.errors import ExecutionError, Q35CError
 from q35c.runtime.device import Logits
 from q35c.runtime.generate import FinishReason, Row
 from q35c.runtime.lease import SLICE, Lease
+from q35c.runtime.multimodal import token_ids
 from q35c.runtime.sampling import log_shares
 from q35c.runtime.session import Session
 from q35c.runtime.tokenizer import Tokenizer
@@ -28,7 +29,7 @@ class Seat:
         self.events: list[Event] = [Started(lease.cached_tokens)]
         self.is_prefilling, self.is_over, self.has_failed = True, False, False
         self.stepped_at = 0  # the number of its last step among those of all rows
-        self._row = Row(list(request.ids), request.options, request.options.seed, tokenizer)
+        self._row = Row(request.prompt, request.options, request.options.seed, tokenizer)
         self._row.session = lease.session
         self._matcher: Any = None if request.constraint is None else request.constraint.matcher()
         self._scored: list[Token] = []
@@ -115,7 +116,7 @@ class Seat:
 
     def _score(self) -> Logits | None:
         """Compute one slice of the prompt with the logits of all its tokens."""
-        ids, session = self.request.ids, self.session
+        ids, session = token_ids(self._row.prompt), self.session
         start = session.length
         logits = session.score(ids[start : start + SLICE])
         count = self.request.logprobs or 0

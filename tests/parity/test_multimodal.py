@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import q35c
-from q35c.errors import PromptError
+from q35c.errors import OptionError, PromptError
 from q35c.runtime.multimodal import MultimodalPrompt, Picture
 from q35c.runtime.session import Session
+from q35c.serve.engine import Engine
+from q35c.serve.request import Started
 from tests.compiled import artifact, model
 from tests.parity.scenes import (
     END,
@@ -23,6 +25,7 @@ from tests.parity.scenes import (
     prompt_of,
 )
 from tests.parity.test_parity import assert_parity
+from tests.serve.talk import Answer, ask, request
 
 KINDS = ("dense", "moe")
 TALL, WIDE = Image(16, 2, seed=1), Image(6, 10, seed=2)
@@ -195,6 +198,29 @@ def test_a_cache_tells_pictures_apart_and_knows_them_again() -> None:
     again = [compiled.generate(prompt, 6, do_sample=False, cache=cache) for prompt in prompts]
     assert [text.ids for text in again] == [text.ids for text in plain]
     assert plain[0].timings.prompt_tokens == 29 + 64 + 50
+
+
+def test_an_engine_serves_pictures_beside_texts() -> None:
+    """Rows of one step, forked groups, and the next turn of a prompt whose picture is kept."""
+    compiled = seeing("dense")
+    prompts = [
+        prompt_of("dense", tuple(range(1, 30)), Image(16, 16, seed=seed), (5,) * 50)
+        for seed in (6, 7)
+    ]
+    mixed = [*prompts, list(range(1, 80)), prompts[0], prompts[0]]
+    cache = compiled.cache(0)
+    plain = [compiled.generate(prompt, 6, do_sample=False, cache=cache).ids for prompt in mixed]
+    engine = Engine(compiled, cache_bytes=64 << 20)
+    groups = ("", "", "", "twins", "twins")
+    try:
+        asked = [request(p, 6, group=g) for p, g in zip(mixed, groups, strict=True)]
+        assert [tuple(answer.ids) for answer in ask(engine, *asked)] == plain
+        (again,) = ask(engine, request(prompts[1], 6))
+        assert again.events[0] == Started(128) and tuple(again.ids) == plain[1]
+        with pytest.raises(OptionError, match="with pictures is not scored"):
+            engine.submit(request(prompts[0], 1, is_scoring=True, logprobs=0), Answer().post)
+    finally:
+        engine.close()
 
 
 def test_a_session_goes_on_behind_a_picture_at_its_position() -> None:

@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 from q35c.runtime.generate import GenerationOptions
+from q35c.runtime.multimodal import MultimodalPrompt
 from q35c.runtime.sampling import SamplingOptions
 from q35c.serve.engine import Engine
 from q35c.serve.request import Event, Failed, Finished, Request, Token
@@ -23,7 +24,8 @@ def request(ids: Any, new_tokens: int = 8, **fields: Any) -> Request:
         frozenset(fields.pop("stop_ids", ())),
         fields.pop("seed", 0),
     )
-    return Request(tuple(ids), options, **fields)
+    is_mixed = isinstance(ids, MultimodalPrompt)
+    return Request(ids if is_mixed else tuple(ids), options, **fields)
 
 
 class Answer:
