@@ -80,7 +80,6 @@ def compile_model(
     check_places(output, dump, arguments.path("source", source))
     machine, policy = find_target(target), find_policy(precision, kv_dtype)
     machine.check_tools()
-    machine.cache_layout(policy.cache)  # refuses what its kernels do not read
     checkpoint = open_checkpoint(
         source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
     )

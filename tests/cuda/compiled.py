@@ -27,11 +27,14 @@ def emulated_image(text: str) -> bytes:
 
 
 @functools.cache
-def cuda_artifact(kind: str, precision: str = "f32", **overrides: Any) -> Path:
+def cuda_artifact(
+    kind: str, precision: str = "f32", *, kv_dtype: str = "auto", **overrides: Any
+) -> Path:
     """Return a tiny random model compiled for the emulated device."""
     source = checkpoint(kind, precision, **overrides)
-    output = Path(os.environ[COMPILED]) / f"{source.name}.{precision}.cuda.q35c"
-    options: dict[str, Any] = {"precision": precision, "context": CONTEXT, "batch": BATCH}
+    output = Path(os.environ[COMPILED]) / f"{source.name}.{precision}.{kv_dtype}.cuda.q35c"
+    options: dict[str, Any] = {"precision": precision, "kv_dtype": kv_dtype}
+    options |= {"context": CONTEXT, "batch": BATCH}
 
     def make() -> None:
         MAKERS[EMULATED] = emulated_image

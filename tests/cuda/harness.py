@@ -17,7 +17,7 @@ import numpy as np
 
 from q35c.codegen.cuda.families import FAMILIES
 from q35c.codegen.cuda.text import cuda_text
-from tests.cuda.machine import Machine, build
+from tests.cuda.machine import Machine, Same, build
 
 _machine: list[Machine] = []
 Outputs = Mapping[str, tuple[int, ...] | np.ndarray]
@@ -82,11 +82,15 @@ class CudaKernels:
         given = {"tokens": rows} | _strides(arguments) | arguments
         grid = tuple(extent.blocks(rows) for extent in family.grid(one.parameters))
         written = family.signature(one.parameters).writes
-        values = [given[key] for key, _ in launched.parameters]
+        names = [key for key, _ in launched.parameters]
+        values = [
+            Same(names.index(value.as_argument), value.kind) if isinstance(value, Same) else value
+            for value in (given[key] for key in names)
+        ]
         constants = [
             number
             for number, (key, kind) in enumerate(launched.parameters)
-            if kind == "pointer" and key not in written
+            if kind == "pointer" and key not in written and key not in _shared(given)
         ]
         return machine().run(
             image or self.image, launched.symbol, grid, launched.block, values,
@@ -127,6 +131,10 @@ def unseen_barriers(kernels: CudaKernels, name: str, rows: int, **arguments: Any
             for order, values in zip(("forward", "backward", 1), copies, strict=True)
         )
     return unseen
+
+
+def _shared(given: Mapping[str, Any]) -> set[str]:
+    return {str(value.as_argument) for value in given.values() if isinstance(value, Same)}
 
 
 def _strides(arguments: Mapping[str, Any]) -> dict[str, int]:

@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,17 @@ from tests.cuda.translate import translate
 
 SIMT, DRIVER = (Path(__file__).with_name(name) for name in ("simt", "driver"))
 Dims = tuple[int, int, int]
-Argument = np.ndarray | int
+
+
+@dataclass(frozen=True)
+class Same:
+    """Stand for a pointer to the same buffer as that of another argument, by its number or in the harness its name."""
+
+    as_argument: int | str
+    kind: type[np.generic]
+
+
+Argument = np.ndarray | int | Same
 ORDERS: tuple[str | int, ...] = ("forward", "backward", 1, 2)  # of threads and blocks; or a seed
 
 _FLAGS = (
@@ -146,14 +157,17 @@ class Machine:
         assert kernel.parameters == len(arguments), (name, kernel.parameters, len(arguments))
         sizes = kernel.sizes[: kernel.parameters]
         placed: list[tuple[np.ndarray, int]] = []
-        cells: list[Any] = []
+        cells: list[Any] = [None] * len(arguments)
         for number, (value, size) in enumerate(zip(arguments, sizes, strict=True)):
             if isinstance(value, np.ndarray):
                 address = self._place(value, is_constant=number in constants)
                 placed.append((value, address))
-                cells.append(ctypes.c_uint64(address))
-            else:
-                cells.append({4: ctypes.c_int32, 8: ctypes.c_int64}[size](value))
+                cells[number] = ctypes.c_uint64(address)
+            elif not isinstance(value, Same):
+                cells[number] = {4: ctypes.c_int32, 8: ctypes.c_int64}[size](value)
+        for number, value in enumerate(arguments):
+            if isinstance(value, Same):
+                cells[number] = cells[value.as_argument]
         pointers = (ctypes.c_void_p * len(cells))(*map(ctypes.addressof, cells))
         lib = self._lib
         lib.simt_clear()

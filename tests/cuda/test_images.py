@@ -15,7 +15,6 @@ from q35c.codegen.cuda.text import cuda_text
 from q35c.codegen.targets import find_target
 from q35c.compile import compile_model
 from q35c.errors import OptionError, ToolchainError
-from tests.compiled import checkpoint
 
 LOG = """
 ptxas info    : 0 bytes gmem
@@ -57,18 +56,6 @@ def test_without_a_compiler_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tm
         compile_model(tmp_path / "nothing", tmp_path / "m.q35c", target="cuda")
     images.find_compiler.cache_clear()
     assert "q35c[cuda]" in str(caught.value)
-
-
-def test_keys_and_values_that_no_kernel_reads(tmp_path: Path) -> None:
-    images.MAKERS[EMULATED] = str.encode
-    try:
-        with pytest.raises(OptionError, match="no such keys and values"):
-            compile_model(
-                checkpoint("dense"), tmp_path / "m", target="cuda:emulated", kv_dtype="int8"
-            )
-    finally:
-        del images.MAKERS[EMULATED]
-    assert not (tmp_path / "m").exists()
 
 
 needs_compiler = pytest.mark.skipif(

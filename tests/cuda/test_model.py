@@ -17,7 +17,13 @@ from tests.parity.test_parity import assert_parity
 
 NIGHTLY = pytest.mark.nightly
 KINDS = (pytest.param("dense", marks=NIGHTLY), "moe")
-PRECISIONS = ("w4", *(pytest.param(name, marks=NIGHTLY) for name in ("bf16", "w8", "w4-small")))
+PRECISIONS = (
+    ("w4", "int8"),
+    ("bf16", "auto"),
+    ("w8", "auto"),
+    ("w4", "auto"),
+    ("w4-small", "auto"),
+)
 
 
 @pytest.fixture
@@ -71,13 +77,17 @@ def test_a_batch_gives_the_bits_of_single_sequences(machine: Emulated, monkeypat
                 np.testing.assert_array_equal(row, single[step])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_integers_are_those_of_the_cpu(precision: str, machine: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+@NIGHTLY
+@pytest.mark.parametrize(("precision", "kv_dtype"), PRECISIONS)
+def test_integers_are_those_of_the_cpu(precision: str, kv_dtype: str, machine: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     """Weights, levels and rounding are the same: what is left is the order of sums, and rows that it lets round another way."""
     ids = random_ids(6)
-    with load_cuda(monkeypatch, "dense", precision) as model, model.session() as session:
+    with (
+        load_cuda(monkeypatch, "dense", precision, kv_dtype=kv_dtype) as model,
+        model.session() as session,
+    ):
         got = session.score(ids)
-    with cpu_model("dense", precision).session() as session:
+    with cpu_model("dense", precision, kv_dtype=kv_dtype).session() as session:
         want = session.score(ids)
     assert np.abs(got - want).max() <= 0.01 * (want.max() - want.min())
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from q35c.artifact.target import EMULATED
 from q35c.codegen.backend import Built, KernelKey, Load, Program, Progress
 from q35c.codegen.calls import Cost, Division, Pointer, Signature
-from q35c.errors import OptionError
 from q35c.layouts.cache import CacheLayout, cache_layout
 from q35c.layouts.rows import RowLayout
 
@@ -44,12 +43,6 @@ class CudaBackend:
         return {"backend": "cuda", "name": self.name}
 
     def cache_layout(self, dtype: str) -> CacheLayout:
-        """Return how keys and values lie in the state. Raises OptionError for a type that no kernel reads."""
-        if dtype not in ("f32", "bf16"):
-            raise OptionError(
-                "CUDA targets have no such keys and values", where="kv_dtype", expected="f32 or bf16",
-                got=dtype, hint="leave kv_dtype as it is, or compile for a CPU target",
-            )  # fmt: skip
         return cache_layout(dtype, has_bf16_pairs=False)
 
     def row_layout(self, dtype: str) -> RowLayout:

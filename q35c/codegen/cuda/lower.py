@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from q35c.codegen.calls import Int
+from q35c.codegen.cuda.kernels.cache import CACHES
 from q35c.codegen.cuda.kernels.prologue import MOST_BYTES, Prologue
 from q35c.codegen.requests import Lowering, Shared, row_count, width
 from q35c.codegen.schedule import Schedule, View, WeightRef
@@ -228,7 +229,9 @@ def lower_gated_attention(low: CudaLowering, op: Op) -> None:
         **heads, "Hkv": op.attrs["kv_heads"], "kv_dtype": op.attrs["cache"], "context": shared.context, "rows": op.attrs["rows"],
         "v_offset_bytes": shared.state_offsets[values.name] - shared.state_offsets[keys.name],
     }  # fmt: skip
-    place = {"state": shared.state(keys, values), "slots": view[slots], "starts": view[starts]}
+    state = shared.state(keys, values)
+    place = dict.fromkeys(CACHES[op.attrs["cache"]].pointers.split(), state)
+    place |= {"slots": view[slots], "starts": view[starts]}
     q = low.temporary("q", op.attrs["heads"] * head_dim, rows)
     rotation = {"R": width(table), "eps": op.attrs["eps"], "scale": op.attrs["scale"]}
     low.call(

@@ -10,12 +10,13 @@ a dim for the values, and meet in shared memory. With `splits` the cells of a he
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.calls import Cost
-from q35c.codegen.cuda.kernels.cache import Cache
+from q35c.codegen.cuda.kernels.cache import CACHES, CELL_BYTES
 from q35c.codegen.cuda.kernels.family import (
     EXP_OPERATIONS,
     F32_BYTES,
@@ -54,14 +55,6 @@ from q35c.layouts.cache import CELLS
 
 WARPS = 4
 LEAST = -1e30  # a maximum of nothing: its exponential beside any other is 0
-HUGE = 1 << 40  # elements behind a state's pointer; what a sequence has is the runtime's to know
-
-
-def cache_of(p: Parameters) -> Cache:
-    """Return the cache that a kernel's parameters describe."""
-    return Cache(p["D"], p["kv_dtype"], p["context"], p["v_offset_bytes"])
-
-
 # --- norm, rotation, write ------------------------------------------------------------------------
 
 _PREPARE = (
@@ -77,13 +70,13 @@ def attention_prepare(
 
     A warp does a head of a row: `rows` is batch, where row b is of sequence b, or sequence. Cells are written at STARTS and on.
     """
-    cache = Cache(D, kv_dtype, context, v_offset_bytes)
+    cache = CACHES[kv_dtype](D, kv_dtype, context, v_offset_bytes)
     heads, half = Hq + 2 * Hkv, R // 2
 
     def body(  # type: ignore[no-untyped-def]
-        state, slots, starts, qg, k, v, table, q_out, q_norm, k_norm, tokens, ld_qg, ld_k, ld_v, ld_table, ld_q_out
+        slots, starts, qg, k, v, table, q_out, q_norm, k_norm, tokens, ld_qg, ld_k, ld_v, ld_table, ld_q_out, **state
     ) -> None:  # fmt: skip
-        state = array(state, (HUGE,), cache.element)
+        state = cache.bind(state)
         slots, starts = array(slots, (tokens,), "int64"), array(starts, (tokens,), "int32")
         qg, k, v = (
             array(x, (tokens, ld), "float32") for x, ld in ((qg, ld_qg), (k, ld_k), (v, ld_v))
@@ -129,24 +122,30 @@ def attention_prepare(
             with when(head >= Hq, head < Hq + Hkv):
                 number = let("number", head - Hq)
                 factor = factor_of(k, row, number * D, lane)
-                with columns(D, lane, WARP) as d:
-                    value = let("value", rotated(k, row, number * D, k_norm, d, factor))
-                    at = cache.key(base, number, cell // CELLS, d, cell % CELLS)
-                    cache.write(state, at, value)
+                cache.write_key(
+                    state,
+                    base,
+                    number,
+                    cell,
+                    lane,
+                    lambda d: rotated(k, row, number * D, k_norm, d, factor),
+                )
             with when(head >= Hq + Hkv, head < heads):
                 number = let("number", head - (Hq + Hkv))
-                with columns(D, lane, WARP) as d:
-                    at = cache.value(base, number, cell, d)
-                    cache.write(state, at, v[row, number * D + d])
+                cache.write_value(state, base, number, cell, lane, lambda d: v[row, number * D + d])
 
     names = ("qg", "k", "v", "table", "q_out", "q_norm", "k_norm")
-    types = {"state": cache.element, "slots": "int64", "starts": "int32"}
-    return make_kernel(_PREPARE, types | dict.fromkeys(names, "float32"), body)
+    types = {**cache.types, "slots": "int64", "starts": "int32"} | dict.fromkeys(names, "float32")
+    return make_kernel(_prepare_arguments({"kv_dtype": kv_dtype}), types, body)
+
+
+def _prepare_arguments(p: Parameters) -> str:
+    return f"{CACHES[p['kv_dtype']].pointers} {_PREPARE}"
 
 
 def _prepare_cost(p: Parameters) -> Cost:
     heads = p["Hq"] + p["Hkv"]
-    written = 2 * p["Hkv"] * p["D"] * cache_of(p).element_bytes
+    written = 2 * p["Hkv"] * CELL_BYTES[p["kv_dtype"]](p["D"])
     words = p["D"] * (3 * p["Hq"] + 2 * p["Hkv"]) + p["R"]
     return Cost(
         bytes_per_token=written,
@@ -157,8 +156,8 @@ def _prepare_cost(p: Parameters) -> Cost:
 
 ATTENTION_PREPARE = Family(
     attention_prepare,
-    _PREPARE,
-    writes="state q_out",
+    _prepare_arguments,
+    writes="state scales q_out",
     cost=_prepare_cost,
     grid=lambda p: (fixed(ceil_div(p["Hq"] + 2 * p["Hkv"], WARPS)), per_row(), ONE),
 )
@@ -166,9 +165,39 @@ ATTENTION_PREPARE = Family(
 
 # --- attention ------------------------------------------------------------------------------------
 
-_WHOLE = "state slots starts q qg y tokens ld_q ld_qg ld_y"
-_SPLIT = "state slots starts q parts tokens ld_q"
+_WHOLE = "slots starts q qg y tokens ld_q ld_qg ld_y"
+_SPLIT = "slots starts q parts tokens ld_q"
 PART_EXTRA = 2  # words of a part beside its sums: their maximum, and their total weight
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """An online softmax of each warp: the largest score so far, the total weight, and the weighted sum of values by dim."""
+
+    largest: Expr
+    weight: Expr
+    acc: Expr
+
+    @staticmethod
+    def make(D: int) -> Softmax:
+        made = Softmax(
+            local("largest", (1,)), local("weight", (1,)), local("acc", (ceil_div(D, WARP),))
+        )
+        store(made.largest, T.float32(LEAST), 0)
+        store(made.weight, T.float32(0), 0)
+        for i in range(ceil_div(D, WARP)):
+            store(made.acc, T.float32(0), i)
+        return made
+
+    def shrink(self, top: Expr, D: int) -> Expr:
+        """Let what was added count relative to a new largest score, which is returned."""
+        now = let("now", T.max(self.largest[0], top))
+        factor = let("shrink", T.exp(self.largest[0] - now))
+        store(self.weight, self.weight[0] * factor, 0)
+        store(self.largest, now, 0)
+        for i in range(ceil_div(D, WARP)):
+            store(self.acc, self.acc[i] * factor, i)
+        return now
 
 
 def attention(
@@ -178,31 +207,17 @@ def attention(
 
     With more than one of `splits`: (STATE, SLOTS, STARTS, Q, PARTS f32 [T, Hq, splits, D + 2], T, ld_q).
     """
-    cache = Cache(D, kv_dtype, context, v_offset_bytes)
-    mine = ceil_div(D, WARP)  # dims of a lane
+    cache = CACHES[kv_dtype](D, kv_dtype, context, v_offset_bytes)
 
-    def body(state, slots, starts, q, tokens, ld_q, qg: Any = None, y=None, ld_qg: Any = None, ld_y=None, parts=None) -> None:  # type: ignore[no-untyped-def]  # fmt: skip
-        state = array(state, (HUGE,), cache.element)
+    def body(slots, starts, q, tokens, ld_q, **others) -> None:  # type: ignore[no-untyped-def]
+        state = cache.bind(others)
         slots, starts = array(slots, (tokens,), "int64"), array(starts, (tokens,), "int32")
         q = array(q, (tokens, ld_q), "float32")
-        if parts is None:
-            qg, y = array(qg, (tokens, ld_qg), "float32"), array(y, (tokens, ld_y), "float32")
-        else:
-            parts = array(parts, (tokens, Hq, splits, D + PART_EXTRA), "float32")
+        results = _results(others, tokens, Hq, D, splits)
         with threads((Hq, tokens, splits), (WARP, WARPS, 1)) as bound:
             head, row, *_, lane, warp = bound
             split = bound[2] if splits > 1 else 0
-            largest, weight, acc = (
-                local("largest", (1,)),
-                local("weight", (1,)),
-                local("acc", (mine,)),
-            )
             query = shared("query", (D,))
-            all_largest, all_weight = (
-                shared("all_largest", (WARPS,)),
-                shared("all_weight", (WARPS,)),
-            )
-            sums = shared("sums", (WARPS, D))
             sequence = row if rows == "batch" else 0
             base = cache.base(slots[sequence])
             count = let("count", starts[sequence] + 1 + (0 if rows == "batch" else row))
@@ -210,85 +225,124 @@ def attention(
             thread = let("thread", warp * WARP + lane)
             with columns(D, thread, WARPS * WARP) as d:
                 store(query, q[row, head * D + d], d)
-            store(largest, T.float32(LEAST), 0)
-            store(weight, T.float32(0), 0)
-            for i in range(mine):
-                store(acc, T.float32(0), i)
+            softmax = Softmax.make(D)
             barrier()
             blocks = let("blocks", (count + (CELLS - 1)) // CELLS)
             first, step = let("first", split * WARPS + warp), splits * WARPS
             with T.serial((blocks - first + (step - 1)) // step) as turn:
                 block = let("block", first + turn * step)
                 used = let("used", T.min(count - block * CELLS, CELLS))
-                score = local("score", (1,))
-                store(score, T.float32(0), 0)
-                with T.serial(D) as d:
-                    at = cache.key(base, kv_head, block, d, T.min(lane, used - 1))
-                    add(score, query[d] * cache.load(state, at), 0)
-                top = local("top", (1,))
-                store(top, T.Select(lane < used, score[0], T.float32(LEAST)), 0)
-                warp_max(top)
-                now = let("now", T.max(largest[0], top[0]))
-                shrink = let("shrink", T.exp(largest[0] - now))
-                store(score, T.Select(lane < used, T.exp(score[0] - now), T.float32(0)), 0)
-                total = local("total", (1,))
-                store(total, score[0], 0)
-                warp_sum(total)
-                store(weight, weight[0] * shrink + total[0], 0)
-                store(largest, now, 0)
-                for i in range(mine):
-                    store(acc, acc[i] * shrink, i)
-                with T.serial(used) as cell:
-                    share = let("share", shuffle(score[0], cell))
-                    with columns(D, lane, WARP) as d:
-                        at = cache.value(base, kv_head, block * CELLS + cell, d)
-                        value = cache.load(state, at)
-                        add(acc, share * value, d // WARP)
-            with columns(D, lane, WARP) as d:
-                store(sums, acc[d // WARP], warp, d)
-            with when(lane == 0):
-                store(all_largest, largest[0], warp)
-                store(all_weight, weight[0], warp)
-            barrier()
-            top, factors, weights = (
-                local("top", (1,)),
-                local("factors", (WARPS,)),
-                local("weights", (1,)),
-            )
-            store(top, T.float32(LEAST), 0)
-            store(weights, T.float32(0), 0)
-            for w in range(WARPS):
-                store(top, T.max(top[0], all_largest[w]), 0)
-            for w in range(WARPS):
-                store(factors, T.exp(all_largest[w] - top[0]), w)
-                add(weights, all_weight[w] * factors[w], 0)
+                _attend(cache, state, base, kv_head, block, used, query, lane, softmax)
+            total, top, weight = _meet(softmax, D, lane, warp)
             with columns(D, thread, WARPS * WARP) as d:
-                total = sums[0, d] * factors[0]
-                for w in range(1, WARPS):
-                    total = total + sums[w, d] * factors[w]
-                if parts is None:
-                    gate = sigmoid(qg[row, head * (2 * D) + D + d])
-                    store(y, total / weights[0] * gate, row, head * D + d)
-                else:
-                    store(parts, total, row, head, split, d)
-            if parts is not None:
-                with when(thread == 0):
-                    store(parts, top[0], row, head, split, D)
-                    store(parts, weights[0], row, head, split, D + 1)
+                results.store(row, head, split, d, total(d), weight)
+            results.store_sums(row, head, split, thread, top, weight)
 
-    types = {"state": cache.element, "slots": "int64", "starts": "int32"}
+    types = {**cache.types, "slots": "int64", "starts": "int32"}
     types |= dict.fromkeys(("q", "qg", "y", "parts"), "float32")
-    return make_kernel(_attention_arguments({"splits": splits}), types, body)
+    return make_kernel(_attention_arguments({"splits": splits, "kv_dtype": kv_dtype}), types, body)
+
+
+def _attend(cache, state, base, head, block, used, query, lane, softmax) -> None:  # type: ignore[no-untyped-def]
+    """Attend to the first `used` of a block's cells: a lane has a cell of the keys, and dims of the values."""
+    score, top, total = (local(name, (1,)) for name in ("score", "top", "total"))
+    cell = let("cell", T.min(lane, used - 1))
+    store(score, T.float32(0), 0)
+    with T.serial(cache.D) as d:
+        add(score, query[d] * cache.load(state, cache.key(base, head, block, d, cell)), 0)
+    scaled = cache.scaled(state, "key", base, head, block, cell, score[0])
+    store(top, T.Select(lane < used, scaled, T.float32(LEAST)), 0)
+    store(score, top[0], 0)
+    warp_max(top)
+    now = softmax.shrink(top[0], cache.D)
+    store(score, T.Select(lane < used, T.exp(score[0] - now), T.float32(0)), 0)
+    store(total, score[0], 0)
+    warp_sum(total)
+    add(softmax.weight, total[0], 0)
+    store(score, cache.scaled(state, "value", base, head, block, cell, score[0]), 0)
+    with T.serial(used) as other:
+        share = let("share", shuffle(score[0], other))
+        with columns(cache.D, lane, WARP) as d:
+            value = cache.load(state, cache.value(base, head, block, d, other))
+            add(softmax.acc, share * value, d // WARP)
+
+
+def _meet(softmax: Softmax, D: int, lane: Expr, warp: Expr) -> tuple[Callable[[Expr], Expr], Expr, Expr]:  # fmt: skip
+    """Add up what the warps have; return the sum of values by dim, the largest score and the total weight."""
+    all_largest, all_weight = shared("all_largest", (WARPS,)), shared("all_weight", (WARPS,))
+    sums = shared("sums", (WARPS, D))
+    with columns(D, lane, WARP) as d:
+        store(sums, softmax.acc[d // WARP], warp, d)
+    with when(lane == 0):
+        store(all_largest, softmax.largest[0], warp)
+        store(all_weight, softmax.weight[0], warp)
+    barrier()
+    top, weight, factors = local("most", (1,)), local("weights", (1,)), local("factors", (WARPS,))
+    store(top, T.float32(LEAST), 0)
+    store(weight, T.float32(0), 0)
+    for w in range(WARPS):
+        store(top, T.max(top[0], all_largest[w]), 0)
+    for w in range(WARPS):
+        store(factors, T.exp(all_largest[w] - top[0]), w)
+        add(weight, all_weight[w] * factors[w], 0)
+
+    def total(d: Expr) -> Expr:
+        result = sums[0, d] * factors[0]
+        for w in range(1, WARPS):
+            result = result + sums[w, d] * factors[w]
+        return result
+
+    return total, top[0], weight[0]
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Where the results of a head go that one block has attended for: through the gate."""
+
+    qg: Expr
+    y: Expr
+    D: int
+
+    def store(self, row: Expr, head: Expr, split: Expr, d: Expr, total: Expr, weight: Expr) -> None:
+        gate = sigmoid(self.qg[row, head * (2 * self.D) + self.D + d])
+        store(self.y, total / weight * gate, row, head * self.D + d)
+
+    def store_sums(self, row: Expr, head: Expr, split: Expr, thread: Expr, top: Expr, weight: Expr) -> None:  # fmt: skip
+        pass
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where the results of a part of a head's cells go: for `attention_combine`."""
+
+    parts: Expr
+    D: int
+
+    def store(self, row: Expr, head: Expr, split: Expr, d: Expr, total: Expr, weight: Expr) -> None:
+        store(self.parts, total, row, head, split, d)
+
+    def store_sums(self, row: Expr, head: Expr, split: Expr, thread: Expr, top: Expr, weight: Expr) -> None:  # fmt: skip
+        with when(thread == 0):
+            store(self.parts, top, row, head, split, self.D)
+            store(self.parts, weight, row, head, split, self.D + 1)
+
+
+def _results(others: dict[str, Expr], tokens: Expr, Hq: int, D: int, splits: int) -> _Whole | _Part:
+    if splits > 1:
+        shape = (tokens, Hq, splits, D + PART_EXTRA)
+        return _Part(array(others["parts"], shape, "float32"), D)
+    qg, y = (array(others[n], (tokens, others[f"ld_{n}"]), "float32") for n in ("qg", "y"))
+    return _Whole(qg, y, D)
 
 
 def _attention_arguments(p: Parameters) -> str:
-    return _WHOLE if p["splits"] == 1 else _SPLIT
+    return f"{CACHES[p['kv_dtype']].pointers} {_WHOLE if p['splits'] == 1 else _SPLIT}"
 
 
 def _attention_cost(p: Parameters) -> Cost:
     size = p["Hq"] * p["D"]
     return Cost(
-        bytes_per_cell=2 * p["Hkv"] * p["D"] * cache_of(p).element_bytes,
+        bytes_per_cell=2 * p["Hkv"] * CELL_BYTES[p["kv_dtype"]](p["D"]),
         cached_bytes_per_token=3 * size * F32_BYTES,
         operations_per_score=4 * size + EXP_OPERATIONS * p["Hq"],
     )

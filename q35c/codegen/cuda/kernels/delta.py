@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tvm.tirx import PrimFunc
 
 from q35c.codegen.calls import Cost
-from q35c.codegen.cuda.kernels.attention import HUGE
+from q35c.codegen.cuda.kernels.cache import HUGE
 from q35c.codegen.cuda.kernels.family import (
     EXP_OPERATIONS,
     F32_BYTES,

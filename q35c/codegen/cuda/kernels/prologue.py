@@ -50,27 +50,26 @@ class Prologue:
         return self.kind != "none"
 
     def stage(
-        self, x: Expr, norm: Expr, row_of: Callable[[int], Expr], count: Expr, tile: int, lane: Expr, warp: Expr
+        self, x: Expr, norm: Expr, row_of: Callable[[Expr], Expr], count: Expr, tile: int, lane: Expr, warp: Expr
     ) -> Expr:  # fmt: skip
         """Bring the first `count` of `tile` rows to shared memory, x[row_of(r)] as row r; return them, [tile, words]."""
         thread = let("thread", warp * WARP + lane)
         staged = shared("staged", (tile, self.words), "float32" if self.rows == "f32" else "uint32")
         parts = shared("squares", (tile, WARPS))
-        for r in range(tile):
-            with when(r < count):
-                row = let("staged_row", row_of(r))
-                factor = self._factor(x, row, parts, r, thread)
+        with T.serial(count) as r:
+            row = let("staged_row", row_of(r))
+            factor = self._factor(x, row, parts, r, thread)
 
-                def value(k: Expr, row: Expr = row, factor: Expr = factor) -> Expr:
-                    if factor is None:
-                        return x[row, k]
-                    return x[row, k] * factor * (norm[k] + T.float32(self.offset))
+            def value(k: Expr) -> Expr:
+                if factor is None:
+                    return x[row, k]
+                return x[row, k] * factor * (norm[k] + T.float32(self.offset))
 
-                self._store(staged, r, value, thread, lane)
+            self._store(staged, r, value, thread, lane)
         barrier()
         return staged
 
-    def _factor(self, x: Expr, row: Expr, parts: Expr, r: int, thread: Expr) -> Any:
+    def _factor(self, x: Expr, row: Expr, parts: Expr, r: Expr, thread: Expr) -> Any:
         if self.kind != "norm":
             return None
         total = local("total", (1,))
@@ -81,7 +80,7 @@ class Prologue:
         return let("factor", T.rsqrt(total[0] * T.float32(1.0 / self.K) + T.float32(self.eps)))
 
     def _store(
-        self, staged: Expr, r: int, value: Callable[[Expr], Expr], thread: Expr, lane: Expr
+        self, staged: Expr, r: Expr, value: Callable[[Expr], Expr], thread: Expr, lane: Expr
     ) -> None:
         form = integer_format(self.rows)
         if form is None:

@@ -7,7 +7,7 @@ A group that holds NaN or infinity gets such a scale, so what is not finite stay
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from q35c.codegen.cuda.kernels.make import Expr, T, add, let, local, store
@@ -39,17 +39,27 @@ def round_values(values: Expr, group: int) -> Rounded:
     for distance in distances(group):
         store(top, T.max(top[0], shuffle_xor(top[0], distance)), 0)
     largest = let("largest", from_bits(top[0]))
-    factor = T.Select(largest == T.float32(0), T.float32(0), T.float32(127) / largest)
-    inverse = let("inverse", factor)
+    codes = nearest_codes(largest)
     store(total, 0, 0)
     store(word, 0, 0)
     for j in range(VALUES):
-        nearest = bits_of(values[j] * inverse + T.float32(_ROUND)) - _ROUND_BITS
-        # Of what is not a number any code will do, but sums of them must not overflow.
-        code = let("code", T.max(T.min(nearest, 127), -127))
+        code = let("code", codes(values[j]))
         add(total, code, 0)
         store(word, T.bitwise_or(word[0], T.shift_left(T.bitwise_and(code, 255), 8 * j)), 0)
     return Rounded(word, total, bits_of(largest * T.float32(1 / 127)))
+
+
+def nearest_codes(largest: Expr) -> Callable[[Expr], Expr]:
+    """Return what makes codes, int32, of values whose largest magnitude becomes 127."""
+    factor = T.Select(largest == T.float32(0), T.float32(0), T.float32(127) / largest)
+    inverse = let("inverse", factor)
+
+    def code(value: Expr) -> Expr:
+        nearest = bits_of(value * inverse + T.float32(_ROUND)) - _ROUND_BITS
+        # Of what is not a number any code will do, but sums of them must not overflow.
+        return T.max(T.min(nearest, 127), -127)
+
+    return code
 
 
 def distances(group: int) -> Iterator[int]:
