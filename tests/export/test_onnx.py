@@ -75,6 +75,13 @@ def test_op_table_examples(kind: str, tmp_path: Path):
     compare(graph, tmp_path / "op.onnx", inputs, weights)
 
 
+def test_rows_in_place_of_negative_tokens(tmp_path: Path):
+    graph = build("embedding_or_rows", FITS["embedding_or_rows"])
+    inputs, weights = draw_normal(graph, 5)
+    inputs["tokens"] = np.array([3, -1, 0, -(2**31), 10], np.int32)
+    compare(graph, tmp_path / "rows.onnx", inputs, weights)
+
+
 def delta_net(key_heads: int, value_heads: int, key_dim: int, value_dim: int, taps: int) -> Case:
     values = value_heads * value_dim
     channels = 2 * key_heads * key_dim + values
