@@ -15,6 +15,7 @@ from q35c.codegen.cuda.kernels.linear import LINEAR
 from q35c.codegen.cuda.kernels.norm import RMS_NORM
 from q35c.codegen.cuda.kernels.rotary import ROTARY_TABLE
 from q35c.codegen.cuda.kernels.rows import COMBINE, EMBEDDING, QUANTIZE_ROWS, ROUND_ROWS
+from q35c.codegen.cuda.kernels.tiles import LINEAR_TILES
 from q35c.errors import LoweringError
 
 FAMILIES: dict[str, Family] = {
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         EXPERT_DOWN,
         EXPERT_GATE_UP,
         LINEAR,
+        LINEAR_TILES,
         QUANTIZE_ROWS,
         RMS_NORM,
         ROTARY_TABLE,

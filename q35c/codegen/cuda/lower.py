@@ -12,6 +12,7 @@ from q35c.codegen.cuda.kernels.prologue import MOST_BYTES, Prologue
 from q35c.codegen.requests import Lowering, Shared, row_count, width
 from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
+from q35c.formats.registry import is_row_format
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import count
 from q35c.layouts.weights import WeightLayout
@@ -128,18 +129,23 @@ def lower_matrix(
     low: CudaLowering, op: Op, epilogue: str, layout: WeightLayout, weights: tuple[Value, ...]
 ) -> None:
     first, rows = low.product_rows(op.operands[0])
-    parameters = {
+    parameters: dict[str, Any] = {
         **first,
         "N": sum(count(w.type.shape[:1]) for w in weights),
         "K": width(weights[0]),
         "dtype": weights[0].type.dtype,
         "rows": op.operands[0].type.dtype,
         "epilogue": epilogue,
-        "tile": 1 if isinstance(row_count(op.result), Int) else low.tile,
     }
+    family = "linear"
+    is_one_row = isinstance(row_count(op.result), Int)
+    if is_row_format(parameters["rows"]) and low.max_tokens > FEW and not is_one_row:
+        family = "linear_tiles"
+    else:
+        parameters["tile"] = 1 if is_one_row else low.tile
     residual = {"r": low.views[op.operands[1]]} if epilogue == "residual" else {}
     y = low.exact(op)
-    low.call("linear", parameters, w=low.shared.weight(layout, *weights), y=y, **rows, **residual)
+    low.call(family, parameters, w=low.shared.weight(layout, *weights), y=y, **rows, **residual)
     low.finish(op, y)
 
 

@@ -115,16 +115,17 @@ def _multiply_integers(form, K, w, base, lane, group, x, acc, tile) -> None:  # 
 
 
 def level_word(
-    form: IntegerFormat, K: int, w: Expr, base: Expr, lane: Expr, group: Expr, number: Expr, word: int
+    form: IntegerFormat, K: int, w: Expr, base: Expr, lane: Expr, group: Expr, number: Expr, word: Expr
 ) -> Expr:  # fmt: skip
     """Return the levels of 4 inputs, word `word` of a set, as the bytes of an int32."""
     start = base + IntegerBlock(form, K).set_start(group, number) + lane
     if form.bits == 8:
         return T.cast(T.bitwise_xor(w[start + word * BLOCK], T.uint32(_SIGNS)), "int32")
     codes = w[start + (word // 2 + (form.bits == 5)) * BLOCK]
+    half = T.cast(word % 2, "int32")
     if form.bits == 4:
-        return extern("int32", "q35c_levels4", codes, T.int32(word % 2))
-    return extern("int32", "q35c_levels5", codes, w[start], T.int32(word % 2), T.int32(word))
+        return extern("int32", "q35c_levels4", codes, half)
+    return extern("int32", "q35c_levels5", codes, w[start], half, T.cast(word, "int32"))
 
 
 def weight_scale(form: IntegerFormat, K: int, w: Expr, base: Expr, lane: Expr, group: Expr) -> Expr:

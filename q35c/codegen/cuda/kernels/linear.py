@@ -101,7 +101,7 @@ def linear(
     parameters = {"epilogue": epilogue, "prologue": prologue}
     types = {"w": weight_type(dtype), "x": first_steps.row_type}
     types |= dict.fromkeys(("norm", "r", "y"), "float32")
-    return make_kernel(_arguments(parameters), types, body)
+    return make_kernel(product_arguments(parameters), types, body)
 
 
 def for_one_or(tile: int, count: Expr, emit: Callable[[int], None]) -> None:
@@ -129,14 +129,16 @@ def weight_blocks(N: int, epilogue: str) -> int:
     return ceil_div(N // 2, HALF) if epilogue == "swiglu" else ceil_div(N, BLOCK)
 
 
-def _arguments(p: Parameters) -> str:
+def product_arguments(p: Parameters) -> str:
+    """Return what a product takes."""
     norm = " norm" if p.get("prologue") == "norm" else ""
     if p["epilogue"] == "residual":
         return f"w x{norm} r y tokens ld_x ld_r ld_y"
     return f"w x{norm} y tokens ld_x ld_y"
 
 
-def _cost(p: Parameters) -> Cost:
+def product_cost(p: Parameters) -> Cost:
+    """Return what a product of rows with a matrix must do."""
     outputs = p["N"] // 2 if p["epilogue"] == "swiglu" else p["N"]
     moved = outputs * F32_BYTES * (2 if p["epilogue"] == "residual" else 1)
     return Cost(
@@ -151,4 +153,4 @@ def _grid(p: Parameters) -> Grid:
     return fixed(weight_blocks(p["N"], p["epilogue"])), per_row(over=p["tile"]), ONE
 
 
-LINEAR = Family(linear, _arguments, writes="y", cost=_cost, grid=_grid)
+LINEAR = Family(linear, product_arguments, writes="y", cost=product_cost, grid=_grid)
