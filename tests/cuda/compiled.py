@@ -19,11 +19,18 @@ from tests.conftest import COMPILED
 from tests.cuda.machine import build, engine
 
 CONTEXT = 512
+DEMO = Path(q35c.__file__).parent / "demo/model"
 
 
-def emulated_image(text: str) -> bytes:
-    """Return the image of CUDA text for the emulated device."""
-    return build(text).read_bytes()
+def compile_emulated(
+    source: Path, output: Path, *, is_checked: bool = True, **options: Any
+) -> None:
+    """Compile a checkpoint for the emulated device; what is not checked is four times as fast, or more."""
+    MAKERS[EMULATED] = lambda text: build(text, is_checked=is_checked).read_bytes()
+    try:
+        compile_model(source, output, target="cuda:emulated", **options)
+    finally:
+        del MAKERS[EMULATED]
 
 
 @functools.cache
@@ -37,11 +44,20 @@ def cuda_artifact(
     options |= {"context": CONTEXT, "batch": BATCH}
 
     def make() -> None:
-        MAKERS[EMULATED] = emulated_image
-        try:
-            compile_model(source, output, target="cuda:emulated", import_graph=graph_of, **options)
-        finally:
-            del MAKERS[EMULATED]
+        compile_emulated(source, output, import_graph=graph_of, **options)
+
+    return once(output, make)
+
+
+@functools.cache
+def demo_artifact(precision: str, *, is_checked: bool = False) -> Path:
+    """Return the demo model compiled for the emulated device."""
+    name = f"demo-{precision}-{'checked' if is_checked else 'fast'}.cuda.q35c"
+    output = Path(os.environ[COMPILED]) / name
+    options = {"precision": precision, "context": CONTEXT, "batch": BATCH}
+
+    def make() -> None:
+        compile_emulated(DEMO, output, is_checked=is_checked, import_graph=graph_of, **options)
 
     return once(output, make)
 
