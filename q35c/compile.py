@@ -7,12 +7,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from q35c import arguments
+from q35c.artifact.tower import MOST_TOKENS
+from q35c.artifact.tower import NAME as VISION
 from q35c.artifact.writer import ArtifactWriter
+from q35c.codegen.backend import Backend
 from q35c.codegen.generate import Generated, Limits, generate
 from q35c.codegen.pack import Pack
 from q35c.codegen.targets import find_target
@@ -22,7 +25,9 @@ from q35c.formats.registry import largest_value
 from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
 from q35c.frontend.companions import Companions, read_companions
 from q35c.frontend.importer import import_program
+from q35c.frontend.tensors import TOWER_PREFIX
 from q35c.frontend.trace import trace_model
+from q35c.frontend.trace_vision import trace_tower
 from q35c.ir.graph import Graph
 from q35c.ir.precision import find_policy
 from q35c.outputs import check_folder, check_output, check_space
@@ -30,9 +35,12 @@ from q35c.passes.pipeline import Choices, run_pipeline
 from q35c.runtime.cpu.library import Library
 from q35c.runtime.cpu.machine import default_threads
 from q35c.runtime.memory import peak_memory
+from q35c.vision_config import VisionConfig
 
 Progress = Callable[[str, float], None]  # stage, fraction done
 CONTEXT_STEP = 64
+IMAGE_STEP = 16  # tokens: patches in whole steps of attention
+IMAGE_TOKENS = 1024  # of a picture of 1024 x 1024 pixels, which takes two cores some seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,9 @@ def compile_model(
     seed: int = 0,
     follow_links: bool = False,
     ignore_config: Collection[str] = (),
+    vision: bool | None = None,
+    vision_precision: str = "auto",
+    max_image_tokens: int = IMAGE_TOKENS,
     progress: Progress | None = None,
     takes_rows: bool = False,
     import_graph: Callable[[ModelConfig], Graph] | None = None,
@@ -70,7 +81,9 @@ def compile_model(
     `kv_dtype` is the type of keys and values: f32, bf16, int8, or auto for the precision's own.
     `context` is the most tokens of a sequence where the loader asks for no others (default: 4096, or the model's own limit
     if that is smaller), which may be up to that limit; `batch` the most sequences one decode step serves. `load_format` to `ignore_config` are those of
-    `open_checkpoint`; with `takes_rows`, rows of images may stand in place of tokens; `import_graph` is for callers that have the graph of this configuration, which otherwise is traced. What
+    `open_checkpoint`. `vision` None compiles the vision tower of a directory that has one, with `vision_precision` f32, bf16, w8,
+    or auto (f32 with that precision, else bf16), for pictures of up to `max_image_tokens` tokens. Then, and with
+    `takes_rows`, rows of pictures may stand in place of tokens. `import_graph` is for callers that have the graph of this configuration, which otherwise is traced. What
     of the checkpoint is not taken stands in the report's `notes`. Raises InputError subclasses for
     what the user can mend; nothing is left at `output` unless the whole file was written and verified.
     """
@@ -78,18 +91,24 @@ def compile_model(
     output = arguments.path("output", output)
     dump = None if dump_ir is None else arguments.path("dump_ir", dump_ir)
     check_places(output, dump, arguments.path("source", source))
-    machine, policy = find_target(target), find_policy(precision, kv_dtype)
+    machine = find_target(target)
+    policy = find_policy(precision, kv_dtype, vision_precision)
+    image_tokens = check_image_tokens(max_image_tokens)
     machine.check_tools()
     checkpoint = open_checkpoint(
-        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
-    )
+        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config,
+        vision=check_vision(vision, machine),
+    )  # fmt: skip
     companions = read_companions(checkpoint)
     limits = check_limits(checkpoint.config, context, batch)
+    limits = replace(limits, tower=checkpoint.tower, image_tokens=image_tokens)
     clock("trace", 0.0)
     graph = (import_graph or import_model)(checkpoint.config)
+    tower = None if checkpoint.tower is None else import_tower(checkpoint.tower)
     clock("passes", 0.0)
     splits = functools.partial(machine.decode_splits, context=limits.max_context)
-    module = run_pipeline(graph, Choices(policy, splits, takes_rows), dump)
+    takes_rows = takes_rows or tower is not None
+    module = run_pipeline(graph, Choices(policy, splits, takes_rows), dump, tower)
 
     def check_weights(size: int) -> None:
         check_space(output.parent, size)
@@ -103,6 +122,11 @@ def compile_model(
 def import_model(config: ModelConfig) -> Graph:
     """Trace a model of this configuration, without weights, and import the trace."""
     return import_program(trace_model(config))
+
+
+def import_tower(config: VisionConfig) -> Graph:
+    """Trace a vision tower of this configuration, without weights, and import the trace."""
+    return import_program(trace_tower(config), VISION, TOWER_PREFIX)
 
 
 def write_artifact(
@@ -120,6 +144,12 @@ def write_artifact(
         "model": checkpoint.config.to_dict(),
         "generation": companions.generation,
     }
+    if generated.tower is not None:
+        fields["vision"] = {
+            "config": companions.vision["config"],
+            "parameters": companions.vision["parameters"] | {"max_tokens": generated.tower.tokens},
+            "tower": generated.tower,
+        }
 
     def report(done: int, total: int) -> None:
         progress("weights", done / total)
@@ -174,6 +204,20 @@ def check_limits(config: ModelConfig, context: int | None, batch: int) -> Limits
     batch = arguments.integer("batch", batch, 1, 256)
     context, most = (-(-tokens // CONTEXT_STEP) * CONTEXT_STEP for tokens in (context, most))
     return Limits(context, most, batch, config.vocab_size, config.hidden_size)
+
+
+def check_image_tokens(most: int) -> int:
+    """Return how many tokens a picture may have, or raise OptionError."""
+    most = arguments.integer("max_image_tokens", most, IMAGE_STEP, MOST_TOKENS)
+    return most // IMAGE_STEP * IMAGE_STEP
+
+
+def check_vision(vision: bool | None, machine: Backend) -> bool | None:
+    """Return whether to read a vision tower, none for a machine that has no kernels for it. Raises OptionError."""
+    vision = None if vision is None else arguments.flag("vision", vision)
+    if vision and not machine.has_towers:
+        raise OptionError("this target has no vision", where="vision", got=machine.name)
+    return vision if machine.has_towers else False
 
 
 class Clock:

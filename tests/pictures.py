@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import functools
+import json
+import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
+from q35c.compile import compile_model
 from q35c.frontend.importer import import_program
 from q35c.frontend.trace_vision import PIXEL_SCALE, hf_vision_config, trace_tower, vision_module
 from q35c.ir.graph import Graph
 from q35c.runtime.grid import grid_inputs
 from q35c.vision_config import VisionConfig
+from tests.compiled import graph_of, once
+from tests.conftest import COMPILED
+from tests.models import edit_json, save_shards, write_checkpoint
 
 TOKENS = {
     "image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303,
@@ -83,3 +91,54 @@ def eager_rows(
     with torch.no_grad():
         made = eager_tower(config, seed)(pixels, grid_thw=torch.tensor([[1, *grid]]))
     return made.pooler_output.numpy()
+
+
+# --- whole checkpoints ----------------------------------------------------------------------------
+
+PREPROCESSOR = {
+    "patch_size": 4, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+    "size": {"shortest_edge": 64, "longest_edge": 1 << 20},
+}  # fmt: skip
+TEXT = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "full_attention_interval": None}
+
+
+def vision_document(config: VisionConfig) -> dict[str, Any]:
+    """Return the `vision_config` of a config.json."""
+    sizes = {name: size for name, size in config.to_dict().items() if "token" not in name}
+    return {"model_type": "qwen3_5", **sizes, "in_channels": 3, "spatial_merge_size": 2}
+
+
+def write_seeing_checkpoint(
+    path: Path, config: VisionConfig, seed: int = 0, dtype: torch.dtype = torch.float32, **text: Any
+) -> Path:
+    """Write a multimodal checkpoint whose tower has the weights of `eager_tower`."""
+    write_checkpoint(path, seed=seed, dtype=dtype, layout="multimodal", **{**TEXT, "hidden_size": config.out_hidden_size, **text})  # fmt: skip
+    tensors = load_file(path / "model.safetensors")
+    del tensors["model.visual.patch_embed.proj.weight"]
+    for name, parameter in eager_tower(config, seed).named_parameters():
+        tensors[f"model.visual.{name}"] = parameter.detach().to(dtype).contiguous()
+    save_shards(path, tensors, 1)
+    edit_json(path / "config.json", vision_config=vision_document(config), **TOKENS)
+    (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    return path
+
+
+@functools.cache
+def seeing_artifact(
+    kind: str,
+    precision: str,
+    target: str = "cpu",
+    *,
+    is_seeing: bool | None = None,
+    tokens: int = 64,
+) -> Path:
+    """Return a tiny multimodal model, compiled once per run; the tower has the precision, the text is f32."""
+    folder = Path(os.environ[COMPILED])
+    source = folder / f"seeing-{kind}"
+    once(source, lambda: write_seeing_checkpoint(source, tower_config(kind)))
+    name = f"seeing-{kind}-{precision}-{target.replace(':', '-')}-{is_seeing}-{tokens}.q35c"
+    options: dict[str, Any] = {
+        "precision": "f32", "vision_precision": precision, "target": target, "vision": is_seeing, "context": 128,
+        "batch": 1, "max_image_tokens": tokens, "import_graph": graph_of,
+    }  # fmt: skip
+    return once(folder / name, lambda: compile_model(source, folder / name, **options))

@@ -11,6 +11,7 @@ from q35c.artifact.entries import Entry, io_layout
 from q35c.artifact.launches import check_launches
 from q35c.artifact.schema import encode, refuse
 from q35c.artifact.target import CudaTarget
+from q35c.artifact.tower import Tower, Vision, tower_io
 from q35c.config import FULL, LINEAR, ModelConfig
 from q35c.layouts import blobs
 from q35c.layouts.cache import CELLS, STATE_DTYPES, CacheLayout, stored_shape
@@ -19,7 +20,6 @@ from q35c.layouts.weights import packed_shape
 from q35c.vision_config import MERGE
 
 if TYPE_CHECKING:
-    from q35c.artifact.leaves import Vision
     from q35c.artifact.manifest import Manifest
 
 
@@ -28,6 +28,7 @@ def check_consistent(manifest: Manifest) -> None:
     _check_entries(manifest)
     if manifest.vision is not None:
         _check_vision(manifest.vision, manifest.model)
+        _check_tower(manifest.vision, manifest)
     steps = max(len(entry.steps) for entry in manifest.entries)
     model = manifest.model
     expected_io = io_layout(manifest.entries, model.vocab_size, model.hidden_size, steps)
@@ -78,6 +79,25 @@ def _check_vision(vision: Vision, model: ModelConfig) -> None:
             raise refuse(f"$.vision.config.{name}", "id is outside the vocabulary", got=token)
 
 
+def _check_tower(vision: Vision, manifest: Manifest) -> None:
+    """Recompute what a tower's program takes and returns."""
+    tower = vision.tower
+    _check_equal("$.vision.tower.io", encode(tower.io), tower_io(vision.config, tower.tokens))
+    most = vision.parameters.max_tokens
+    _check_equal("$.vision.parameters.max_tokens", most, tower.tokens)
+    _check_steps("$.vision.tower", tower, manifest)
+    text = [number for entry in manifest.entries for number in entry.step_weights]
+    if not max(text) < tower.first_weight < len(manifest.weights):
+        raise refuse(
+            "$.vision.tower.first_weight", "not the first weight behind those of text",
+            expected=f"{max(text) + 1} to {len(manifest.weights) - 1}", got=tower.first_weight,
+        )  # fmt: skip
+    if tower.arena_bytes % blobs.ALIGNMENT:
+        raise refuse(
+            "$.vision.tower.arena_bytes", "size is not a multiple of 64", got=tower.arena_bytes
+        )
+
+
 def expected_state(
     config: ModelConfig, context: int, layout: CacheLayout
 ) -> Counter[tuple[str, tuple[int, ...]]]:
@@ -121,7 +141,7 @@ def _check_entries(manifest: Manifest) -> None:
         _check_steps(f"$.entries[{index}]", entry, manifest)
 
 
-def _check_steps(path: str, entry: Entry, manifest: Manifest) -> None:
+def _check_steps(path: str, entry: Entry | Tower, manifest: Manifest) -> None:
     for name, numbers, things in (
         ("steps", entry.steps, manifest.kernels),
         ("step_weights", entry.step_weights, manifest.weights),

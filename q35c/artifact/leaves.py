@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from q35c.artifact.kernels import Symbol
-from q35c.artifact.schema import Items, Pattern, Range, Reader
+from q35c.artifact.schema import Items, Pattern, Range
 from q35c.config import MAX_STOP_IDS
 from q35c.layouts import blobs
 from q35c.layouts.cache import StateLayout
 from q35c.layouts.weights import WeightLayout
-from q35c.vision.parameters import VisionParameters
-from q35c.vision_config import VisionConfig
 
 Flag = bool
 Name = Annotated[str, Pattern(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,119}")]
@@ -24,14 +22,6 @@ Shape = Annotated[tuple[Dim, ...], Items(1, 8)]
 TokenId = Annotated[int, Range(0, 2**24)]
 DType = Literal["f32", "bf16", "i64", "i32", "i8", "u8"]
 Format = Annotated[str, Pattern(r"f32|bf16|[iq][0-9]{1,2}g[0-9]{1,4}")]
-
-
-@dataclass(frozen=True, slots=True)
-class Vision:
-    """The vision tower, and how pictures and clips become what it reads."""
-
-    config: Annotated[VisionConfig, Reader(VisionConfig.from_dict)]
-    parameters: Annotated[VisionParameters, Reader(VisionParameters.from_dict)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,11 +23,11 @@ from q35c.artifact.leaves import (
     Segment,
     State,
     Text,
-    Vision,
     Weight,
 )
 from q35c.artifact.schema import Items, Pattern, Range, Reader, decode, encode
 from q35c.artifact.target import Target
+from q35c.artifact.tower import Vision
 from q35c.config import MAX_CONTEXT, ModelConfig
 from q35c.errors import ArtifactVersionError
 from q35c.layouts import blobs
@@ -99,6 +99,21 @@ class Manifest:
     def takes_rows(self) -> bool:
         """Say whether the entries of prompts take rows of pictures in place of tokens."""
         return all(ROWS in entry.inputs for entry in self.text_entries[:3])
+
+    @property
+    def text_weights_bytes(self) -> int:
+        """Return the bytes of the weights without those that only pictures need."""
+        first = len(self.weights) if self.vision is None else self.vision.tower.first_weight
+        return self.weights[first].offset if first < len(self.weights) else self.weights_bytes
+
+    @property
+    def tower_bytes(self) -> int:
+        """Return the bytes that seeing pictures takes beside those of text: weights, buffers, inputs and rows."""
+        if self.vision is None:
+            return 0
+        tower = self.vision.tower
+        weights = self.weights_bytes - self.text_weights_bytes
+        return weights + tower.io.bytes + max(0, tower.arena_bytes - self.arena_bytes)
 
     @property
     def plan_digest(self) -> bytes:

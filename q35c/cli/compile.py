@@ -69,6 +69,24 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--batch", type=int, default=4, show_default=True, help="Most sequences decoded together."
 )
 @click.option(
+    "--vision/--no-vision",
+    default=None,
+    help="Compile the vision tower as well, or text alone [the tower of a checkpoint that has one].",
+)
+@click.option(
+    "--vision-precision",
+    default="auto",
+    show_default=True,
+    help="How the tower's weights are stored: f32, bf16, w8, or auto (f32 with --precision f32, else bf16).",
+)
+@click.option(
+    "--max-image-tokens",
+    type=int,
+    default=1024,
+    show_default=True,
+    help="Most tokens of a picture, each of 32 x 32 pixels; larger ones are made smaller.",
+)
+@click.option(
     "--dump-ir", type=click.Path(path_type=Path), help="Write the IR after every pass there."
 )
 @click.option(

@@ -123,6 +123,7 @@ def describe_manifest(manifest: Any) -> str:
         "memory": f"state {size_text(memory.state_per_sequence)} a sequence of {manifest.context} tokens, "
         f"arena {size_text(memory.arena)}, io {size_text(memory.io)}, "
         f"peak {size_text(memory.peak)}",
+        **({"pictures": describe_tower(manifest)} if manifest.vision is not None else {}),
         "segments": "; ".join(hashes),
         "sampling": ", ".join(
             f"{name} {getattr(manifest.generation, name)}"
@@ -130,6 +131,19 @@ def describe_manifest(manifest: Any) -> str:
         ),
     }
     return "\n".join(f"  {name:<10} {fact}" for name, fact in facts.items())
+
+
+def describe_tower(manifest: Any) -> str:
+    """Return the shape of the vision tower, and what seeing a picture takes beside text."""
+    config, tower = manifest.vision.config, manifest.vision.tower
+    weights = manifest.weights[tower.first_weight :]
+    formats = Counter(weight.format for weight in weights if len(weight.matrix) == 2)
+    return (
+        f"up to {tower.tokens} tokens; tower of {config.depth} blocks, hidden {config.hidden_size}, weights "
+        f"{size_text(manifest.weights_bytes - manifest.text_weights_bytes)} ({formats.most_common(1)[0][0]}), "
+        f"arena {size_text(tower.arena_bytes)}, io {size_text(tower.io.bytes)}, "
+        "none of it touched before the first picture"
+    )
 
 
 def describe_machine(target: Any) -> str:
@@ -162,7 +176,8 @@ def describe_formats(manifest: Any) -> str:
     from q35c.frontend.tensors import expected_tensors
 
     sizes: Counter[str] = Counter()
-    for weight in manifest.weights:
+    text = len(manifest.weights) if manifest.vision is None else manifest.vision.tower.first_weight
+    for weight in manifest.weights[:text]:
         sizes[weight.format] += weight.bytes
     count = sum(math.prod(shape) for shape in expected_tensors(manifest.model).values())
     formats = ", ".join(f"{name} {size_text(size)}" for name, size in sizes.most_common())

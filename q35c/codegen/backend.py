@@ -47,6 +47,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def has_towers(self) -> bool:
+        """Whether there are kernels for vision towers."""
+        ...
+
+    @property
     def prefill_tokens(self) -> int:
         """Rows per prefill call: enough for full tiles, small in memory."""
         ...

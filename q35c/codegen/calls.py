@@ -68,7 +68,9 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Pass the number of tokens T of this run, int64."""
+    """Pass the number of tokens T of this run, or that of rows where each token has `factor`, int64."""
+
+    factor: int = 1
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from q35c.artifact.entries import Entry, EntrySpec, io_layout
+from q35c.artifact.leaves import Io
+from q35c.artifact.schema import decode
+from q35c.artifact.tower import NAME as VISION
+from q35c.artifact.tower import Tower, tower_io
 from q35c.artifact.writer import WeightEntry, place_weights
 from q35c.codegen.backend import Backend
 from q35c.codegen.calls import Pointer, Tokens
 from q35c.codegen.pack import PackedWeight
+from q35c.codegen.plan_memory import MemoryPlan
 from q35c.codegen.requests import Shared
 from q35c.codegen.schedule import Places, Schedule, WeightRef
 from q35c.ir.graph import Graph, Module, Value
@@ -20,16 +25,18 @@ from q35c.ir.types import SymDim
 from q35c.layouts import blobs
 from q35c.layouts.blobs import GRID
 from q35c.layouts.cache import stored_shape
+from q35c.vision_config import VisionConfig
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A compiled model without its weights' data; `fields` are the manifest's code-related fields."""
+    """A compiled model without its weights' data; `fields` are the manifest's code-related fields, `tower` a vision tower's program."""
 
     segments: Mapping[str, bytes]  # `code`, and what else the target brings
     weights: tuple[PackedWeight, ...]
     entries: tuple[WeightEntry, ...]
     fields: dict[str, Any]
+    tower: Tower | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +48,8 @@ class Limits:
     batch: int  # sequences per decode step
     vocabulary: int
     hidden: int
+    tower: VisionConfig | None = None
+    image_tokens: int = 0  # of a picture, a multiple of 16
 
 
 def generate(
@@ -56,14 +65,17 @@ def generate(
     `check_weights` gets the bytes of the packed weights before any code is made, and may raise.
     """
     progress("lower", 0.0)
-    specs = [entry_spec(graph, backend, limits) for graph in module]
+    text, towers = split_module(module)
+    specs = [entry_spec(graph, backend, limits) for graph in text]
     state = blobs.state_layout(describe_state(module, policy, limits.max_context, backend))
     offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}
     io = io_layout(specs, limits.vocabulary, limits.hidden, 0)["fields"]
     shared = Shared(backend, limits.max_context, io["positions"]["shape"][-1], offsets)
     schedules = [
-        backend.lower(graph, shared, spec.rows) for graph, spec in zip(module, specs, strict=True)
+        backend.lower(graph, shared, spec.rows) for graph, spec in zip(text, specs, strict=True)
     ]
+    first_weight = len(shared.weights)
+    seeing = [backend.lower(graph, shared, limits.image_tokens) for graph in towers]
     entries = [
         compiled_entry(spec, schedule, shared)
         for spec, schedule in zip(specs, schedules, strict=True)
@@ -74,11 +86,11 @@ def generate(
         {weight.name: weight.offset for weight in place_weights(stored)},
         io_places(entries, limits),
     )
-    plans = [schedule.plan() for schedule in schedules]
+    plans = {schedule.name: schedule.plan() for schedule in (*schedules, *seeing)}
     clock = Pointer("io", places.io["clock"][0])
     placed = {
-        schedule.name: schedule.place(plan, places)
-        for schedule, plan in zip(schedules, plans, strict=True)
+        schedule.name: schedule.place(plans[schedule.name], places)
+        for schedule in (*schedules, *seeing)
     }
     built = backend.build(shared.kernels, placed, clock, progress)
     fields = {
@@ -89,7 +101,7 @@ def generate(
         "batch": limits.batch,
         "entries": entries,
         "row_layouts": shared.row_layouts,
-        "arena_bytes": max(plan.bytes for plan in plans),
+        "arena_bytes": max(plans[schedule.name].bytes for schedule in schedules),
         "max_threads": backend.max_threads,
         "barrier_bytes": barrier_bytes(shared),
         "state": state,
@@ -97,7 +109,16 @@ def generate(
         "probes": built.probes,
     }
     segments = {"code": built.code, **built.segments}
-    return Generated(segments, tuple(shared.weights.values()), stored, fields)
+    tower = None
+    if seeing:
+        tower = compiled_tower(seeing[0], plans[VISION], shared, limits, first_weight)
+    return Generated(segments, tuple(shared.weights.values()), stored, fields, tower)
+
+
+def split_module(module: Module) -> tuple[list[Graph], list[Graph]]:
+    """Return the entries of text, and the vision tower if there is one."""
+    text = [graph for graph in module if graph.name != VISION]
+    return text, [graph for graph in module if graph.name == VISION]
 
 
 def barrier_bytes(shared: Shared) -> int:
@@ -156,15 +177,40 @@ def stored_state(value: Value, policy: Policy, context: int, backend: Backend) -
 def io_places(entries: list[Entry], limits: Limits) -> dict[str, tuple[int, int]]:
     """Return offset and bytes of each io field."""
     steps = max(len(entry.steps) for entry in entries)
-    fields = io_layout(entries, limits.vocabulary, limits.hidden, steps)
+    text = io_layout(entries, limits.vocabulary, limits.hidden, steps)
+    tower = {} if limits.tower is None else tower_io(limits.tower, limits.image_tokens)["fields"]
     return {
-        name: (field["offset"], blobs.tensor_bytes(field["dtype"], field["shape"]))
-        for name, field in fields["fields"].items()
+        name: (start + field["offset"], blobs.tensor_bytes(field["dtype"], field["shape"]))
+        for start, fields in ((0, text["fields"]), (text["bytes"], tower))
+        for name, field in fields.items()
     }
 
 
 def compiled_entry(spec: EntrySpec, schedule: Schedule, shared: Shared) -> Entry:
-    """Return an entry with each step's kernel and packed weight (its largest; -1 for none), and the steps of one row."""
+    """Return an entry with its steps, and which of them are of one row."""
+    steps, weights = described_steps(schedule, shared)
+    is_single = [not any(isinstance(a, Tokens) for a in step.args) for step in schedule.steps]
+    return Entry(
+        **asdict(spec),
+        symbol=schedule.name,
+        steps=steps,
+        step_weights=weights,
+        single_row_steps=tuple(number for number, single in enumerate(is_single) if single),
+    )
+
+
+def compiled_tower(
+    schedule: Schedule, plan: MemoryPlan, shared: Shared, limits: Limits, first_weight: int
+) -> Tower:
+    """Return a tower's program with its steps and memory."""
+    assert limits.tower is not None  # who compiles a tower says which
+    steps, weights = described_steps(schedule, shared)
+    io = decode(Io, tower_io(limits.tower, limits.image_tokens), "$.vision.tower.io")
+    return Tower(limits.image_tokens, schedule.name, steps, weights, first_weight, io, plan.bytes)
+
+
+def described_steps(schedule: Schedule, shared: Shared) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return each step's kernel and packed weight (its largest; -1 for none), by number."""
     kernels = {name: number for number, name in enumerate(shared.kernels.values())}
     weights = {name: number for number, name in enumerate(shared.weights)}
     sizes = [math.prod(weight.shape) for weight in shared.weights.values()]
@@ -172,13 +218,7 @@ def compiled_entry(spec: EntrySpec, schedule: Schedule, shared: Shared) -> Entry
     for step in schedule.steps:
         used = [weights[a.name] for a in step.args if isinstance(a, WeightRef)]
         largest.append(max(used, key=lambda number: sizes[number], default=-1))
-    return Entry(
-        **asdict(spec),
-        symbol=schedule.name,
-        steps=tuple(kernels[step.kernel] for step in schedule.steps),
-        step_weights=tuple(largest),
-        single_row_steps=tuple(n for n, s in enumerate(schedule.steps) if Tokens() not in s.args),
-    )
+    return tuple(kernels[step.kernel] for step in schedule.steps), tuple(largest)
 
 
 def describe_kernels(shared: Shared) -> list[dict[str, Any]]:

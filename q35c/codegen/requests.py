@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from q35c.artifact.tower import EMBEDDINGS, PATCHES
 from q35c.codegen.backend import Backend, KernelKey
 from q35c.codegen.calls import Int, Tid, Tokens
 from q35c.codegen.pack import PackedWeight
@@ -84,7 +85,7 @@ class Shared:
 
 
 class Lowering:
-    """Lower one entry. `max_tokens` bounds its rows; `logits` is where the output goes."""
+    """Lower one entry of up to `max_tokens` tokens; the value `logits` is what it returns, in io."""
 
     def __init__(self, graph: Graph, shared: Shared, max_tokens: int) -> None:
         self.graph, self.shared, self.max_tokens = graph, shared, max_tokens
@@ -96,21 +97,24 @@ class Lowering:
                 self.readers.setdefault(value, []).append(op)
         self.made_by = producers(graph)
         self.logits = graph.outputs[0] if graph.outputs else None
+        self.returned = EMBEDDINGS if PATCHES in {v.name for v in graph.inputs} else "logits"
         for value in graph.inputs:
-            self.views[value] = View(value.name, 0, Tokens())
+            symbols = [dim for dim in value.type.shape if isinstance(dim, SymDim)]
+            self.views[value] = View(value.name, 0, Tokens(symbols[0].factor if symbols else 1))
 
     # --- buffers -----------------------------------------------------------------------------
 
     def output(self, value: Value) -> View:
-        """Return the rows a result is written to: io for the logits, a new buffer otherwise."""
+        """Return the rows a result is written to: io for what the entry returns, a new buffer otherwise."""
         words, rows = (
             self.shared.row_words(value.type.dtype, width(value)),
             row_count(value),
         )
         if value == self.logits:
-            self.views[value] = View("logits", words, rows)
+            self.views[value] = View(self.returned, words, rows)
         else:
-            words = spread(words)
+            is_viewed = any(op.kind == "reshape" for op in self.readers.get(value, ()))
+            words = words if is_viewed else spread(words)
             self.views[value] = View(self.buffer(value.name, words, rows), words, rows)
         return self.views[value]
 
@@ -137,8 +141,11 @@ class Lowering:
         return View(self.buffer(name, width, rows), width, rows)
 
     def buffer(self, name: str, width: int, rows: Tokens | Int) -> Buffer:
-        count = self.max_tokens if isinstance(rows, Tokens) else rows.value
-        return Buffer(name, 4 * width * count)
+        return Buffer(name, 4 * width * self.most(rows))
+
+    def most(self, rows: Tokens | Int) -> int:
+        """Return the most rows that there may be."""
+        return self.max_tokens * rows.factor if isinstance(rows, Tokens) else rows.value
 
     def scratch(self, family: str, **parameters: Any) -> View:
         """Return scratch for every thread of a kernel."""
@@ -199,7 +206,7 @@ def spread(words: int) -> int:
 
 def row_count(value: Value) -> Tokens | Int:
     rows = value.type.shape[0]
-    return Tokens() if isinstance(rows, SymDim) else Int(rows)
+    return Tokens(rows.factor) if isinstance(rows, SymDim) else Int(rows)
 
 
 def width(value: Value) -> int:

@@ -16,13 +16,15 @@ import numpy as np
 
 from q35c import arguments, limits, strictjson
 from q35c.config import ModelConfig
-from q35c.errors import CheckpointError, ConfigError, InternalError
+from q35c.errors import CheckpointError, ConfigError, InternalError, OptionError
 from q35c.frontend import family
 from q35c.frontend.directory import ModelDirectory
 from q35c.frontend.dummy import DummyWeights
 from q35c.frontend.hf_config import MAX_CONFIG_BYTES, read_hf_config, sampling_keys
-from q35c.frontend.shards import Shards
+from q35c.frontend.hf_vision import read_vision_config
+from q35c.frontend.shards import Shards, has_tower
 from q35c.vision.files import NAMES as PREPROCESSORS
+from q35c.vision_config import VisionConfig
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 # Files beside the weights, with the most bytes each may have.
@@ -58,7 +60,7 @@ class Checkpoint:
     """A model to compile. Tensor names are Hugging Face's without the leading `model.`.
 
     `where` is the directory it was read from, empty for a family name; `notes` say what of the directory is not taken;
-    `document` is its config.json, of which `config` is the text tower.
+    `document` is its config.json, of which `config` is the text tower, and `tower` the vision tower if that is read too.
     """
 
     config: ModelConfig
@@ -67,6 +69,7 @@ class Checkpoint:
     where: str = ""
     notes: tuple[str, ...] = ()
     document: Mapping[str, Any] = field(default_factory=dict)
+    tower: VisionConfig | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -118,12 +121,14 @@ def open_checkpoint(
     *,
     follow_links: bool = False,
     ignore_config: Collection[str] = (),
+    vision: bool | None = False,
 ) -> Checkpoint:
     """Open a model directory, a hub id, or (with `load_format="dummy"`) a family name.
 
     With "dummy" only the configuration and the tokenizer files are read and the weights are drawn
     from `seed`. `follow_links` consents to links that lead out of the directory, `ignore_config` names keys of config.json
-    that are read as if they were not there. Raises CheckpointError, ConfigError, UnsupportedConfig or OptionError.
+    that are read as if they were not there. `vision` asks for the vision tower; None takes that of a directory which has one,
+    but none of a family name. Raises CheckpointError, ConfigError, UnsupportedConfig or OptionError.
     """
     arguments.choice("load_format", load_format, get_args(LoadFormat), "load format")
     seed = arguments.integer("seed", seed, 0, 2**64 - 1)
@@ -135,18 +140,44 @@ def open_checkpoint(
                 hint='give a model directory, or load_format="dummy" for random weights',
             )
         config = family.load(str(source))
-        return Checkpoint(config, DummyWeights(config, seed), {})
+        tower = family.load_tower(str(source)) if vision else None
+        return Checkpoint(config, DummyWeights(config, seed, tower), {}, tower=tower)
     directory = _directory(source, follow_links)
     document, config, notes = _read_config(directory, ignore_config)
     files = _read_files(directory)
     if OTHER_TEMPLATES in directory.names():
         notes.append(f"{OTHER_TEMPLATES}: only the default chat template is taken")
+    tower = _find_tower(directory, document, config, vision, load_format, notes)
     if load_format == "dummy":
-        weights = DummyWeights(config, seed)
+        weights = DummyWeights(config, seed, tower)
     else:
-        weights = Shards(directory, config)
+        weights = Shards(directory, config, tower)
         notes.extend(weights.notes)
-    return Checkpoint(config, weights, files, str(directory.root), tuple(notes), document)
+    return Checkpoint(config, weights, files, str(directory.root), tuple(notes), document, tower)
+
+
+def _find_tower(
+    directory: ModelDirectory, document: dict[str, Any], config: ModelConfig, vision: bool | None,
+    load_format: LoadFormat, notes: list[str],
+) -> VisionConfig | None:  # fmt: skip
+    """Return the vision tower that is to be read, if any. Raises ConfigError, UnsupportedConfig or OptionError."""
+    if vision is False:
+        return None
+    where = f"{directory.root}/config.json"
+    tower = read_vision_config(document, where)
+    if tower is None:
+        if vision:
+            raise OptionError("the checkpoint has no vision tower", where="vision", got=where)
+        return None
+    if vision is None and load_format != "dummy" and not has_tower(directory):
+        notes.append("config.json: vision_config not taken, the weights are those of text alone")
+        return None
+    if tower.out_hidden_size != config.hidden_size:
+        raise ConfigError(
+            "the vision tower's rows are not as wide as the text model's", where=f"{where} at vision_config",
+            expected=f"out_hidden_size {config.hidden_size}", got=tower.out_hidden_size,
+        )  # fmt: skip
+    return tower
 
 
 def _directory(source: str | Path, follow_links: bool) -> ModelDirectory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from q35c.errors import ConfigError
@@ -16,6 +16,7 @@ from q35c.frontend.small_files import (
     read_document,
     tokenizer_document,
 )
+from q35c.frontend.vision import read_vision
 
 if TYPE_CHECKING:
     from q35c.runtime.tokenizer import Tokenizer
@@ -26,11 +27,15 @@ _SHIFTED_NORM = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """What goes into the artifact beside weights and code; `notes` say what of the checkpoint does not."""
+    """What goes into the artifact beside weights and code; `notes` say what of the checkpoint does not.
+
+    `vision` is the manifest's of a model with a vision tower, without its program.
+    """
 
     segments: dict[str, bytes]
     generation: dict[str, Any]
     notes: tuple[str, ...]
+    vision: dict[str, Any] = field(default_factory=dict)
 
 
 def read_companions(checkpoint: Checkpoint) -> Companions:
@@ -51,7 +56,9 @@ def read_companions(checkpoint: Checkpoint) -> Companions:
         "chat_template": template,
     }
     kept = {name: data for name, data in segments.items() if data}
-    return Companions(kept, generation, tuple(dict.fromkeys(notes)))
+    vision = None if checkpoint.tower is None else read_vision(checkpoint)
+    prepared = {} if vision is None else vision.to_dict()
+    return Companions(kept, generation, tuple(dict.fromkeys(notes)), prepared)
 
 
 def _check_template(template: bytes | None) -> None:

@@ -12,7 +12,13 @@ import math
 import numpy as np
 
 from q35c.config import ModelConfig
-from q35c.frontend.tensors import Shape, expected_tensors
+from q35c.frontend.tensors import (
+    TOWER_PREFIX,
+    Shape,
+    expected_tensors,
+    expected_tower_tensors,
+)
+from q35c.vision_config import VisionConfig
 
 _BLOCK_ELEMENTS = 1 << 16
 _MATRIX_STD = 0.02
@@ -23,8 +29,10 @@ _NORM_STD = 0.02
 class DummyWeights:
     """The tensors of a configuration with weights that only the seed decides."""
 
-    def __init__(self, config: ModelConfig, seed: int) -> None:
+    def __init__(self, config: ModelConfig, seed: int, tower: VisionConfig | None = None) -> None:
         self.shapes: dict[str, Shape] = expected_tensors(config)
+        if tower is not None:
+            self.shapes |= expected_tower_tensors(tower)
         self._seed = seed
 
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -63,7 +71,9 @@ def _fill(random: np.random.Generator, name: str, out: np.ndarray) -> None:
         out *= _CONV_STD
     elif out.ndim == 1:
         out *= _NORM_STD
-        if leaf == "norm.weight" and leaf != name:  # plain weight; the other norms add 1 themselves
+        # Plain weights; the other norms add 1 themselves.
+        is_plain = name.startswith(TOWER_PREFIX) and "norm" in name and name.endswith(".weight")
+        if is_plain or (leaf == "norm.weight" and leaf != name):
             out += 1
     else:
         out *= _MATRIX_STD

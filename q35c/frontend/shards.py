@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +17,16 @@ from q35c.config import ModelConfig
 from q35c.errors import CheckpointError, InternalError, UnsupportedConfig
 from q35c.frontend.directory import ModelDirectory
 from q35c.frontend.hints import missing_hint, shape_hint, unexpected_hint
-from q35c.frontend.tensors import Shape, canonical_name, expected_tensors, parts_of
+from q35c.frontend.tensors import (
+    TOWER_PREFIX,
+    Shape,
+    canonical_name,
+    expected_tensors,
+    expected_tower_tensors,
+    parts_of,
+    stored_shape,
+)
+from q35c.vision_config import VisionConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")
@@ -44,12 +54,16 @@ class StoredTensor:
 
 
 class Shards:
-    """All tensors of the text tower, checked by name, shape and dtype; data is read on demand."""
+    """All tensors of the text tower, and of a vision tower, checked by name, shape and dtype; data is read on demand."""
 
-    def __init__(self, directory: ModelDirectory, config: ModelConfig) -> None:
+    def __init__(
+        self, directory: ModelDirectory, config: ModelConfig, tower: VisionConfig | None = None
+    ) -> None:
         self._where = str(directory.root)
         self._shapes = expected_tensors(config)
-        self._stored = _stored_tensors(directory)
+        if tower is not None:
+            self._shapes |= expected_tower_tensors(tower)
+        self._stored = _stored_tensors(directory, with_tower=tower is not None)
         self._rows: dict[str, list[list[StoredTensor]]] = {}
         unused = dict(self._stored)
         for name, shape in self._shapes.items():
@@ -91,7 +105,7 @@ class Shards:
                 expected=" or ".join(DTYPES),
                 hint="use the unquantized checkpoint",
             )
-        if tensor.shape != shape:
+        if stored_shape(name, tensor.shape) != shape:
             raise CheckpointError(
                 f"tensor {tensor.name!r} has the wrong shape",
                 where=where,
@@ -132,14 +146,29 @@ class Shards:
     def rows(self, name: str, start: int, stop: int) -> np.ndarray:
         """Read rows [start, stop) of axis 0 as float32."""
         if name not in self._rows:
-            return self._stored[name].rows(start, stop)
+            made = self._stored[name].rows(start, stop)
+            return made.reshape(len(made), *self._shapes[name][1:])
         whole = self._rows[name][start:stop]
         made = [np.concatenate([part.rows(0, part.shape[0]) for part in row]) for row in whole]
         return np.stack(made) if made else np.empty((0, *self._shapes[name][1:]), np.float32)
 
 
-def _stored_tensors(directory: ModelDirectory) -> dict[str, StoredTensor]:
-    """Open every shard and return its tensors of the text tower by canonical name."""
+def has_tower(directory: ModelDirectory) -> bool:
+    """Tell whether a directory holds tensors of a vision tower. Raises CheckpointError where it cannot be read."""
+    names = directory.names()
+    if INDEX in names:
+        stored = list(_read_index(directory))
+    else:
+        shard = _only_shard(directory, names)
+        _check_header(directory, shard)
+        stored = [tensor.name for tensor in _open_shard(directory, shard)]
+    canonical = (canonical_name(name, with_tower=True) for name in stored)
+    return any(name is not None and name.startswith(TOWER_PREFIX) for name in canonical)
+
+
+def _stored_tensors(directory: ModelDirectory, *, with_tower: bool) -> dict[str, StoredTensor]:
+    """Open every shard and return its tensors that are read, by canonical name."""
+    read = functools.partial(canonical_name, with_tower=with_tower)
     names = directory.names()
     placed = _read_index(directory) if INDEX in names else None
     if placed is not None and SINGLE in names and SINGLE not in placed.values():
@@ -147,7 +176,7 @@ def _stored_tensors(directory: ModelDirectory) -> dict[str, StoredTensor]:
             f"ambiguous weights: both {SINGLE} and {INDEX}", where=str(directory.root)
         )
     if placed is not None:  # a shard that only holds other towers need not be there
-        placed = {name: shard for name, shard in placed.items() if canonical_name(name) is not None}
+        placed = {name: shard for name, shard in placed.items() if read(name) is not None}
     shards = sorted(set(placed.values())) if placed is not None else [_only_shard(directory, names)]
     for shard in shards:
         _check_header(directory, shard)
@@ -155,7 +184,7 @@ def _stored_tensors(directory: ModelDirectory) -> dict[str, StoredTensor]:
     seen: set[str] = set()
     for shard in shards:
         for tensor in _open_shard(directory, shard):
-            if (name := canonical_name(tensor.name)) is None:
+            if (name := read(tensor.name)) is None:
                 continue
             seen.add(tensor.name)
             _check_placed(placed, tensor, directory)

@@ -1,15 +1,18 @@
-"""The tensors of a text tower: canonical names, shapes, and the names they are stored under."""
+"""The tensors of a model's towers: canonical names, shapes, and the names they are stored under."""
 
+import math
 import re
 
 from q35c.config import LINEAR, ModelConfig
+from q35c.vision_config import MERGE, VisionConfig
 
 Shape = tuple[int, ...]
 
 # What wrappers put before a name, once or several times; canonical names have none of it.
 _WRAPPERS = re.compile(r"(?:model\.|language_model\.)*")
 # Other towers, and the draft layer for speculation: never read.
-IGNORED_PREFIXES = ("visual.", "vision_tower.", "mtp.")
+IGNORED_PREFIXES = ("vision_tower.", "mtp.")
+TOWER_PREFIX = "visual."  # of the vision tower, which is read where it is asked for
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
@@ -26,6 +29,36 @@ def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (vocab, hidden)
     return shapes
+
+
+def expected_tower_tensors(config: VisionConfig) -> dict[str, Shape]:
+    """Return the shape of every tensor that a vision tower has, by canonical name.
+
+    The kernel of the patches' convolution, which is as large as its input, is a matrix.
+    """
+    hidden, inner = config.hidden_size, config.intermediate_size
+    merged = MERGE**2 * hidden
+    norms = {f"norm{number}.{leaf}": (hidden,) for number in (1, 2) for leaf in ("weight", "bias")}
+    block = norms | _biased("attn.qkv", 3 * hidden, hidden) | _biased("attn.proj", hidden, hidden)
+    block |= _biased("mlp.linear_fc1", inner, hidden) | _biased("mlp.linear_fc2", hidden, inner)
+    shapes = _biased("patch_embed.proj", hidden, config.patch_bytes)
+    shapes["pos_embed.weight"] = (config.num_position_embeddings, hidden)
+    for number in range(config.depth):
+        shapes |= {f"blocks.{number}.{name}": shape for name, shape in block.items()}
+    shapes |= {"merger.norm.weight": (hidden,), "merger.norm.bias": (hidden,)}
+    shapes |= _biased("merger.linear_fc1", merged, merged)
+    shapes |= _biased("merger.linear_fc2", config.out_hidden_size, merged)
+    return {TOWER_PREFIX + name: shape for name, shape in shapes.items()}
+
+
+def _biased(name: str, outputs: int, inputs: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def stored_shape(name: str, shape: Shape) -> Shape:
+    """Return a tensor's shape as the model is computed with, which may have fewer axes than what is stored."""
+    is_kernel = name == f"{TOWER_PREFIX}patch_embed.proj.weight" and len(shape) == 5
+    return (shape[0], math.prod(shape[1:])) if is_kernel else shape
 
 
 def _linear_attention(config: ModelConfig) -> dict[str, Shape]:
@@ -79,13 +112,15 @@ def _experts(config: ModelConfig) -> dict[str, Shape]:
     }
 
 
-def canonical_name(stored: str) -> str | None:
-    """Return the canonical name of a stored tensor, or None for one that is never read.
+def canonical_name(stored: str, *, with_tower: bool = False) -> str | None:
+    """Return the canonical name of a stored tensor, or None for one that is not read.
 
     A name of another model keeps what is left of it; the caller compares with what it expects.
     """
     name = _WRAPPERS.sub("", stored, count=1)
-    return None if name.startswith(IGNORED_PREFIXES) else name
+    is_ignored = name.startswith(IGNORED_PREFIXES)
+    is_ignored |= name.startswith(TOWER_PREFIX) and not with_tower
+    return None if is_ignored else name
 
 
 def parts_of(name: str, shape: Shape) -> list[dict[str, Shape]]:

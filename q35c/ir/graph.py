@@ -118,6 +118,10 @@ class Module:
         """Return the module with every entry changed by `step`."""
         return Module(tuple(map(step, self.entries)))
 
+    def map_to_several(self, step: Callable[[Graph], Module]) -> Module:
+        """Return the module with every entry replaced by those that `step` makes of it."""
+        return Module(tuple(made for entry in self.entries for made in step(entry)))
+
 
 def producers(graph: Graph) -> dict[Value, Op]:
     """Map each computed value to the op that makes it."""

@@ -263,6 +263,10 @@ define("scheduled_gated_attention", "q_gate k v q_norm k_norm table slots starts
        stages=SCHEDULED, writes_state=True, per_sequence="slots starts",
        summary="stateful_gated_attention over keys and values that the cache keeps in f32, bf16 or int8; the cells of a key "
        "head are attended to in `splits` parts.")  # fmt: skip
+define("scheduled_picture_attention", "qkv table", "heads scale cache", tower.scheduled_picture_type,
+       ref.picture_attention, stages=SCHEDULED,
+       summary="picture_attention over keys and values that are kept in f32 or bf16.",
+       macs=lambda s, a: OPS["picture_attention"].macs(s, a))  # fmt: skip
 define("last_token", "x", "", rule.last_row,
        lambda x: x[-1:], "The last row.", stages=LATE)  # fmt: skip
 define("quantize_rows", "x", "dtype", rule.quantized_rows,
@@ -300,5 +304,8 @@ def rounded(spec: OpSpec) -> OpSpec:
     )  # fmt: skip
 
 
-ROUNDING = ("rms_norm", "linear_swiglu", "stateful_gated_delta_net", "scheduled_gated_attention")
+ROUNDING = (
+    "rms_norm", "linear_swiglu", "stateful_gated_delta_net", "scheduled_gated_attention",
+    "scale_pixels", "layer_norm", "linear_bias_gelu", "scheduled_picture_attention",
+)  # fmt: skip
 OPS |= {row.kind: row for row in (rounded(OPS[kind]) for kind in ROUNDING)}

@@ -22,9 +22,15 @@ from q35c.formats.registry import integer_format
 # What a weight is for; `quantize` finds it from the structure of the graph.
 ROLES = (
     "embedding", "head", "delta_in", "delta_gates", "delta_out", "attention_in", "attention_out",
-    "mlp_in", "mlp_out", "experts_in", "experts_out", "router",
+    "mlp_in", "mlp_out", "experts_in", "experts_out", "router", "patches", "tower",
 )  # fmt: skip
 GATES = ("delta_gates", "router")
+# Of a vision tower: the format of what its patches meet, and of all its other linears.
+TOWERS = {
+    "f32": {"patches": "f32", "tower": "f32"},
+    "bf16": {"patches": "bf16", "tower": "bf16"},
+    "w8": {"patches": "bf16", "tower": "i8g32"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,11 @@ class Policy:
     cache: str  # keys and values
     formats: Mapping[str, str]
     summary: str
+
+    @property
+    def picture_cache(self) -> str:
+        """Return the type in which a tower keeps the keys and values of a picture's patches."""
+        return "f32" if self.formats["tower"] == "f32" else "bf16"
 
     def rows(self, role: str) -> str:
         """Return the dtype of the rows that a role's weights are multiplied by; gates always read f32."""
@@ -47,6 +58,7 @@ class Policy:
 def uniform(dtype: str, gates: str | None = None, **others: str) -> Mapping[str, str]:
     """Return one format for every role, another for the gates, and exceptions."""
     formats = dict.fromkeys(ROLES, dtype) | dict.fromkeys(GATES, gates or dtype)
+    formats |= TOWERS["f32" if dtype == "f32" else "bf16"]
     return MappingProxyType(formats | others)
 
 
@@ -66,12 +78,16 @@ POLICIES = {policy.name: policy for policy in _LIST}
 CACHES = ("f32", "bf16", "int8")
 
 
-def find_policy(name: str, cache: str = "auto") -> Policy:
-    """Return a policy by name, with another type of keys and values unless `cache` is "auto".
+def find_policy(name: str, cache: str = "auto", tower: str = "auto") -> Policy:
+    """Return a policy by name, with another type of keys and values, and another precision of the vision tower, unless "auto".
 
     Raises OptionError listing the known names.
     """
     policy = POLICIES[arguments.choice("precision", name, [*POLICIES], "precision")]
     known = ("auto", *CACHES)
     cache = arguments.choice("kv_dtype", cache, known, "type of keys and values")
+    tower = arguments.choice("vision_precision", tower, ("auto", *TOWERS), "precision of a tower")
+    if tower != "auto":
+        formats = MappingProxyType({**policy.formats, **TOWERS[tower]})
+        policy = replace(policy, formats=formats)
     return policy if cache == "auto" else replace(policy, cache=cache)

@@ -186,10 +186,13 @@ def axial_rotary_table(places: Array, inv_freq) -> Array:
     return np.concatenate([np.cos(angles), np.sin(angles)], -1)
 
 
-def picture_attention(qkv: Array, table: Array, *, heads: int, scale: float) -> Array:
+def picture_attention(
+    qkv: Array, table: Array, *, heads: int, scale: float, cache: str = "f32"
+) -> Array:
     """Rotate queries and keys of qkv [T, 3 * H * D] by table [T, D], attend to all; return [T, H * D]."""
     q, k, v = qkv.reshape(len(qkv), 3, heads, -1).transpose(1, 2, 0, 3)
-    out = full_attention(rotary(q, table), rotary(k, table), v, scale)
+    k, v = (round_cells(x, cache) for x in (rotary(k, table), v))
+    out = full_attention(rotary(q, table), k, v, scale)
     return out.reshape(len(qkv), -1)
 
 

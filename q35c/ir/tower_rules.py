@@ -59,6 +59,11 @@ def axial_table_type(types: Types, attrs: Attributes) -> Types:
     return (TensorType("f32", (places.shape[0], 4 * len(attrs["inv_freq"]))),)
 
 
+def scheduled_picture_type(types: Types, attrs: Attributes) -> Types:
+    need(attrs["cache"] in ("f32", "bf16"), 'cache must be "f32" or "bf16"')
+    return picture_attention_type(types, attrs)
+
+
 def picture_attention_type(types: Types, attrs: Attributes) -> Types:
     qkv, table = types
     need(qkv.rank == table.rank == 2, "wants qkv [T, 3 * H * D] and a table [T, D]")

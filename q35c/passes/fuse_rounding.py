@@ -1,4 +1,4 @@
-"""Let the ops that make rows round them to int8 on the way out."""
+"""Let the ops that make rows round them on the way out."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ COLUMNS_AT_A_TIME: dict[str, Callable[[Op], Value]] = {
     "scheduled_gated_attention": lambda op: op["q_norm"],  # a query head
 }
 KEEPS_NOTHING = ("linear_swiglu",)  # writes rounded rows only
+# These round to bf16 alone, and keep nothing either: what a vision tower makes for thousands of rows at once.
+TO_BF16 = ("scale_pixels", "layer_norm", "linear_bias_gelu", "scheduled_picture_attention")
 
 
 def fuse_rounding(graph: Graph) -> Graph:
-    """Round rows where they are made, if they are rounded to int8 at all.
+    """Round rows where they are made, if they are rounded to int8; to bf16 where a vision tower makes them.
 
     Before:
         graph g scheduled {
@@ -48,7 +50,8 @@ def fuse_rounding(graph: Graph) -> Graph:
           return %2, %3
         }
 
-    Left alone: rows rounded to bf16, groups that span what is made at a time, and products whose exact rows are read too.
+    Left alone: rows of text that are rounded to bf16, groups that span what is made at a time, and products whose exact rows
+    are read too.
     """
     readers: dict[Value, list[Op | None]] = {value: [None] for value in graph.outputs}
     for op in graph.ops:
@@ -76,6 +79,8 @@ def fuse_rounding(graph: Graph) -> Graph:
 
 def match_rounding(op: Op, readers: dict[Value, list[Op | None]]) -> Op | None:
     """Return the rounding of an op's result that the op can do itself."""
+    if op.kind in TO_BF16:
+        return match_bf16(op, readers)
     if op.kind not in ROUNDING:
         return None
     columns = static(COLUMNS_AT_A_TIME[op.kind](op).type.shape[-1])
@@ -89,3 +94,11 @@ def match_rounding(op: Op, readers: dict[Value, list[Op | None]]) -> Op | None:
         if form is not None and columns % form.group == 0:
             return None if len(read_by) > 1 and op.kind in KEEPS_NOTHING else reader
     return None
+
+
+def match_bf16(op: Op, readers: dict[Value, list[Op | None]]) -> Op | None:
+    """Return the rounding to bf16 that alone reads an op's result."""
+    (reader, *others) = readers.get(op.result, [None])
+    if others or reader is None or reader.kind != "quantize_rows":
+        return None
+    return reader if reader.attrs["dtype"] == "bf16" else None

@@ -76,12 +76,14 @@ PIPELINE: tuple[Pass, ...] = (
     each(FUSED, canonicalize),
     Pass("accept_rows", FUSED, lambda module, to: module.map(accept_rows) if to.takes_rows else module),
     each(STATEFUL, introduce_state),
-    Pass("split_entries", STATEFUL, lambda module, _: split_entries(*module)),
+    Pass("split_entries", STATEFUL, lambda module, _: module.map_to_several(split_entries)),
     Pass("quantize", QUANTIZED, lambda module, to: quantize(module, to.policy)),
     Pass(
         "schedule_attention",
         SCHEDULED,
-        lambda module, to: schedule_attention(module, to.policy.cache, to.decode_splits),
+        lambda module, to: schedule_attention(
+            module, to.policy.cache, to.decode_splits, to.policy.picture_cache
+        ),
     ),
     each(SCHEDULED, fold_shared_expert),
     each(SCHEDULED, fuse_rounding),
@@ -95,9 +97,12 @@ def fuse(graph: Graph, passes: Iterable[Pass] = FUSION) -> Graph:
     return fused
 
 
-def run_pipeline(graph: Graph, choices: Choices, dump: Path | None = None) -> Module:
-    """Take a traced graph to the entries that code generation lowers."""
-    return run_passes(Module((graph,)), PIPELINE, choices, dump)
+def run_pipeline(
+    graph: Graph, choices: Choices, dump: Path | None = None, tower: Graph | None = None
+) -> Module:
+    """Take a traced graph, and a vision tower's behind it, to the entries that code generation lowers."""
+    graphs = (graph,) if tower is None else (graph, tower)
+    return run_passes(Module(graphs), PIPELINE, choices, dump)
 
 
 def run_passes(

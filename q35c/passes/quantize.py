@@ -136,6 +136,9 @@ def linear_role(
     outputs: Iterable[Value],
 ) -> str:
     """Return what a linear is for: from who reads it, else from what it reads."""
+    if op.kind.startswith("linear_bias"):  # only towers have biases
+        maker = made_by.get(op.source)
+        return "patches" if maker is not None and maker.kind == "scale_pixels" else "tower"
     if op.kind == "linear" and op.result in outputs:
         return "head"
     if op.kind == "linear_swiglu":

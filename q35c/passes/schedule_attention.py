@@ -8,7 +8,9 @@ from q35c.ir.build import Rewriter
 from q35c.ir.graph import Graph, Module
 
 
-def schedule_attention(module: Module, cache: str, decode_splits: Callable[[int], int]) -> Module:
+def schedule_attention(
+    module: Module, cache: str, decode_splits: Callable[[int], int], picture_cache: str
+) -> Module:
     """Let attention round keys and values to the type of the cache, and split them where rows are few.
 
     Before:
@@ -47,12 +49,18 @@ def schedule_attention(module: Module, cache: str, decode_splits: Callable[[int]
         }
 
     The state keeps its type, f32, which is that of the values in it. One token of each of some sequences (rows "batch") is
-    few rows: there `decode_splits` says of a number of key heads how many parts the cells of one make.
+    few rows: there `decode_splits` says of a number of key heads how many parts the cells of one make. Attention over a
+    picture keeps its keys and values in a type of its own.
     """
 
     def schedule_entry(graph: Graph) -> Graph:
         out = Rewriter(graph, stage="scheduled")
         for op in graph.ops:
+            if op.kind == "picture_attention":
+                attrs = {**op.attrs.to_dict(), "cache": picture_cache}
+                made = out.emit(f"scheduled_{op.kind}", *map(out.new, op.operands), **attrs)
+                out.replace(op.result, made)
+                continue
             if op.kind != "stateful_gated_attention":
                 out.copy(op)
                 continue

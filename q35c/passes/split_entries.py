@@ -58,7 +58,11 @@ def split_entries(graph: Graph) -> Module:
           input %tokens: i32[T]
           return
         }
+
+    A graph that reads bytes, those of a picture, is an entry already.
     """
+    if any(value.type.dtype == "u8" for value in graph.inputs):
+        return Module((graph,))
     score = replace(graph, name="score")
     extend = renumber(drop_dead(replace(graph, name="extend", outputs=())))
     return Module((as_prefill(graph), as_decode(graph), score, extend))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,9 +12,11 @@ from q35c.artifact import Artifact
 from q35c.artifact.entries import Entry
 from q35c.artifact.leaves import Probe
 from q35c.artifact.target import Target
+from q35c.artifact.tower import Tower
 from q35c.runtime.memory import Available
 
 Logits = NDArray[np.float32]
+Rows = NDArray[np.float32]
 Saved = tuple[NDArray[Any], ...]  # a copy of a state: what of each tensor was in use
 
 
@@ -122,6 +124,14 @@ class Device(Protocol):
         `media` is of one sequence; without it all are text, and go on at the sequences' positions.
         Their states stay in memory meanwhile, even if a session is closed. Raises ExecutionError if the code reports a
         failure; the states are undefined then.
+        """
+        ...
+
+    def see(self, tower: Tower, inputs: Mapping[str, NDArray[Any]], tokens: int) -> Rows:
+        """Return what the vision tower makes of a picture of so many tokens: rows f32[tokens, hidden].
+
+        `inputs` are arrays by the names in the tower's io, as long as the picture needs. Raises ExecutionError if the code
+        reports a failure.
         """
         ...
 

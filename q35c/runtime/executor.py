@@ -9,10 +9,10 @@ import contextlib
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from q35c.artifact import Manifest
 from q35c.artifact.entries import Entry
 from q35c.artifact.leaves import Probe
+from q35c.artifact.tower import Tower
 from q35c.errors import OptionError, Q35CError
-from q35c.runtime.device import Device, HasState, Logits, Media
+from q35c.runtime.device import Device, HasState, Logits, Media, Rows
 from q35c.runtime.process import Origin
 
 Result = TypeVar("Result")
@@ -97,6 +98,10 @@ class Executor:
             return self.device.run(entry, sequences, tokens, media, note)
 
         return self._alone(step)
+
+    def see(self, tower: Tower, inputs: Mapping[str, NDArray[Any]], tokens: int) -> Rows:
+        """Return the rows f32[tokens, hidden] that the vision tower makes of a picture, as `Device.see`."""
+        return self._alone(lambda: self.device.see(tower, inputs, tokens))
 
     @contextmanager
     def record(self) -> Generator[list[Recording]]:

@@ -116,12 +116,12 @@ def state_bytes(manifest: Manifest, tokens: int) -> int:
 def needed_bytes(
     manifest: Manifest, context: int, batch: int, sequence: SequenceBytes | None = None
 ) -> int:
-    """Return the bytes of the loaded model with `batch` sequences of `context` tokens.
+    """Return the bytes of the loaded model with `batch` sequences of `context` tokens, before it sees a picture.
 
-    At the default context and batch that is the manifest's peak, the code, and what this runtime adds. `sequence` says what
+    Without a vision tower, at the default context and batch, that is the manifest's peak, the code, and what this runtime adds. `sequence` says what
     a sequence of so many tokens takes where that is more than the manifest's figure.
     """
-    fixed = manifest.weights_bytes + manifest.arena_bytes + manifest.io.bytes
+    fixed = manifest.text_weights_bytes + manifest.arena_bytes + manifest.io.bytes
     own = manifest.segments["code"].bytes + _RUNTIME_BYTES
     each = sequence(context) if sequence else state_bytes(manifest, context)
     return fixed + own + batch * each

@@ -12,7 +12,7 @@ from q35c import arguments
 from q35c.artifact import Artifact, Manifest
 from q35c.artifact.leaves import Probe
 from q35c.errors import OptionError, PromptError, TokenizerError
-from q35c.runtime.device import Block, Logits
+from q35c.runtime.device import Block, Logits, Rows
 from q35c.runtime.executor import Executor, Recording
 from q35c.runtime.generate import (
     Row,
@@ -28,6 +28,7 @@ from q35c.runtime.prefix import PrefixCache
 from q35c.runtime.prompts import encode_prompt, split_prompts
 from q35c.runtime.sampling import MAX_SEED
 from q35c.runtime.session import Progress, Session
+from q35c.runtime.sight import Patches, see
 from q35c.runtime.stored_template import read_template
 from q35c.runtime.tokenizer import Tokenizer
 
@@ -115,6 +116,15 @@ class Model:
                 stops = self.manifest.generation.stop_ids
                 self._grammars = Grammars(self.tokenizer, self.vocab_size, stops)
             return self._grammars
+
+    def see(self, patches: Patches, grid: Sequence[int]) -> Rows:
+        """Return the rows that stand for a picture, or a pair of frames, in place of its tokens: f32[tokens, hidden].
+
+        `patches` are u8[rows * columns, patch_bytes] as `q35c.vision` makes them, `grid` their rows and columns; 2 x 2 patches
+        are one token. Raises PromptError for others, and where the model has no vision tower.
+        """
+        self._executor.check_usable()
+        return see(self._executor, patches, grid)
 
     def session(self, context: int | None = None) -> Session:
         """Open the state of one sequence of at most `context` tokens, by default the model's context.

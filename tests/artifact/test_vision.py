@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from q35c.artifact import read_artifact
-from q35c.artifact.leaves import Vision
-from q35c.artifact.schema import encode
+from q35c.artifact.leaves import Io
+from q35c.artifact.schema import decode, encode
+from q35c.artifact.tower import Tower, Vision, tower_io
 from q35c.errors import ArtifactError, InternalError
 from q35c.vision.parameters import ImageLimits, VisionParameters
 from q35c.vision_config import VisionConfig
@@ -40,7 +41,16 @@ TOWER = VisionConfig(
     vision_start_token_id=3,
     vision_end_token_id=4,
 )
-VISION = Vision(TOWER, VisionParameters(image=ImageLimits(1024, 65536)))
+PROGRAM = Tower(
+    tokens=4,
+    symbol="prefill",
+    steps=(0,),
+    step_weights=(1,),
+    first_weight=1,
+    io=decode(Io, tower_io(TOWER, 4), "io"),
+    arena_bytes=128,
+)
+VISION = Vision(TOWER, VisionParameters(image=ImageLimits(1024, 65536), max_tokens=4), PROGRAM)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +101,7 @@ def test_every_field_with_every_value(tmp_path: Path, whole: bytes) -> None:
             text = mutate(sample, place, value)
             manifest = load_fully(tmp_path / "mutant", forge(whole, text))
             assert manifest is None or json.loads(manifest.to_json()) == sample, (place, value)
-    assert len(chosen) == 1 + 2 + 12 + 6 + 2 + 6
+    assert len(chosen) == 1 + 2 + 12 + 6 + 2 + 6 + (1 + 4 + 4 + 3 + 5 * 6)
 
 
 def test_a_compiler_that_contradicts_itself_is_found(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5Config, Qwe
 
 from q35c.errors import ConfigError, UnsupportedConfig
 from q35c.frontend.checkpoint import open_checkpoint
-from q35c.frontend.vision import read_vision, read_vision_config
+from q35c.frontend.hf_vision import read_vision_config
+from q35c.frontend.vision import read_vision
 from q35c.vision.files import IMAGE, PROCESSOR
 from q35c.vision.parameters import ImageLimits, VisionParameters
 from q35c.vision_config import VisionConfig

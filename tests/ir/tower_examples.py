@@ -17,6 +17,9 @@ FITS: dict[str, Case] = {
     "interpolate_rows": case("@f32[9,8] i32[T,4] f32[T,4]"),
     "axial_rotary_table": case("i32[T,2]", inv_freq=_FREQUENCIES),
     "picture_attention": case("f32[T,24] f32[T,4]", heads=2, scale=0.5),
+    "scheduled_picture_attention": case(
+        "f32[T,24] f32[T,4]", "scheduled", heads=2, scale=0.5, cache="bf16"
+    ),
 }
 
 REFUSED: dict[str, list[Case]] = {
@@ -54,6 +57,11 @@ REFUSED: dict[str, list[Case]] = {
     "axial_rotary_table": [
         case("i32[T,3]", inv_freq=_FREQUENCIES),
         case("f32[T,2]", inv_freq=_FREQUENCIES),
+    ],
+    "scheduled_picture_attention": [
+        case("f32[T,24] f32[T,4]", "scheduled", heads=2, scale=0.5, cache="int8"),
+        case("f32[T,24] f32[T,4]", "quantized", heads=2, scale=0.5, cache="bf16"),
+        case("f32[T,24] f32[T,6]", "scheduled", heads=2, scale=0.5, cache="bf16"),
     ],
     "picture_attention": [
         case("f32[T,24] f32[T,6]", heads=2, scale=0.5),

@@ -29,6 +29,7 @@ class CpuBackend:
     name: str  # canonical, e.g. cpu:x86-64-v3
     isa: Isa
     max_threads: int = 16
+    has_towers: bool = True
     prefill_tokens: int = 256
     logits_bytes: int = 32 << 20
     decode_tasks: int = 32  # parts of one sequence's attention in decode: two for each thread

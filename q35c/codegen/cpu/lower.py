@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from q35c.codegen.calls import Int
+from q35c.codegen.cpu.lower_tower import TOWER_RULES
 from q35c.codegen.requests import Lowering, Shared, row_count, width
 from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
@@ -289,4 +290,5 @@ RULES: dict[str, Callable[[Lowering, Op], None]] = {
     "quantized_moe_residual": lower_sparse_moe,
     "folded_moe_residual": lower_sparse_moe,
     "quantize_rows": lower_quantize_rows,
+    **TOWER_RULES,
 }

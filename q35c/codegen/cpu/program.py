@@ -162,7 +162,8 @@ def _take_parts(call: Call, division: Division, number: int, parameters: Paramet
     )
     part = tirx.decl_buffer((2,), "int32", "part")  # its number, how many
     threads = (parameters.tid, parameters.nt)
-    rows = parameters.tokens if Tokens() in call.args else tirx.const(1, "int64")
+    counts = [argument for argument in call.args if isinstance(argument, Tokens)]
+    rows = _rows(counts[0], parameters) if counts else tirx.const(1, "int64")
     limits = (tirx.const(value, "int64") for value in (division.bytes, division.most))
     take = _help("take_part", as_pointer(counter), part.data, *threads)
     statements: list[tirx.Stmt] = [
@@ -221,10 +222,15 @@ def _expression(
     if isinstance(argument, Nt):
         return parameters.nt
     if isinstance(argument, Tokens):
-        return parameters.tokens
+        return _rows(argument, parameters)
     if isinstance(argument, Int):
         return tirx.const(argument.value, "int64")
     return _address(argument, parameters, call)
+
+
+def _rows(count: Tokens, parameters: Parameters) -> Any:
+    tokens: Any = parameters.tokens
+    return tokens if count.factor == 1 else tokens * tirx.const(count.factor, "int64")
 
 
 def _address(pointer: Pointer, parameters: Parameters, call: Call) -> Any:

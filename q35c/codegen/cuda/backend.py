@@ -32,6 +32,7 @@ class CudaBackend:
     name: str  # canonical, e.g. cuda or cuda:sm_90a
     architectures: tuple[str, ...]
     max_threads: int = 1  # programs run on one stream
+    has_towers: bool = False
     prefill_tokens: int = 256
     logits_bytes: int = 32 << 20
     decode_blocks: int = (

@@ -51,9 +51,11 @@ class Region:
         """Return the whole block as writable bytes."""
         return memoryview(self._map)
 
-    def zero(self) -> None:
-        """Make the block zero and give its memory back."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+    def zero(self, start: int = 0) -> None:
+        """Make the block zero and give its memory back, all or from the first whole page behind `start` on."""
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        if first < self.bytes:
+            self._map.madvise(mmap.MADV_DONTNEED, first)
 
     def _advise_huge(self, huge_bytes: int) -> None:
         border = min(huge_bytes, self.bytes) // mmap.PAGESIZE * mmap.PAGESIZE

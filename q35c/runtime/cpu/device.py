@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
 
 from q35c.artifact import Artifact, Manifest
 from q35c.artifact.entries import Entry as EntryPlan
 from q35c.artifact.leaves import Probe
 from q35c.artifact.target import CpuTarget, Target
+from q35c.artifact.tower import EMBEDDINGS, Tower
 from q35c.errors import InternalError
 from q35c.layouts import blobs
 from q35c.runtime import memory
@@ -19,7 +23,7 @@ from q35c.runtime.cpu.blocks import Region, StateBlock, WeightBlock
 from q35c.runtime.cpu.library import Arguments, Entry, Library, Workers
 from q35c.runtime.cpu.machine import THREADS, check_target, choose_threads
 from q35c.runtime.cpu.pace import Pace
-from q35c.runtime.device import Device, HasState, Logits, Media, Record
+from q35c.runtime.device import Device, HasState, Logits, Media, Record, Rows
 
 
 class Cpu:
@@ -72,8 +76,9 @@ class CpuDevice:
         self._library = library
         self._workers = Workers(threads)
         self._pace = Pace(threads) if yields and threads > 1 else None
-        self._arena = Region(manifest.arena_bytes, huge_bytes=manifest.arena_bytes)
-        self._io = Region(manifest.io.bytes, huge_bytes=manifest.io.bytes)
+        arena_bytes, io_bytes = _with_tower(manifest)
+        self._arena = Region(arena_bytes, huge_bytes=arena_bytes)
+        self._io = Region(io_bytes, huge_bytes=io_bytes)
         self._barrier = Region(manifest.barrier_bytes)
         self._fields = {
             name: self._io.view(field.dtype, field.shape, field.offset)
@@ -122,6 +127,30 @@ class CpuDevice:
             record(begin, seconds, fields["clock"][1 : len(entry.steps) + 2].copy())
         return fields["logits"][: entry.logits_rows(len(states), count)].copy()
 
+    def see(self, tower: Tower, inputs: Mapping[str, NDArray[Any]], tokens: int) -> Rows:
+        start, made = self._manifest.io.bytes, tower.io.fields
+        fields = {
+            name: self._io.view(field.dtype, field.shape, start + field.offset)
+            for name, field in made.items()
+        }
+        for name, array in inputs.items():
+            fields[name][: len(array)] = array
+        self._fields["clock"][0] = False
+        arguments = Arguments(
+            self._weights.address, 0, self._arena.address, self._io.address, self._barrier.address, tokens
+        )  # fmt: skip
+        pace = self._pace
+        begin, cpu = time.perf_counter(), time.process_time()
+        self._workers.run(self._library.entry(tower.symbol), arguments, pace and pace.threads)
+        if pace is not None:
+            seconds = time.perf_counter() - begin
+            pace.note((tower.symbol, tokens), seconds, time.process_time() - cpu)
+        rows = fields[EMBEDDINGS][:tokens].copy()
+        # Of a picture nothing is kept: the next may be long in coming.
+        self._arena.zero(self._manifest.arena_bytes)
+        self._io.zero(start)
+        return rows
+
     def run_probe(self, probe: Probe, address: int, amount: int) -> float:
         _check_aligned(address)
         arguments = Arguments(0, address, 0, 0, self._barrier.address, amount)
@@ -136,6 +165,15 @@ class CpuDevice:
             # Both are unmapped when the worker threads have let go of them, too.
             self._entries.clear()
             del self._library, self._weights
+
+
+def _with_tower(manifest: Manifest) -> tuple[int, int]:
+    """Return the bytes of arena and io, those of a vision tower behind the text's; who sees nothing touches none of them."""
+    arena, io = manifest.arena_bytes, manifest.io.bytes
+    if manifest.vision is None:
+        return arena, io
+    tower = manifest.vision.tower
+    return max(arena, tower.arena_bytes), io + tower.io.bytes
 
 
 def _load_weights(artifact: Artifact, *, mapped: bool, is_verified: bool) -> WeightBlock:

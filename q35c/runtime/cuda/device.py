@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from q35c.artifact import Artifact
 from q35c.artifact.entries import Entry
 from q35c.artifact.leaves import Probe
 from q35c.artifact.target import CudaTarget
+from q35c.artifact.tower import Tower
 from q35c.errors import OptionError, Q35CError
 from q35c.layouts.blobs import tensor_bytes
 from q35c.runtime.arrays import fill_inputs
@@ -23,7 +25,7 @@ from q35c.runtime.cuda.context import Context
 from q35c.runtime.cuda.program import load_programs
 from q35c.runtime.cuda.states import DeviceState, StateMemory, StatePlan
 from q35c.runtime.cuda.stream import Stream
-from q35c.runtime.device import Block, HasState, Logits, Media, Record
+from q35c.runtime.device import Block, HasState, Logits, Media, Record, Rows
 
 _NO_PROBES = "a CUDA artifact has no probes"
 
@@ -111,6 +113,9 @@ class CudaDevice:
             if record is not None:
                 record(begin, seconds, self._nanoseconds(events))
         return self._fields["logits"][:rows].copy()
+
+    def see(self, tower: Tower, inputs: Mapping[str, NDArray[Any]], tokens: int) -> Rows:
+        raise OptionError("this device sees no pictures", where=self._context.title)
 
     def _enqueue(self, entry: Entry, count: int, rows: int, *, is_recorded: bool) -> Sequence[int]:
         """Add a step to the stream; return the events before each of its launches and after the last, if it is recorded."""

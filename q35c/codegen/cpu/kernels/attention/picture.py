@@ -45,10 +45,15 @@ from q35c.layouts.weights import ceil_div
 DIMS = 16  # a head's dims are padded to a multiple of it
 
 
+def padded_dims(D: int) -> int:
+    """Return the dims of a head with the zeros behind them."""
+    return ceil_div(D, DIMS) * DIMS
+
+
 def picture_shape(H: int, D: int, kv_dtype: str, cells: int, isa: Isa) -> AttentionShape:
     """Return the shape of attention to up to `cells` cells, keys before values."""
     dtype = kv_dtype if is_paired(kv_dtype, isa) else "f32"
-    padded = ceil_div(D, DIMS) * DIMS
+    padded = padded_dims(D)
     size = {"f32": F32_BYTES, "bf16": 2}[dtype]
     cache = make_cache(H, padded, dtype, cells, 0, H * cells * padded * size, isa)
     return AttentionShape(H, cache, query_tokens(1, isa), 1, isa, is_causal=False)
@@ -184,6 +189,11 @@ def _store_head(
             T.buffer_store(y, value, [row, columns])
 
 
+def _cells(p: Parameters, room: Room) -> int:
+    """Return the bytes of the keys and values that the kernel makes."""
+    return F32_BYTES * p["cells"] * cell_words(p["H"], p["D"], p["kv_dtype"], room.isa)
+
+
 def _scratch(p: Parameters, room: Room) -> int:
     shape = picture_shape(p["H"], p["D"], p["kv_dtype"], p["cells"], room.isa)
     return 4 * shape.task_words * room.threads
@@ -209,6 +219,7 @@ PICTURE_PREPARE = Family(
     "qkv table q cells tokens ld_qkv",
     writes="q cells",
     cost=_prepare_cost,
+    scratch=_cells,
 )
 PICTURE_ATTENTION = Family(
     picture_attention,
