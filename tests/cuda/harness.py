@@ -17,7 +17,7 @@ import numpy as np
 
 from q35c.codegen.cuda.families import FAMILIES
 from q35c.codegen.cuda.text import cuda_text
-from tests.cuda.machine import Machine, Same, build
+from tests.cuda.machine import Machine, Same, Traffic, build
 
 _machine: list[Machine] = []
 Outputs = Mapping[str, tuple[int, ...] | np.ndarray]
@@ -74,7 +74,7 @@ class CudaKernels:
         return results[0]
 
     def find(
-        self, name: str, rows: int, *, order: str | int = "forward", image: Any = None, **arguments: Any
+        self, name: str, rows: int, *, order: str | int = "forward", image: Any = None, traffic: dict | None = None, **arguments: Any
     ) -> list[str]:  # fmt: skip
         """Run a kernel once on these arrays, which it changes, and return the findings."""
         one, launched = self.requests[name], self.launched[name]
@@ -95,7 +95,15 @@ class CudaKernels:
         return machine().run(
             image or self.image, launched.symbol, grid, launched.block, values,
             shared_bytes=launched.shared_bytes, order=order, constants=constants,
+            traffic=traffic,
         )  # fmt: skip
+
+    def traffic(self, name: str, rows: int, **arguments: Any) -> dict[str, Traffic]:
+        """Return what a kernel moves of each argument, and of shared memory as "shared"."""
+        found: dict[int, Traffic] = {}
+        assert self.find(name, rows, traffic=found, **arguments) == []
+        names = [key for key, _ in self.launched[name].parameters]
+        return {names[number] if number >= 0 else "shared": one for number, one in found.items()}
 
     def alone(self, name: str) -> tuple[str, str]:
         """Return the text before all kernels, and the definition of one."""

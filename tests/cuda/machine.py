@@ -31,6 +31,23 @@ Dims = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What a device would move: bytes that warps ask for, bytes of the sectors that hold them, accesses; and for shared
+    memory the most words of one bank in an access.
+    """
+
+    asked: int
+    moved: int
+    accesses: int
+    ways: int
+
+    @property
+    def share(self) -> float:
+        """Return which part of what is moved is asked for."""
+        return self.asked / self.moved
+
+
+@dataclass(frozen=True)
 class Same:
     """Stand for a pointer to the same buffer as that of another argument, by its number or in the harness its name."""
 
@@ -145,9 +162,11 @@ class Machine:
         shared_bytes: int = 0,
         order: str | int = "forward",
         constants: Collection[int] = (),
+        traffic: dict[int, Traffic] | None = None,
     ) -> list[str]:
         """Run a kernel and return the findings; arrays are updated, those whose numbers are `constants` may not be written.
 
+        With `traffic`, that becomes what is moved of each array, by its number, and of shared memory as -1.
         An array has a buffer of its exact size; one of NaN alone counts as one that nobody has written. `order` is forward,
         backward or a seed.
         """
@@ -173,14 +192,28 @@ class Machine:
         lib.simt_clear()
         mode = {"forward": 0, "backward": 1}.get(str(order), 2)
         lib.simt_configure(mode, order if isinstance(order, int) else 0)
+        lib.simt_count_traffic(traffic is not None)
         lib.simt_launch(
             ctypes.byref(module), ctypes.byref(kernel), _Dims(*grid), _Dims(*block), ctypes.c_size_t(shared_bytes), pointers
         )  # fmt: skip
+        if traffic is not None:
+            addresses = {
+                n: cell.value
+                for n, cell in enumerate(cells)
+                if isinstance(arguments[n], np.ndarray)
+            }
+            traffic |= {n: self._traffic(address) for n, address in ({-1: 0} | addresses).items()}
+            lib.simt_count_traffic(0)
         for array, address in placed:
             ctypes.memmove(array.ctypes.data, address, array.nbytes)
             lib.simt_free(ctypes.c_void_p(address))
         reports = lib.simt_reports().decode().splitlines()
         return [_explain(line, image, _base(image)) for line in reports]
+
+    def _traffic(self, address: int) -> Traffic:
+        words = (ctypes.c_uint64 * 4)()
+        self._lib.simt_traffic(ctypes.c_void_p(address), words)
+        return Traffic(*words)
 
     def _place(self, value: np.ndarray, *, is_constant: bool) -> int:
         size = ctypes.c_size_t(value.nbytes)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from q35c.artifact.target import EMULATED
 from q35c.codegen.backend import Built, KernelKey, Load, Program, Progress
 from q35c.codegen.calls import Cost, Division, Pointer, Signature
 from q35c.layouts.cache import CacheLayout, cache_layout
@@ -105,4 +104,6 @@ def find_cuda(level: str) -> CudaBackend:
 
 def cuda_names() -> list[str]:
     """Return the names of all targets of this backend."""
-    return ["cuda", *(f"cuda:{name}" for name in KNOWN), f"cuda:{EMULATED}"]
+    from q35c.codegen.cuda.images import MAKERS
+
+    return ["cuda", *(f"cuda:{name}" for name in (*KNOWN, *MAKERS))]

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from q35c.artifact.target import EMULATED
 from q35c.codegen.child import tool_failed
 from q35c.codegen.cuda.nvrtc import find_wheels
-from q35c.errors import InternalError, OptionError, ToolchainError
+from q35c.errors import InternalError, ToolchainError
 from q35c.temporary import system_directory, temporary_folder
 from q35c.user_cache import private_folder
 
-# Who makes images that no compiler of CUDA makes: the tests, for their emulated driver.
+# Who makes images that no compiler of CUDA makes, by architecture: the tests, for their emulated driver.
 MAKERS: dict[str, Callable[[str], bytes]] = {}
 _FOLDER, _TEXT, _CUBIN = "q35c-cuda-", "kernels.cu", "kernels.cubin"
 _KEPT = "images"  # in the user's cache directory
@@ -58,14 +57,9 @@ class Compiler:
 
 
 def check_tools(architectures: Sequence[str]) -> None:
-    """Raise ToolchainError or OptionError, before minutes of work, where an image cannot be made."""
+    """Raise ToolchainError, before minutes of work, where an image cannot be made."""
     for architecture in architectures:
         if architecture not in MAKERS:
-            if architecture == EMULATED:
-                raise OptionError(
-                    "images for an emulated device are made by the tests alone",
-                    where="target", hint="give an architecture, as cuda:sm_80",
-                )  # fmt: skip
             find_compiler()
 
 

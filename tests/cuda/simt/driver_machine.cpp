@@ -1,5 +1,5 @@
-// The machine behind the emulated driver (tests/cuda/driver/machine.h): memory that can be mapped piece by piece, and launches
-// of the kernels of an image.
+// The machine behind the emulated driver (tests/cuda/driver/machine.h): memory that can be mapped
+// piece by piece, and launches of the kernels of an image.
 #include "simt.cpp"
 
 #include <dlfcn.h>
@@ -29,7 +29,8 @@ void machine_unmap(void* address, size_t bytes) {
   up first = (char*)address - global_base;
   memset(page_kind + first / PAGE, 0, pages(bytes) / PAGE);
   madvise(address, pages(bytes), MADV_DONTNEED);
-  madvise(global_cells + first / 4, pages(bytes) / 4 * sizeof(Cell), MADV_DONTNEED);  // whole pages: a page has 1,024 cells
+  madvise(global_cells + first / 4, pages(bytes) / 4 * sizeof(Cell),
+          MADV_DONTNEED);  // whole pages: a page has 1,024 cells
 }
 void machine_written(void* address, size_t bytes) {
   if (bytes) simt_mark(address, bytes);
@@ -40,7 +41,8 @@ const Kernel* machine_find(void* library, const char* name) {
   auto module = (const SimtModule*)dlsym(library, "simt_module");
   for (int i = 0; i < module->kernels; ++i) {
     const SimtKernel& kernel = module->kernel[i];
-    if (!strcmp(kernel.name, name)) return &(found_[&kernel] = {kernel.name, kernel.parameters, kernel.sizes, &kernel});
+    if (!strcmp(kernel.name, name))
+      return &(found_[&kernel] = {kernel.name, kernel.parameters, kernel.sizes, &kernel});
   }
   return nullptr;
 }
@@ -50,7 +52,8 @@ int machine_launch(void* library, const Kernel& kernel, const Grid& grid, void**
   dim3 blocks{grid.blocks[0], grid.blocks[1], grid.blocks[2]};
   dim3 threads{grid.threads[0], grid.threads[1], grid.threads[2]};
   simt_clear();
-  int failed = simt_launch(module, (const SimtKernel*)kernel.code, blocks, threads, grid.shared_bytes, parameters);
+  int failed = simt_launch(module, (const SimtKernel*)kernel.code, blocks, threads,
+                           grid.shared_bytes, parameters);
   findings_ += reports;
   return failed || !reports.empty();
 }

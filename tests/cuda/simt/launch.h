@@ -117,6 +117,7 @@ int simt_launch(const SimtModule* m, const SimtKernel* k, dim3 grid, dim3 block_
     simt_block_idx = {(unsigned)(b % grid.x), (unsigned)(b / grid.x % grid.y),
                       (unsigned)(b / grid.x / grid.y)};
     run_block();
+    if (counts_traffic) end_block_traffic();
     if (failed) break;
   }
   kernel_ = nullptr;

@@ -104,6 +104,7 @@ static void touch_all(Thread& t, Cell* cells, up offset, size_t n, int kind, up 
 }
 static void access_as(Thread& t, up p, size_t n, int kind, up pc, bool checks_alignment) {
   counters[kind == READ ? 0 : 1] += n;
+  if (counts_traffic) count_access(t, p, n, pc);
   if (checks_alignment && (p & (n - 1)))
     report("misaligned", pc, "accesses %zu bytes at an address that is %lu past a multiple", n,
            (unsigned long)(p & (n - 1)));

@@ -7,6 +7,7 @@
 // a block barrier raises the clock of all, partial barriers (warp, named, mbarrier) join vector
 // clocks. Kernels of one stream are ordered; blocks of one kernel only by atomics and fences.
 #include "threads.h"
+#include "traffic.h"
 #include "order.h"
 #include "barriers.h"
 #include "copies.h"

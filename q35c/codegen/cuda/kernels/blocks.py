@@ -5,7 +5,7 @@ One load of a warp is then 128 bytes side by side, in every format, and nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from q35c.codegen.cuda.kernels.family import ceil_div
 from q35c.codegen.cuda.kernels.make import Expr, T, add, let, local, store
@@ -102,8 +102,8 @@ def _multiply_integers(form, K, w, base, lane, group, x, acc, tile) -> None:  # 
     for r in range(tile):
         store(sums, T.int32(0), r)
     with T.serial(IntegerBlock(form, K).sets) as number:
-        for word in range(form.set_inputs // 4):
-            levels = let("levels", level_word(form, K, w, base, lane, group, number, word))
+        for word, value in enumerate(set_levels(form, K, w, base, lane, group, number)):
+            levels = let("levels", value)
             at = group * (form.group // 4) + number * (form.set_inputs // 4) + word
             for r in range(tile):
                 codes = T.cast(x(r, at), "int32")
@@ -114,6 +114,22 @@ def _multiply_integers(form, K, w, base, lane, group, x, acc, tile) -> None:  # 
         add(acc, T.cast(sums[r], "float32") * product, r)
 
 
+def set_levels(
+    form: IntegerFormat, K: int, w: Expr, base: Expr, lane: Expr, group: Expr, number: Expr
+) -> Iterator[Expr]:
+    """Yield the levels of each 4 inputs of a set, as the bytes of an int32; each word that stores them is loaded once."""
+    start = let("start", base + IntegerBlock(form, K).set_start(group, number) + lane)
+    if form.bits == 8:
+        for word in range(form.set_inputs // 4):
+            yield T.cast(T.bitwise_xor(w[start + word * BLOCK], T.uint32(_SIGNS)), "int32")
+        return
+    fifth = let("fifth", w[start]) if form.bits == 5 else None
+    for line in range(form.set_inputs // 8):
+        codes = let("codes", w[start + (line + (form.bits == 5)) * BLOCK])
+        for half in range(2):
+            yield _levels(codes, half, fifth, line * 2 + half)
+
+
 def level_word(
     form: IntegerFormat, K: int, w: Expr, base: Expr, lane: Expr, group: Expr, number: Expr, word: Expr
 ) -> Expr:  # fmt: skip
@@ -122,10 +138,15 @@ def level_word(
     if form.bits == 8:
         return T.cast(T.bitwise_xor(w[start + word * BLOCK], T.uint32(_SIGNS)), "int32")
     codes = w[start + (word // 2 + (form.bits == 5)) * BLOCK]
-    half = T.cast(word % 2, "int32")
-    if form.bits == 4:
-        return extern("int32", "q35c_levels4", codes, half)
-    return extern("int32", "q35c_levels5", codes, w[start], half, T.cast(word, "int32"))
+    return _levels(codes, word % 2, w[start] if form.bits == 5 else None, word)
+
+
+def _levels(codes: Expr, half: Expr, fifth: Expr, word: Expr) -> Expr:
+    """Return the levels of one half of a word of codes; `fifth` holds the fifth bits of a set."""
+    if fifth is None:
+        return extern("int32", "q35c_levels4", codes, T.cast(half, "int32"))
+    half, word = T.cast(half, "int32"), T.cast(word, "int32")
+    return extern("int32", "q35c_levels5", codes, fifth, half, word)
 
 
 def weight_scale(form: IntegerFormat, K: int, w: Expr, base: Expr, lane: Expr, group: Expr) -> Expr:

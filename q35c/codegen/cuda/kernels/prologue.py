@@ -19,7 +19,9 @@ from q35c.layouts.rows import IntegerRow
 
 WARPS = 8
 THREADS = WARPS * WARP
-MOST_BYTES = 40 << 10  # of staged rows: with the products' sums they are static shared memory
+MOST_BYTES = (
+    38 << 10
+)  # of staged rows: with the sums of 8 rows they are static shared memory, of which there are 48 KiB
 KINDS = ("none", "round", "norm")
 
 
