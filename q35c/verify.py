@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from q35c import arguments
 from q35c.errors import OptionError
+from q35c.verify_pictures import PictureComparison, check_picture, compare_picture
 
 if TYPE_CHECKING:
     from q35c.frontend.checkpoint import Checkpoint
@@ -78,6 +79,7 @@ class ParityReport:
     against_oracle: Comparison
     path_difference: float  # prefill and decode against score, as a share of the range
     failures: tuple[str, ...]
+    picture: PictureComparison | None = None  # of an artifact that sees
 
 
 def verify_artifact(
@@ -106,6 +108,7 @@ def verify_artifact(
 
     arguments.path("source", source)
     report = arguments.callback("progress", progress) or (lambda stage, fraction: None)
+    consents = {"follow_links": follow_links, "ignore_config": ignore_config}
     with q35c.load(artifact, threads, device=device) as model:
         listed = _choose_ids(model, tokens, text, ids, seed)
         report("run artifact", 0.0)
@@ -113,18 +116,23 @@ def verify_artifact(
         stepped = step_logits(model, listed)
         precision = model.manifest.precision
         caches = {t.dtype for t in model.manifest.state.tensors if t.growth == "context"}
-    report("load PyTorch model", 0.0)
-    oracle = load_oracle(
-        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
-    )
-    report("run PyTorch model", 0.0)
-    want = oracle_logits(oracle, listed)
+        report("load PyTorch model", 0.0)
+        oracle = load_oracle(source, load_format, seed, **consents)
+        report("run PyTorch model", 0.0)
+        want = oracle_logits(oracle, listed)
+        picture = None
+        if model.manifest.vision is not None:
+            report("compare a picture", 0.0)
+            options = {"load_format": load_format, **consents}
+            picture = compare_picture(model, oracle, source, listed, seed, **options)
     compared = compare_logits(got, want)
     path = _largest_difference(stepped, got[-len(stepped) :]) / _range(want)
     # A rounded cache is no reference; what it loses is less than what bf16 weights do.
     promised = "bf16" if precision == "f32" and caches - {"f32"} else precision
     failures = check_promise(promised, compared, path)
-    return ParityReport(precision, len(listed), compared, path, failures)
+    if picture is not None:
+        failures += check_picture(picture, PROMISES[promised].difference)
+    return ParityReport(precision, len(listed), compared, path, failures, picture)
 
 
 def compare_logits(got: Logits, want: Logits) -> Comparison:

@@ -89,7 +89,17 @@ ROOMS: dict[str, set[str]] = {
     },
 }  # fmt: skip
 # The roof: it calls every room, but imports only these before a command needs more.
-ROOF = {"__init__", "__main__", "bench", "cli", "demo", "progress", "roofline", "verify"}
+ROOF = {
+    "__init__",
+    "__main__",
+    "bench",
+    "cli",
+    "demo",
+    "progress",
+    "roofline",
+    "verify",
+    "verify_pictures",
+}
 LEAN_AT_IMPORT = {"numpy", "click", "artifact", "layouts", "load"} | ROOF
 DRIVER = {"compile"}  # the spine names them all
 HEAVY = (

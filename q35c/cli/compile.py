@@ -137,11 +137,18 @@ def next_command(path: Path) -> str:
 @click.argument("source")
 @click.option("--format", "kind", type=click.Choice(["onnx"]), default="onnx", show_default=True)
 @click.option(
+    "--part",
+    type=click.Choice(["text", "vision"]),
+    default="text",
+    show_default=True,
+    help="The text model, or the vision tower of a multimodal checkpoint.",
+)
+@click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The file to write [<name>.onnx]."
 )
 @source_options
 def export_command(source: str, kind: str, output: Path | None, **options: Any) -> None:
-    """Write a checkpoint as another format: the whole model as a plain ONNX graph.
+    """Write a checkpoint as another format: the whole text model, or vision tower, as a plain ONNX graph.
 
     \b
     Example:

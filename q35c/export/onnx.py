@@ -1,5 +1,8 @@
 """Write a fused graph as an ONNX model: (tokens i32 [T], positions i32 [3, T]) -> logits f32 [T, V].
 
+Of a vision tower: (patches u8 [4 T, bytes], taps i32 [4 T, 4], tap_weights f32 [4 T, 4], places i32 [4 T, 2]) -> embeddings
+f32 [T, H] of one picture; `q35c.runtime.grid` makes the last three inputs.
+
 The whole sequence at once, from empty state, in float32, with a dynamic number of tokens (at least one).
 For text, all three rows of `positions` are 0, 1, 2, ... ORT and other runtimes need nothing of q35c.
 """
@@ -20,7 +23,8 @@ from q35c.errors import DiskRefused, InternalError, LoweringError, OptionError
 from q35c.export import picture_lowerings as picture_lowerings  # adds its rows
 from q35c.export.lowerings import LOWERINGS
 from q35c.export.nodes import Nodes, element_type
-from q35c.frontend.checkpoint import LoadFormat, open_checkpoint
+from q35c.frontend.checkpoint import Checkpoint, LoadFormat, open_checkpoint
+from q35c.frontend.tensors import TOWER_PREFIX
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import size_bytes
 from q35c.outputs import PREFIX, check_output, check_space, publish
@@ -29,6 +33,7 @@ from q35c.temporary import temporary_folder
 Progress = Callable[[str, float], None]  # stage, fraction done
 ReadWeight = Callable[[str], np.ndarray]
 OPSET = 18
+PARTS = ("text", "vision")
 INLINE_BYTES = 1_500_000_000  # one protobuf message holds at most 2 GB
 DATA_ALIGNMENT = 4096  # pages: runtimes map the data file
 
@@ -41,33 +46,45 @@ def export_checkpoint(
     seed: int = 0,
     follow_links: bool = False,
     ignore_config: Collection[str] = (),
+    part: str = "text",
     progress: Progress | None = None,
 ) -> Path:
-    """Write a checkpoint as an ONNX model and return its path.
+    """Write a checkpoint's text model, or with `part` "vision" its vision tower, as an ONNX model and return its path.
 
     `source` and `load_format` to `ignore_config` are those of `open_checkpoint`. Raises its errors, OptionError
     for an output that cannot be written, DiskRefused.
     """
-    from q35c.frontend.importer import import_program
-    from q35c.frontend.trace import trace_model
     from q35c.passes.pipeline import fuse
 
+    part = arguments.choice("part", part, PARTS, "part of a model")
     report = arguments.callback("progress", progress) or (lambda stage, fraction: None)
     output = arguments.path("output", output)
     check_outputs(output, arguments.path("source", source))
     checkpoint = open_checkpoint(
-        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config
-    )
+        source, load_format, seed, follow_links=follow_links, ignore_config=ignore_config,
+        vision=part == "vision",
+    )  # fmt: skip
     report("trace", 0.0)
-    program = trace_model(checkpoint.config)
+    graph = trace_part(checkpoint)
     report("fuse", 0.2)
-    graph = fuse(import_program(program))
+    graph = fuse(graph)
     return export_onnx(
         graph,
         checkpoint.read,
         output,
         progress=lambda stage, fraction: report(stage, 0.25 + 0.75 * fraction),
     )
+
+
+def trace_part(checkpoint: Checkpoint) -> Graph:
+    """Trace the vision tower if it was asked for, else the text model."""
+    from q35c.frontend.importer import import_program
+    from q35c.frontend.trace import trace_model
+    from q35c.frontend.trace_vision import trace_tower
+
+    if checkpoint.tower is None:
+        return import_program(trace_model(checkpoint.config))
+    return import_program(trace_tower(checkpoint.tower), "vision", TOWER_PREFIX)
 
 
 def export_onnx(
@@ -225,7 +242,8 @@ def scope_of(op: Op, number: int) -> str:
 
 
 def output_name(graph: Graph, index: int) -> str:
-    return "logits" if len(graph.outputs) == 1 else f"output_{index}"
+    whole = "embeddings" if graph.name == "vision" else "logits"
+    return whole if len(graph.outputs) == 1 else f"output_{index}"
 
 
 def declare(name: str, value: Value):

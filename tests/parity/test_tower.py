@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import q35c
 from q35c.artifact import read_artifact
 from q35c.errors import OptionError, PromptError
+from q35c.verify import verify_artifact
+from q35c.verify_pictures import PictureComparison, check_picture
 from tests.pictures import (
     GRIDS,
     eager_rows,
@@ -128,3 +131,21 @@ def test_patches_are_bytes() -> None:
     patches = random_patches(tower_config(), (2, 2)).astype(np.float32)
     with pytest.raises(PromptError, match="not the patches"):
         model("plain", "f32").see(patches, (2, 2))
+
+
+def test_verify_compares_a_picture_and_what_follows_it() -> None:
+    path = seeing_artifact("plain", "f32")
+    found = verify_artifact(path, path.parent / "seeing-plain").picture
+    assert found is not None and found.precision == "f32" and found.grid[0] != found.grid[1]
+    assert (
+        found.difference < 1e-5 and found.logits_difference < 1e-5 and found.least_cosine > 0.999999
+    )
+
+
+@pytest.mark.parametrize("change", [{"least_cosine": 0.9}, {"difference": 1.0}, {"logits_difference": 1.0}])  # fmt: skip
+def test_a_broken_promise_of_pictures_is_said(change: dict[str, float]) -> None:
+    kept = PictureComparison((4, 6), "f32", 1e-6, 0.999999, 1e-6)
+    kept = replace(kept, precision="bf16") if "least_cosine" in change else kept
+    assert check_picture(kept, 1e-3) == ()
+    (sentence,) = check_picture(replace(kept, **change), 1e-3)
+    assert "promised" in sentence
