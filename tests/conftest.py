@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
-import sys
 import tempfile
 
 import pytest
@@ -24,17 +24,16 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ.pop(COMPILED), ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def spared_modules() -> None:
+    """Spare collections of garbage all that was imported, for tests that ask for many of them."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Make what runs at night slow as well: `-m "not slow"` replaces the `-m` of pyproject, and leaves both out."""
     for item in items:
         if item.get_closest_marker("nightly"):
             item.add_marker("slow")
-
-
-def pytest_collection_finish() -> None:
-    """Make kernels faster to parse, where any of what was collected may have some."""
-    if "tvm" in sys.modules:
-        from tests.quick_parser import install
-
-        install()

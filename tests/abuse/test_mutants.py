@@ -25,7 +25,7 @@ def hunt(*options: object, seconds: float) -> subprocess.CompletedProcess[str]:
     ("small", "whole"),
     [
         (2_000, 60),
-        pytest.param(40_000, 1_000, marks=pytest.mark.slow),
+        pytest.param(15_000, 400, marks=pytest.mark.slow),
         pytest.param(200_000, 5_000, marks=pytest.mark.nightly),
     ],
 )

@@ -166,7 +166,7 @@ for number in range(count):
 @pytest.mark.parametrize(
     "count",
     [
-        pytest.param(5, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
         pytest.param(100, marks=pytest.mark.nightly),
         pytest.param(1000, marks=pytest.mark.nightly),
     ],

@@ -35,11 +35,15 @@ def test_every_size_lowers(name: str) -> None:
     config = replace(full, num_hidden_layers=LAYERS, layer_types=full.layer_types[:LAYERS])
     traced = graph_of(config)
     limits = Limits(CONTEXT, CONTEXT, BATCH, config.vocab_size, config.hidden_size)
-    for level in ("x86-64-v3", "x86-64-v4-bf16"):
-        for policy in POLICIES.values():
+    for policy in POLICIES.values():
+        modules: dict[int, Module] = {}  # by the parts of attention
+        for level in ("x86-64-v3", "x86-64-v4-bf16"):
             target = find_target(f"cpu:{level}")
             splits = partial(target.decode_splits, context=CONTEXT)
-            module = run_pipeline(traced, Choices(policy, splits))
+            parts = splits(config.num_key_value_heads)
+            if parts not in modules:
+                modules[parts] = run_pipeline(traced, Choices(policy, splits))
+            module = modules[parts]
             specs = [entry_spec(graph, target, limits) for graph in module]
             state = blobs.state_layout(describe_state(module, policy, CONTEXT, target))
             offsets = {tensor["name"]: tensor["offset"] for tensor in state["tensors"]}

@@ -54,7 +54,7 @@ def in_folder(name):
 found = {}
 used = len(os.listdir("/proc/self/fd"))
 in_folder("file size")
-for size in (0, 1, 64, 1000, 4096, 8192, 16384):
+for size in (0, 1, 1000, 4096, 16384):
     for handler in (signal.SIG_IGN, signal.SIG_DFL):
         signal.signal(signal.SIGXFSZ, handler)
         with limited(resource.RLIMIT_FSIZE, size):

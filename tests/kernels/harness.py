@@ -50,6 +50,7 @@ FLOATS = ("f32", "bf16")  # formats whose packing and rounding are written here 
 GUARD_BYTES = 256
 _PATTERN = np.uint8(0xFF)  # 0xFFFFFFFF is a NaN: what reads a guard shows it in its result
 
+_DISPATCH = "dispatch"
 _workers: dict[int, Workers] = {}
 
 
@@ -183,27 +184,34 @@ def own_parameters(kernel: PrimFunc) -> list[tirx.Var]:
     return [p for p in kernel.params[:-2] if p.name != "worker"]
 
 
-def _trampoline(name: str, kernel: PrimFunc) -> PrimFunc:
-    # Reads the kernel's arguments from int64 words at `io`: one entry serves every shape. T is the number of parts.
+def _dispatcher(kernels: Mapping[str, PrimFunc]) -> PrimFunc:
+    """Return the program that runs the kernel whose place is the first int64 word at `io`, with the words behind it.
+
+    One entry serves every kernel and shape; T is the number of parts. An entry for each kernel would be a third of the time
+    to compile.
+    """
     parameters = Parameters.make()
-    base = tirx.Var("base", tvm.ir.PointerType(tvm.ir.PrimType("int64")))
-    words = tirx.decl_buffer((len(kernel.params),), "int64", data=base)
-    loads = [
-        as_pointer(words[i]) if isinstance(p.ty, tvm.ir.PointerType) else words[i]
-        for i, p in enumerate(own_parameters(kernel))
-    ]
     tid, nt, turn = parameters.tid, parameters.nt, tirx.Var("turn", "int32")
-    worker = [tid] * (len(kernel.params) - 2 - len(loads))
+    base = tirx.Var("base", tvm.ir.PointerType(tvm.ir.PrimType("int64")))
+    count = max(len(kernel.params) for kernel in kernels.values())
+    words = tirx.decl_buffer((count,), "int64", data=base)
     parts = T.cast(parameters.tokens, "int32")
-    arguments = [*loads, *worker, tid + turn * nt, parts]
-    run = call_kernel(name, arguments)
+    run: tirx.Stmt = tirx.Evaluate(0)
+    for place, (name, kernel) in enumerate(kernels.items()):
+        loads = [
+            as_pointer(words[at]) if isinstance(p.ty, tvm.ir.PointerType) else words[at]
+            for at, p in enumerate(own_parameters(kernel), start=1)
+        ]
+        worker = [tid] * (len(kernel.params) - 2 - len(loads))
+        call = call_kernel(name, [*loads, *worker, tid + turn * nt, parts])
+        run = tirx.IfThenElse(words[0] == place, call, run)
     turns = T.truncdiv(parts - tid + (nt - 1), nt)
     statements = [
         tirx.Bind(base, T.reinterpret(parameters.blobs["io"], dtype=base.ty)),
         tirx.DeclBuffer(words, data=base),
         tirx.For(turn, 0, turns, tirx.ForKind.SERIAL, run),
     ]
-    return entry_function(f"call_{name}", parameters, statements)
+    return entry_function(_DISPATCH, parameters, statements)
 
 
 class Kernels:
@@ -211,9 +219,9 @@ class Kernels:
 
     def __init__(self, functions: Mapping[str, PrimFunc], isa: Isa) -> None:
         self.isa = isa
-        entries = {f"call_{name}": _trampoline(name, f) for name, f in functions.items()}
-        self.code = build_shared(functions, entries, isa)
+        self.code = build_shared(functions, {_DISPATCH: _dispatcher(functions)}, isa)
         self._library = Library(self.code)
+        self._places = {name: place for place, name in enumerate(functions)}
         self._counts = {name: len(own_parameters(f)) for name, f in functions.items()}
 
     def call(
@@ -226,10 +234,10 @@ class Kernels:
         assert len(arguments) == self._counts[name], (
             f"{name} takes {self._counts[name]} arguments before tid and nt, got {len(arguments)}"
         )
-        words = np.array([_word(a) for a in arguments] or [0], np.int64)
+        words = np.array([self._places[name], *map(_word, arguments)], np.int64)
         workers = _workers.setdefault(threads, Workers(threads))
         workers.run(
-            self._library.entry(f"call_{name}"),
+            self._library.entry(_DISPATCH),
             Arguments(0, 0, 0, words.ctypes.data, 0, parts or threads),
         )
         for argument in arguments:

@@ -7,6 +7,7 @@ run the form for bf16 pairs, where this processor has the instructions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,7 +97,17 @@ INT8 = tuple(
     for place, heads in enumerate((*PAIRED, Heads(4, 2, 256, 64)))
 )
 needs_pairs = pytest.mark.skipif(not BEST.offers("dot2_bf16"), reason="needs AVX512-BF16")
-ALL = [*CASES, *INT8, *(pytest.param(heads, marks=needs_pairs) for heads in PAIRED)]
+# Of groups and head dims that differ in nothing but numbers of whole tiles one stays for the day.
+NIGHTLY = ((3, 80), (6, 128), (8, 256))  # a group's heads and the head dim, of pairs and int8
+ALL = [*CASES, *INT8, *PAIRED]
+
+
+def marked(heads: Heads) -> Any:
+    """Return a case as a parameter."""
+    is_paired = heads in PAIRED
+    is_nightly = heads not in CASES and (heads.Hq // heads.Hkv, heads.D) in NIGHTLY
+    marks = [needs_pairs] * is_paired + [pytest.mark.nightly] * is_nightly
+    return pytest.param(heads, marks=marks)
 
 
 def functions(heads: Heads, isa) -> dict:
@@ -220,7 +231,7 @@ def round_bf16(x: np.ndarray) -> np.ndarray:
     return from_bf16(to_bf16(x.astype(np.float32))).astype(np.float64)
 
 
-@pytest.fixture(scope="module", params=ALL, ids=str)
+@pytest.fixture(scope="module", params=map(marked, ALL), ids=str)
 def problem(request) -> Problem:
     return make_problem(request.param, max(STARTS) + max(LENGTHS))
 

@@ -1,6 +1,6 @@
 """Norm, rotation and the cache write before attention, against float64.
 
-Fifteen heads' shapes times six token counts, both forms; whatever of the cache is not written must stay as it was. In
+Thirteen heads' shapes times six token counts, both forms; whatever of the cache is not written must stay as it was. In
 a cache of bf16 pairs the odd half beside a last, even cell is made zero.
 """
 
@@ -73,11 +73,9 @@ CASES = (
     Heads(8, 4, 128, 32),
     Heads(7, 7, 144, 36),
     Heads(8, 1, 256, 64, "bf16"),
-    Heads(16, 2, 256, 64),
     Heads(1, 1, 32, 8, "int8"),
     Heads(4, 2, 80, 20, "int8"),
     Heads(3, 3, 112, 28, "int8"),
-    Heads(8, 4, 128, 32, "int8"),
     Heads(8, 2, 256, 64, "int8"),
 )
 
@@ -232,9 +230,16 @@ def check_codes(codes: np.ndarray, scales: np.ndarray, want: np.ndarray) -> None
     codes[...] = scales[...] = 0xFF
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
-def test_a_run_is_appended(kernels: Kernels, isa: Isa, index: int, tokens: int) -> None:
+EACH_CASE = pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
+
+
+@EACH_CASE
+def test_a_run_is_appended(kernels: Kernels, isa: Isa, index: int) -> None:
+    for tokens in TOKENS:
+        check_run(kernels, isa, index, tokens)
+
+
+def check_run(kernels: Kernels, isa: Isa, index: int, tokens: int) -> None:
     problem = Problem(index, tokens)
     outputs = []
     for threads in (1, 2, 3):
@@ -246,9 +251,14 @@ def test_a_run_is_appended(kernels: Kernels, isa: Isa, index: int, tokens: int) 
     assert outputs[0] == outputs[1] == outputs[2]
 
 
-@pytest.mark.parametrize("tokens", [count for count in TOKENS if count <= len(SLOTS)])
-@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: str(CASES[index]))
-def test_rows_of_a_batch_are_sequences(kernels: Kernels, isa: Isa, index: int, tokens: int) -> None:
+@EACH_CASE
+def test_rows_of_a_batch_are_sequences(kernels: Kernels, isa: Isa, index: int) -> None:
+    for tokens in TOKENS:
+        if tokens <= len(SLOTS):
+            check_rows(kernels, isa, index, tokens)
+
+
+def check_rows(kernels: Kernels, isa: Isa, index: int, tokens: int) -> None:
     problem = Problem(index, tokens)
     outputs = []
     for threads in (1, 2, 3):

@@ -70,7 +70,12 @@ def test_divergence_of_an_int8_cache(directory: Path) -> None:
     assert 0 < kl <= 1.5 * INT8_CACHE, "worse than when it was measured: find out why"
 
 
-@pytest.mark.parametrize("precision", CUTS)
+# The others are rounded between these: at night.
+AT_NIGHT = ("w8", "w4-small")
+NIGHTLY_CUTS = [pytest.param(p, marks=pytest.mark.nightly) if p in AT_NIGHT else p for p in CUTS]
+
+
+@pytest.mark.parametrize("precision", NIGHTLY_CUTS)
 def test_cuts_off_the_grid_and_steps_cost_little(precision: str, directory: Path) -> None:
     model = compiled(precision, directory)
     got, want = [], []

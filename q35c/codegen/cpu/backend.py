@@ -100,7 +100,7 @@ class CpuBackend:
         from q35c.codegen.cpu.program import check_calls, program_entry
 
         entries = {name: program_entry(name, calls, clock) for name, calls in programs.items()}
-        measuring = list(probes(self.isa))
+        measuring = probes(self.isa)
         entries |= {probe.symbol: probe.program() for probe in measuring}
         progress("kernels", 0.0)
         functions = make_kernels(kernels, self.isa, lambda done: progress("kernels", done))

@@ -8,7 +8,6 @@ from typing import Any
 
 from q35c.codegen.backend import KernelKey, Parameters
 from q35c.codegen.calls import Signature
-from q35c.codegen.cpu.fast_macros import install
 from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.kernels.attention.picture import PICTURE_ATTENTION, PICTURE_PREPARE
 from q35c.codegen.cpu.kernels.attention.prepare import ATTENTION_PREPARE
@@ -27,8 +26,6 @@ from q35c.codegen.cpu.kernels.rows.rotary import AXIAL_ROTARY_TABLE, ROTARY_TABL
 from q35c.codegen.cpu.kernels.rows.round_bf16 import ROUND_ROWS
 from q35c.codegen.cpu.kernels.rows.round_int8 import QUANTIZE_ROWS
 from q35c.errors import LoweringError
-
-install()
 
 FAMILIES: dict[str, Family] = {
     row.name: row

@@ -14,6 +14,7 @@ of the loop or computed once. Without VNNI the byte product is that of products/
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +58,13 @@ class Probe:
         return {"name": self.name, "symbol": self.symbol, "work": self.work}
 
 
-def probes(isa: Isa) -> Iterator[Probe]:
-    """Yield the probes of an instruction set; without bf16 products bf16 is computed as f32."""
+@functools.cache
+def probes(isa: Isa) -> tuple[Probe, ...]:
+    """Return the probes of an instruction set; without bf16 products bf16 is computed as f32."""
+    return tuple(_make_probes(isa))
+
+
+def _make_probes(isa: Isa) -> Iterator[Probe]:
     yield Probe("clock", None, 1)
     yield Probe("read", reading(isa, is_cached=False), 4 * _PAGE_WORDS)
     yield Probe("cache", reading(isa, is_cached=True), 4 * _PAGE_WORDS * _CACHED_PAGES)

@@ -44,6 +44,7 @@ _ROUND = (
 _ROUND_BITS = 0x4B400000
 
 
+@functools.cache
 def pack_integers(K: int, dtype: str, isa: Isa) -> PrimFunc:
     """Make the kernel (X f32 [blocks * 32, K], W i32, BYTES u8, blocks, tid, nt).
 
