@@ -11,6 +11,7 @@ from tests.kernels.harness import pack_formatted
 
 NORM = {"eps": 1e-6, "offset": 1.0}
 N, K, E, TOP_K, TOKENS = 40, 300, 5, 2, 3
+HEAD = 60
 # weights, rows, tile: every type of rows, and a tile that is full, part of one, and one row.
 CASES = [("i4g32", "q8g32", 2), ("i5g64", "q8g64", 3), ("i4g128", "q8g128", 4), ("bf16", "bf16", 2), ("bf16", "f32", 2)]  # fmt: skip
 KINDS = ("norm", "round")
@@ -32,6 +33,9 @@ def kernels() -> CudaKernels:
             asked[f"{kind}_{dtype}_{rows}"] = request(
                 "linear", **shape(dtype, rows), tile=tile, prologue=kind, **first
             )
+    gated = {"prologue": "gated", "eps": 1e-6, "head_dim": HEAD}
+    asked["gated_q8g64"] = request("linear", **shape("i5g64", "q8g64"), tile=3, **gated)
+    asked["gated"] = request("delta_output", Hv=K // HEAD, Dv=HEAD, eps=1e-6)
     experts = {"E": E, "H": K, "I": 32, "top_k": TOP_K, "dtype": "i5g64", "rows": "q8g64"}
     asked["up"] = request("expert_gate_up", **experts)
     asked["norm_up"] = request("expert_gate_up", **experts, prologue="norm", **NORM)
@@ -69,6 +73,19 @@ def test_products(kernels: CudaKernels, dtype: str, rows: str, tile: int, kind: 
         name = f"{dtype}_{rows}"
         want = kernels.run(f"plain_{name}", tokens, outputs, w=w, x=rounded(kernels, apart, rows))
         got = kernels.run(f"{kind}_{name}", tokens, outputs, w=w, x=x, **first)
+        np.testing.assert_array_equal(got["y"], want["y"])
+
+
+def test_gated_norms_of_heads(kernels: CudaKernels) -> None:
+    w = pack_formatted(normal(N, K), "i5g64").view(np.uint32)
+    weight = normal(HEAD, seed=1)
+    for tokens in (1, TOKENS):
+        o, z = normal(tokens, K, seed=tokens), normal(tokens, K, seed=9)
+        outputs = {"y": (tokens, N)}
+        y = kernels.run("gated", tokens, {"y": (tokens, K)}, o=o, z=z, norm_w=weight)["y"]
+        rows = rounded(kernels, y, "q8g64")
+        want = kernels.run("plain_i5g64_q8g64", tokens, outputs, w=w, x=rows)
+        got = kernels.run("gated_q8g64", tokens, outputs, w=w, x=o, norm=weight, gate=z)
         np.testing.assert_array_equal(got["y"], want["y"])
 
 

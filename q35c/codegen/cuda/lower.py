@@ -19,10 +19,8 @@ from q35c.layouts.weights import WeightLayout
 
 TILE = 8  # rows for which a product reads its weights once
 FEW = 8  # rows for which a product makes its own: more would make them once for many blocks
-PRODUCTS = (
-    "linear", "linear_residual", "linear_swiglu", "rounded_linear_swiglu", "sparse_moe_residual", "quantized_moe_residual",
-    "folded_moe_residual",
-)  # fmt: skip
+LINEAR = ("linear", "linear_residual", "linear_swiglu", "rounded_linear_swiglu")
+PRODUCTS = (*LINEAR, "sparse_moe_residual", "quantized_moe_residual", "folded_moe_residual")
 
 
 def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
@@ -51,18 +49,23 @@ class Made:
     norm: WeightRef | None = None
     eps: float = 0.0
     offset: float = 0.0
+    gate: View | None = None
+    head_dim: int = 0
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Return what a product must know to make them."""
         if self.norm is None:
             return {"prologue": "round"}
+        if self.gate is not None:
+            return {"prologue": "gated", "eps": self.eps, "head_dim": self.head_dim}
         return {"prologue": "norm", "eps": self.eps, "offset": self.offset}
 
     @property
     def pointers(self) -> dict[str, View | WeightRef]:
         """Return what a product must be given to make them."""
-        return {"x": self.x} | ({"norm": self.norm} if self.norm is not None else {})
+        given = {"x": self.x, "norm": self.norm, "gate": self.gate}
+        return {name: pointer for name, pointer in given.items() if pointer is not None}
 
 
 class CudaLowering(Lowering):
@@ -76,17 +79,26 @@ class CudaLowering(Lowering):
     def tile(self) -> int:
         return min(TILE, self.max_tokens)
 
-    def can_be_made(self, value: Value, dtype: str) -> bool:
+    def can_be_made(self, value: Value, dtype: str, is_gated: bool = False) -> bool:
         """Tell whether rows of this dtype are few, and all that read them are products that can make them."""
         readers = self.readers.get(value, [])
-        size = 4 * self.tile * Prologue("round", width(value), dtype).words
-        is_small = self.max_tokens <= FEW and size <= MOST_BYTES
-        return is_small and bool(readers) and all(self._makes(op, value) for op in readers)
+        is_few = self.max_tokens <= FEW
+        return (
+            is_few
+            and bool(readers)
+            and all(self._makes(op, value, dtype, is_gated) for op in readers)
+        )
 
-    def _makes(self, op: Op, value: Value) -> bool:
+    def _makes(self, op: Op, value: Value, dtype: str, is_gated: bool) -> bool:
         if op.kind == "quantize_rows":
-            return self.can_be_made(op.result, op.attrs["dtype"])
-        return op.kind in PRODUCTS and [name for name, v in op.named() if v == value] == ["x"]
+            return self.can_be_made(op.result, op.attrs["dtype"], is_gated)
+        products = LINEAR if is_gated else PRODUCTS
+        is_small = 4 * self.tile * Prologue("round", width(value), dtype).words <= MOST_BYTES
+        return (
+            is_small
+            and op.kind in products
+            and [name for name, v in op.named() if v == value] == ["x"]
+        )
 
     def product_rows(self, value: Value) -> tuple[dict[str, Any], Mapping[str, View | WeightRef]]:
         """Return the parameters and pointers by which a product reads rows."""
@@ -214,6 +226,11 @@ def lower_gated_delta_net(low: CudaLowering, op: Op) -> None:
     )  # fmt: skip
     if is_unread(low, op):
         return  # the entry only continues the state
+    read = [value for value in op.results if value in low.readers]
+    if all(low.can_be_made(value, value.type.dtype, is_gated=True) for value in read):
+        made = Made(o, "", norm_w, op.attrs["eps"], gate=view[z], head_dim=value_dim)  # type: ignore[arg-type]
+        low.made |= {value: replace(made, dtype=value.type.dtype) for value in read}
+        return
     y = low.exact(op)
     parameters = {"Hv": value_heads, "Dv": value_dim, "eps": op.attrs["eps"]}
     low.call("delta_output", parameters, o=o, z=view[z], norm_w=norm_w, y=y)

@@ -48,15 +48,8 @@ from q35c.codegen.cuda.kernels.make import (
     shared,
     store,
 )
-from q35c.codegen.cuda.kernels.prologue import WARPS, Prologue, norm_array, prologue_of
-from q35c.codegen.cuda.kernels.threads import (
-    barrier,
-    shuffle_xor,
-    sigmoid,
-    silu,
-    threads,
-    when,
-)
+from q35c.codegen.cuda.kernels.prologue import WARPS, Prologue, prologue_arguments, prologue_of
+from q35c.codegen.cuda.kernels.threads import barrier, shuffle_xor, sigmoid, silu, threads, when
 from q35c.layouts.weights import BLOCK
 
 _ROUTE = "logits gate ids weights tokens ld_logits ld_gate"
@@ -156,7 +149,8 @@ def _product(E, N, K, top_k, dtype, is_gated, x_pairs, first_steps: Prologue) ->
         w = array(w, (E * blocks, words), weight_type(dtype))
         x = array(x, (tokens * x_pairs, ld_x), first_steps.row_type)
         ids = array(ids, (tokens * top_k,), "int32")
-        y, norm = array(y, (tokens * top_k, outputs), "float32"), norm_array(norm, K)
+        y = array(y, (tokens * top_k, outputs), "float32")
+        norm, _ = first_steps.arrays(norm, None, tokens, None)
         with threads((blocks, tokens * top_k, 1), (WARP, WARPS, 1)) as (block, pair, lane, warp):
             acc, sums = local("acc", (1,)), shared("sums", (WARPS, 1, BLOCK))
             line = let(
@@ -165,7 +159,7 @@ def _product(E, N, K, top_k, dtype, is_gated, x_pairs, first_steps: Prologue) ->
             row = let("row", pair if x_pairs == top_k else pair // top_k)
             rows = x
             if first_steps.is_needed:
-                rows = first_steps.stage(x, norm, lambda _: row, 1, 1, lane, warp)
+                rows = first_steps.stage(x, norm, None, lambda _: row, 1, 1, lane, warp)
 
             def read(_: int, word: Expr) -> Expr:
                 return rows[0 if first_steps.is_needed else row, word]
@@ -190,7 +184,7 @@ def _product(E, N, K, top_k, dtype, is_gated, x_pairs, first_steps: Prologue) ->
 
 
 def _product_arguments(p: Parameters) -> str:
-    norm = " norm" if p.get("prologue") == "norm" else ""
+    norm, _ = prologue_arguments(p)
     return f"w x{norm} ids y tokens ld_x"
 
 

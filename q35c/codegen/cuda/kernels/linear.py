@@ -34,7 +34,7 @@ from q35c.codegen.cuda.kernels.family import (
     row_bytes,
 )
 from q35c.codegen.cuda.kernels.make import Expr, T, array, let, local, make_kernel, shared, store
-from q35c.codegen.cuda.kernels.prologue import WARPS, Prologue, norm_array
+from q35c.codegen.cuda.kernels.prologue import WARPS, Prologue, prologue_arguments
 from q35c.codegen.cuda.kernels.threads import barrier, silu, threads, when
 from q35c.layouts.weights import BLOCK
 
@@ -42,22 +42,26 @@ HALF = BLOCK // 2
 
 
 def linear(
-    N: int, K: int, dtype: str, rows: str, epilogue: str, tile: int, prologue: str = "none", eps: float = 0.0, offset: float = 0.0
+    N: int, K: int, dtype: str, rows: str, epilogue: str, tile: int, prologue: str = "none", eps: float = 0.0, offset: float = 0.0,
+    head_dim: int = 0,
 ) -> PrimFunc:  # fmt: skip
-    """Make the kernel (W, X, [NORM,] [R,] Y, T, ld_x, [ld_r,] ld_y) for X [T, K] and Y f32 [T, N], [T, N / 2] with "swiglu".
+    """Make the kernel (W, X, [NORM,] [GATE,] [R,] Y, T, ld_x, [ld_gate,] [ld_r,] ld_y) for X [T, K] and Y f32 [T, N], [T, N / 2] with "swiglu".
 
     `rows` is the dtype of the rows that W meets: that of X, or what a prologue (prologue.py) makes of f32 rows X; its "norm"
-    takes NORM f32 [K]. `epilogue` is none, residual (R f32 [T, N] is added) or swiglu.
+    takes NORM f32 [K], "gated" NORM f32 [head_dim] and GATE f32 [T, K]. `epilogue` is none, residual (R f32 [T, N] is added) or swiglu.
     """
     blocks, words, parts = weight_blocks(N, epilogue), block_words(dtype, K), units(dtype, K)
     outputs = N // 2 if epilogue == "swiglu" else N
     columns = HALF if epilogue == "swiglu" else BLOCK
-    first_steps = Prologue(prologue, K, rows, eps, offset)
+    first_steps = Prologue(prologue, K, rows, eps, offset, head_dim)
 
-    def body(w, x, y, tokens, ld_x, ld_y, norm=None, r=None, ld_r=None) -> None:  # type: ignore[no-untyped-def]
+    def body(
+        w, x, y, tokens, ld_x, ld_y, norm=None, gate=None, ld_gate=None, r=None, ld_r=None
+    ) -> None:  # type: ignore[no-untyped-def]
         w = array(w, (blocks * words,), weight_type(dtype))
         x = array(x, (tokens, ld_x), first_steps.row_type)
-        y, norm = array(y, (tokens, ld_y), "float32"), norm_array(norm, K)
+        y = array(y, (tokens, ld_y), "float32")
+        norm, gate = first_steps.arrays(norm, gate, tokens, ld_gate)
         residual = array(r, (tokens, ld_r), "float32") if r is not None else None
         grid = (blocks, (tokens + (tile - 1)) // tile, 1)
         with threads(grid, (WARP, WARPS, 1)) as (block, by, lane, warp):
@@ -70,7 +74,9 @@ def linear(
                 return x[T.min(first + at, tokens - 1), word]
 
             if first_steps.is_needed:
-                staged = first_steps.stage(x, norm, lambda at: first + at, count, tile, lane, warp)
+                staged = first_steps.stage(
+                    x, norm, gate, lambda at: first + at, count, tile, lane, warp
+                )
 
                 def read(at: int, word: Expr) -> Expr:
                     return staged[T.min(at, count - 1) if at else 0, word]
@@ -100,7 +106,7 @@ def linear(
 
     parameters = {"epilogue": epilogue, "prologue": prologue}
     types = {"w": weight_type(dtype), "x": first_steps.row_type}
-    types |= dict.fromkeys(("norm", "r", "y"), "float32")
+    types |= dict.fromkeys(("norm", "gate", "r", "y"), "float32")
     return make_kernel(product_arguments(parameters), types, body)
 
 
@@ -131,10 +137,10 @@ def weight_blocks(N: int, epilogue: str) -> int:
 
 def product_arguments(p: Parameters) -> str:
     """Return what a product takes."""
-    norm = " norm" if p.get("prologue") == "norm" else ""
+    norm, ld_gate = prologue_arguments(p)
     if p["epilogue"] == "residual":
-        return f"w x{norm} r y tokens ld_x ld_r ld_y"
-    return f"w x{norm} y tokens ld_x ld_y"
+        return f"w x{norm} r y tokens ld_x{ld_gate} ld_r ld_y"
+    return f"w x{norm} y tokens ld_x{ld_gate} ld_y"
 
 
 def product_cost(p: Parameters) -> Cost:
