@@ -13,7 +13,7 @@ NORM = {"eps": 1e-6, "offset": 1.0}
 N, K, E, TOP_K, TOKENS = 40, 300, 5, 2, 3
 HEAD = 60
 # weights, rows, tile: every type of rows, and a tile that is full, part of one, and one row.
-CASES = [("i4g32", "q8g32", 2), ("i5g64", "q8g64", 3), ("i4g128", "q8g128", 4), ("bf16", "bf16", 2), ("bf16", "f32", 2)]  # fmt: skip
+CASES = [("i4g32", "q8g32", 2), ("i5g64", "q8g64", 3), ("bf16", "bf16", 2), ("bf16", "f32", 2)]
 KINDS = ("norm", "round")
 
 
@@ -24,7 +24,7 @@ def shape(dtype: str, rows: str) -> dict:
 @pytest.fixture(scope="module")
 def kernels() -> CudaKernels:
     asked = {"norm": request("rms_norm", D=K, **NORM), "round_bf16": request("round_rows", K=K, pairs=1)}  # fmt: skip
-    for group in (32, 64, 128):
+    for group in (32, 64):
         asked[f"round_q8g{group}"] = request("quantize_rows", K=K, group=group, pairs=1)
     for dtype, rows, tile in CASES:
         asked[f"plain_{dtype}_{rows}"] = request("linear", **shape(dtype, rows), tile=tile)
