@@ -70,6 +70,16 @@ def find_route(path: str) -> Route | None:
     return ROUTES.get(path)
 
 
+async def live(receive: Receive, send: Send, close: Callable[[], object]) -> None:
+    """Answer what a server says of its beginning and end; `close` is called at the end."""
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    with contextlib.suppress(asyncio.CancelledError):  # ended by force
+        await receive()
+    close()
+    await send({"type": "lifespan.shutdown.complete"})
+
+
 class App:
     """An ASGI application. Ends nothing that it was given: engine and model are their owner's."""
 
@@ -82,19 +92,15 @@ class App:
         """Say at /health that this server is about to end; the engine is told by its owner."""
         self._desk.is_draining = True
 
+    def close(self) -> None:
+        """End the threads that prepare requests."""
+        self._desk.close()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
+            await live(receive, send, self.close)
         elif scope["type"] == "http":
             await self._exchange(scope, receive, send)
-
-    async def _live(self, receive: Receive, send: Send) -> None:
-        await receive()
-        await send({"type": "lifespan.startup.complete"})
-        with contextlib.suppress(asyncio.CancelledError):  # ended by force
-            await receive()
-        self._desk.close()
-        await send({"type": "lifespan.shutdown.complete"})
 
     async def _exchange(self, scope: Scope, receive: Receive, send: Send) -> None:
         begun = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from q35c.runtime.load import load_model
 from q35c.runtime.memory import available_memory
 from q35c.serve.app import App
 from q35c.serve.engine import Engine
-from q35c.serve.server import Server, is_local, listen, raise_file_limit
+from q35c.serve.opening import Opening
+from q35c.serve.server import Server, is_local, listen, raise_file_limit, url_of
 from q35c.serve.settings import ANY, MAX_CONNECTIONS, Settings
 
 KEY_VARIABLE = "Q35C_API_KEY"
@@ -68,30 +70,49 @@ def serve(
     """
     settings = _checked(settings, host, is_insecure)
     raise_file_limit(2 * MAX_CONNECTIONS)
-    with (
-        listen(host, port) as listener,
-        load_model(
-            path, limits.threads, context=limits.context, batch=limits.batch, device=limits.device
-        ) as model,
-    ):
-        model.tokenizer  # noqa: B018  an artifact without one cannot be served
-        if model.batch == 1:
-            on_warning("the artifact was compiled with batch 1: one request is answered at a time")
-        if settings.log_prompts:
-            on_warning("what users write goes to the log")
-        engine = Engine(
-            model,
-            max_queue=limits.max_queue,
-            max_stall=limits.max_stall,
-            cache_bytes=cache_size(limits.prefix_cache),
-            cache_dir=limits.cache_dir,
+    if settings.log_prompts:
+        on_warning("what users write goes to the log")
+    with listen(host, port) as listener:
+        url = url_of(listener)
+        opening = Opening(
+            lambda stack: _open(path, settings, limits, stack, on_warning),
+            on_open=lambda: on_ready(url),
+            on_failure=lambda: server.stop(),
+        )
+        server = Server(
+            opening, opening, drain_seconds=drain_seconds, on_ready=lambda _: opening.start()
         )
         try:
-            app = App(model, engine, settings)
-            server = Server(app, engine, drain_seconds=drain_seconds, on_ready=on_ready)
             server.run_on(listener)
         finally:
-            engine.close()
+            opening.close()
+
+
+def _open(
+    path: str | os.PathLike[str],
+    settings: Settings,
+    limits: Limits,
+    stack: ExitStack,
+    on_warning: Tell,
+) -> tuple[App, Engine]:
+    """Load a model and start its engine, to be ended by the stack."""
+    model = stack.enter_context(
+        load_model(
+            path, limits.threads, context=limits.context, batch=limits.batch, device=limits.device
+        )
+    )
+    model.tokenizer  # noqa: B018  an artifact without one cannot be served
+    if model.batch == 1:
+        on_warning("the artifact was compiled with batch 1: one request is answered at a time")
+    engine = Engine(
+        model,
+        max_queue=limits.max_queue,
+        max_stall=limits.max_stall,
+        cache_bytes=cache_size(limits.prefix_cache),
+        cache_dir=limits.cache_dir,
+    )
+    stack.callback(engine.close)
+    return App(model, engine, settings), engine
 
 
 def _checked(settings: Settings, host: str, is_insecure: bool) -> Settings:

@@ -11,18 +11,32 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
+from starlette.types import Receive, Scope, Send
 
 from q35c import arguments
 from q35c.errors import OptionError
-from q35c.serve.app import App
 from q35c.serve.guard import GuardedProtocol
 from q35c.serve.log import log
-from q35c.serve.request import Serving
 from q35c.serve.settings import KEEP_ALIVE_SECONDS, MAX_DRAIN_SECONDS, WRITE_SECONDS
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Application(Protocol):
+    """What answers, and hears that the server is about to end."""
+
+    def start_draining(self) -> None: ...
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
+class Drained(Protocol):
+    """What lets running answers end, for some seconds."""
+
+    def drain(self, seconds: float) -> None: ...
 
 
 class Server(uvicorn.Server):
@@ -30,8 +44,8 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        app: App,
-        engine: Serving,
+        app: Application,
+        engine: Drained,
         *,
         drain_seconds: float = 30.0,
         on_ready: Callable[[str], None] = log.info,
