@@ -37,7 +37,7 @@ def test_a_real_shape(name: str, precision: str) -> None:
     backend, policy = find_target("cuda:sm_80"), find_policy(precision)
     splits = functools.partial(backend.decode_splits, context=4096)
     module = run_pipeline(graph_of(config), Choices(policy, splits))
-    limits = Limits(4096, 4096, 4, config.vocab_size)
+    limits = Limits(4096, 4096, 4, config.vocab_size, config.hidden_size)
     made = generate(module, backend, policy, limits, lambda *_: None, lambda _: None)
     (image,) = made.fields["target"]["images"]
     kernels = made.fields["kernels"]
