@@ -13,6 +13,7 @@ from q35c.runtime.model import Model
 from q35c.runtime.targets import find_machine
 
 VERIFY_BYTES = 256 << 20
+MAX_BATCH = 1024
 
 
 def load_model(
@@ -31,7 +32,7 @@ def load_model(
               else the physical cores this process may use, and fewer while other processes use them
     verify    check the hash of the weights; None: if they have at most 256 MiB, or are copied to a device
     context   tokens per sequence, by default as compiled, at most what the model can take
-    batch     sequences decoded together, at most and by default the compiled batch
+    batch     sequences decoded together, by default the compiled batch; more than that are decoded by several steps
     mmap      map the weights from the file (shared, lazy), or read them into private memory; a device gets a copy
     device    `cpu`, or `cuda:N` for the Nth NVIDIA device; None: what the artifact was compiled for, the first of its kind
 
@@ -46,7 +47,7 @@ def load_model(
     try:
         manifest = artifact.manifest
         context = _choose("context", context, manifest.context, manifest.max_context)
-        batch = _choose("batch", batch, manifest.batch, manifest.batch)
+        batch = _choose("batch", batch, manifest.batch, MAX_BATCH)
         machine = find_machine(manifest, threads, device)
         machine.check(manifest.target)
         have = machine.available_memory()

@@ -187,10 +187,10 @@ class Session:
 
     @staticmethod
     def decode_together(sessions: "Sequence[Session]", tokens: Sequence[int]) -> Logits:
-        """Append one token to each of up to `batch` sessions of one model; return logits f32[B, V].
+        """Append one token to each of some sessions of one model; return logits f32[B, V].
 
-        Raises PromptError as `prefill`, OptionError for too many, mixed or repeated sessions; then
-        nothing has changed.
+        One step takes as many as the model was compiled for; more are taken by several, one after the other. Raises
+        PromptError as `prefill`, OptionError for mixed or repeated sessions; then nothing has changed.
         """
         rows = arguments.sequence("sessions", sessions, "a list of sessions")
         sessions = [arguments.instance("sessions", session, Session) for session in rows]
@@ -199,10 +199,10 @@ class Session:
         executor = sessions[0]._executor
         manifest = executor.manifest
         ids = check_ids(tokens, manifest.model.vocab_size, manifest.max_context)
-        if len(sessions) > manifest.batch or len(ids) != len(sessions):
+        if len(ids) != len(sessions):
             raise OptionError(
                 "wrong number of sequences",
-                expected=f"1 to {manifest.batch} sessions with one token each",
+                expected="sessions with one token each",
                 got=f"{len(sessions)} sessions, {len(ids)} tokens",
             )
         if any(session._executor is not executor for session in sessions):
@@ -213,10 +213,13 @@ class Session:
                 session._check_room(1)
             for session in sessions:
                 session._is_broken = True
-            logits = executor.run(executor.entries.batch, sessions, ids)
-            for session, token in zip(sessions, ids, strict=True):
-                session._advance([token], 1)
-            return logits
+            logits: list[Logits] = []
+            for first in range(0, len(ids), manifest.batch):
+                step = slice(first, first + manifest.batch)
+                logits.append(executor.run(executor.entries.batch, sessions[step], ids[step]))
+                for session, token in zip(sessions[step], ids[step], strict=True):
+                    session._advance([token], 1)
+            return logits[0] if len(logits) == 1 else np.concatenate(logits)
 
         return Session._use(sessions, append)
 

@@ -98,7 +98,7 @@ def test_a_second_signal_ends_it_at_once(speaker: Path) -> None:
         (["--max-queue", "0"], "--max-queue: value"),
         (["--drain", "-1"], "--drain: value"),
         (["--queue-timeout", "-1"], "--queue-timeout: value"),
-        (["--batch", "99"], "--batch: value"),
+        (["--batch", "1025"], "--batch: value"),
         (["--served-model-name", "*"], "--served-model-name: no name"),
     ],
 )

@@ -27,7 +27,7 @@ from q35c.runtime import load
 from q35c.runtime.cpu import device, machine
 from q35c.runtime.cpu.blocks import Region
 from q35c.runtime.cpu.machine import check_target, choose_threads, default_threads
-from tests.fake_artifact import manifest_fields, script, write_fake
+from tests.fake_artifact import BATCH, manifest_fields, script, write_fake
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -201,10 +201,19 @@ def test_default_threads_are_physical_cores_within_the_quota(
 
 @pytest.mark.parametrize("name", ["context", "batch"])
 @pytest.mark.parametrize("value", [0, -1, 10**6, 1.5, True])
-def test_limits_below_the_compiled_ones_only(path: Path, name: str, value: Any) -> None:
+def test_limits_are_checked(path: Path, name: str, value: Any) -> None:
     with pytest.raises(OptionError) as caught:
         q35c.load(path, **{name: value})
     assert caught.value.where == name
+
+
+def test_a_batch_beyond_the_compiled_one(path: Path) -> None:
+    with q35c.load(path, batch=3 * BATCH + 1, threads=1) as model:
+        assert model.batch == 3 * BATCH + 1 > model.manifest.batch
+        prompts = [[token] for token in range(1, 3 * BATCH + 2)]
+        together = model.generate(prompts, 5, temperature=0)
+    with q35c.load(path, threads=1) as model:
+        assert together == model.generate(prompts, 5, temperature=0)
 
 
 def test_a_refused_load_closes_the_file(path: Path) -> None:

@@ -89,6 +89,21 @@ def test_rows_of_a_batch_are_independent(model: q35c.Model) -> None:
             assert np.array_equal(row, alone[index][step])
 
 
+def test_more_rows_than_the_compiled_batch_take_several_steps(model: q35c.Model) -> None:
+    prompts = [random_ids(length, length) for length in range(1, 2 * BATCH + 2)]
+    sessions = [model.session() for _ in prompts]
+    for session, prompt in zip(sessions, prompts, strict=True):
+        session.prefill(prompt)
+    rows = Session.decode_together(sessions, [5] * len(prompts))
+    for row, prompt in zip(rows, prompts, strict=True):
+        assert np.array_equal(row, one_shot(model, [*prompt, 5]))
+    # A failure in the second of three steps: what was computed before it stands.
+    with pytest.raises(ExecutionError):
+        Session.decode_together(sessions, [5] * BATCH + [FAILING] + [5] * BATCH)
+    assert [session.is_usable for session in sessions] == [True] * BATCH + [False] * (BATCH + 1)
+    assert np.array_equal(sessions[0].decode(6), one_shot(model, [*prompts[0], 5, 5, 6]))
+
+
 def test_progress_counts_chunks(model: q35c.Model) -> None:
     seen: list[tuple[int, int]] = []
     with model.session() as session:
@@ -199,7 +214,8 @@ def test_batch_misuse_changes_nothing(model: q35c.Model) -> None:
     full = model.session(context=1)
     full.prefill([1])
     wrong = [
-        (sessions, [1] * (BATCH + 1)),
+        ([*sessions, full], [1] * (BATCH + 2)),
+        (sessions, [1] * BATCH),
         (sessions[:2], [1]),
         ([sessions[0], sessions[0]], [1, 1]),
         ([sessions[0], full], [1, 1]),
