@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from q35c.artifact import Artifact
-from q35c.artifact.entries import Entry
+from q35c.artifact.entries import ROWS, Entry
 from q35c.artifact.leaves import Probe
 from q35c.artifact.target import CudaTarget
 from q35c.artifact.tower import Tower
@@ -108,7 +108,10 @@ class CudaDevice:
             with self._steps.work(states):
                 for sequence, state in zip(sequences, states, strict=True):
                     state.commit(sequence.length + each, self._steps)
-                events = self._enqueue(entry, count, rows, is_recorded=record is not None)
+                has_rows = media is not None and len(media.rows) > 0
+                events = self._enqueue(
+                    entry, count, rows, has_rows=has_rows, is_recorded=record is not None
+                )
             seconds = time.perf_counter() - begin
             if record is not None:
                 record(begin, seconds, self._nanoseconds(events))
@@ -117,10 +120,13 @@ class CudaDevice:
     def see(self, tower: Tower, inputs: Mapping[str, NDArray[Any]], tokens: int) -> Rows:
         raise OptionError("this device sees no pictures", where=self._context.title)
 
-    def _enqueue(self, entry: Entry, count: int, rows: int, *, is_recorded: bool) -> Sequence[int]:
+    def _enqueue(
+        self, entry: Entry, count: int, rows: int, *, has_rows: bool, is_recorded: bool
+    ) -> Sequence[int]:
         """Add a step to the stream; return the events before each of its launches and after the last, if it is recorded."""
         program = self._programs[entry.name]
-        if not is_recorded and (entry.tokens == 1 or count == entry.rows):
+        is_usual = entry.tokens == 1 or count == entry.rows
+        if is_usual and not has_rows and not is_recorded:
             captures = self._captures
             graph = program.graph(
                 count,
@@ -131,7 +137,7 @@ class CudaDevice:
             self._driver.call("cuGraphLaunch", graph, self._steps.handle)
             return ()
         events: Sequence[int] = ()
-        self._upload(entry, self._steps)
+        self._upload(entry, self._steps, has_rows=has_rows)
         if is_recorded:
             events = program.record(count, self._steps)
         else:
@@ -139,9 +145,10 @@ class CudaDevice:
         self._download(rows, self._steps)
         return events
 
-    def _upload(self, entry: Entry, stream: Stream) -> None:
-        """Add a copy of everything that an entry reads."""
-        fields = [self._manifest.io.fields[name] for name in entry.inputs]
+    def _upload(self, entry: Entry, stream: Stream, *, has_rows: bool = False) -> None:
+        """Add a copy of what an entry reads: of pictures' rows, which are large, only if there are some."""
+        names = [name for name in entry.inputs if has_rows or name != ROWS]
+        fields = [self._manifest.io.fields[name] for name in names]
         start = min(field.offset for field in fields)
         end = max(field.offset + tensor_bytes(field.dtype, field.shape) for field in fields)
         self._driver.call(
