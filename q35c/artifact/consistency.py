@@ -29,7 +29,8 @@ def check_consistent(manifest: Manifest) -> None:
     if manifest.vision is not None:
         _check_vision(manifest.vision, manifest.model)
         _check_tower(manifest.vision, manifest)
-    steps = max(len(entry.steps) for entry in manifest.entries)
+    seeing = () if manifest.vision is None else (manifest.vision.tower,)
+    steps = max(len(program.steps) for program in (*manifest.entries, *seeing))
     model = manifest.model
     expected_io = io_layout(manifest.entries, model.vocab_size, model.hidden_size, steps)
     _check_equal("$.io", encode(manifest.io), expected_io)

@@ -115,8 +115,10 @@ def _add_derived(document: dict[str, Any]) -> None:
     document.setdefault("barrier_bytes", 128)
     document.setdefault("vision", None)  # of a model that reads text alone
     vocab, hidden = document["model"]["vocab_size"], document["model"]["hidden_size"]
-    steps = max(len(entry.steps) for entry in entries)
-    document.setdefault("io", io_layout(entries, vocab, hidden, steps))
+    steps = [len(entry.steps) for entry in entries]
+    if (vision := document["vision"]) is not None:
+        steps.append(len(vision["tower"]["steps"]))
+    document.setdefault("io", io_layout(entries, vocab, hidden, max(steps)))
     state = decode(State, document["state"], "$.state")
     memory = layout.memory_plan(
         weights=document["weights_bytes"],

@@ -84,7 +84,7 @@ def generate(
     check_weights(sum(weight.bytes for weight in stored))
     places = Places(
         {weight.name: weight.offset for weight in place_weights(stored)},
-        io_places(entries, limits),
+        io_places(entries, limits, max(len(s.steps) for s in (*schedules, *seeing))),
     )
     plans = {schedule.name: schedule.plan() for schedule in (*schedules, *seeing)}
     clock = Pointer("io", places.io["clock"][0])
@@ -174,9 +174,8 @@ def stored_state(value: Value, policy: Policy, context: int, backend: Backend) -
     }
 
 
-def io_places(entries: list[Entry], limits: Limits) -> dict[str, tuple[int, int]]:
-    """Return offset and bytes of each io field."""
-    steps = max(len(entry.steps) for entry in entries)
+def io_places(entries: list[Entry], limits: Limits, steps: int) -> dict[str, tuple[int, int]]:
+    """Return offset and bytes of each io field, where programs have so many steps at most."""
     text = io_layout(entries, limits.vocabulary, limits.hidden, steps)
     tower = {} if limits.tower is None else tower_io(limits.tower, limits.image_tokens)["fields"]
     return {

@@ -127,7 +127,13 @@ class Device(Protocol):
         """
         ...
 
-    def see(self, tower: Tower, inputs: Mapping[str, NDArray[Any]], tokens: int) -> Rows:
+    def see(
+        self,
+        tower: Tower,
+        inputs: Mapping[str, NDArray[Any]],
+        tokens: int,
+        record: Record | None = None,
+    ) -> Rows:
         """Return what the vision tower makes of a picture of so many tokens: rows f32[tokens, hidden].
 
         `inputs` are arrays by the names in the tower's io, as long as the picture needs. Raises ExecutionError if the code

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from q35c.artifact import Manifest
 from q35c.artifact.entries import Entry
 from q35c.artifact.leaves import Probe
+from q35c.artifact.tower import NAME as VISION
 from q35c.artifact.tower import Tower
 from q35c.errors import OptionError, Q35CError
 from q35c.runtime.device import Device, HasState, Logits, Media, Rows
@@ -101,7 +102,19 @@ class Executor:
 
     def see(self, tower: Tower, inputs: Mapping[str, NDArray[Any]], tokens: int) -> Rows:
         """Return the rows f32[tokens, hidden] that the vision tower makes of a picture, as `Device.see`."""
-        return self._alone(lambda: self.device.see(tower, inputs, tokens))
+
+        def step() -> Rows:
+            recordings = self._recordings()
+            if recordings is None:
+                return self.device.see(tower, inputs, tokens)
+
+            def note(begin: float, seconds: float, cycles: NDArray[np.int64]) -> None:
+                if recordings is self._recordings():
+                    recordings.append(Recording(VISION, tokens, (), begin, seconds, cycles))
+
+            return self.device.see(tower, inputs, tokens, note)
+
+        return self._alone(step)
 
     @contextmanager
     def record(self) -> Generator[list[Recording]]:

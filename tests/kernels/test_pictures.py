@@ -15,6 +15,7 @@ from q35c.codegen.cpu.isa.base import Isa
 from q35c.codegen.cpu.isa.x86 import V4, V4_BF16
 from q35c.codegen.cpu.kernels.attention.picture import (
     cell_words,
+    padded_dims,
     picture_attention,
     picture_prepare,
     picture_shape,
@@ -292,7 +293,7 @@ def attend(heads: Heads, qkv: np.ndarray, table: np.ndarray, form: str, threads:
     shape = picture_shape(H, D, heads.dtype, CELLS, heads.isa)
     words = cell_words(H, D, heads.dtype, heads.isa) * CELLS
     cells = guard(np.zeros(words, np.int32), poison=True)
-    q = guard(np.zeros((tokens, H * shape.D), np.float32), poison=True)
+    q = guard(np.zeros((tokens, H * padded_dims(D)), np.float32), poison=True)
     scratch = guard(np.zeros(threads * shape.task_words, np.float32), poison=True)
     y = Result(tokens, H * D, form, heads.isa)
     options = {"threads": threads, "parts": parts}

@@ -25,9 +25,9 @@ NARROW = "cpu:x86-64-v3"
 CASES = [
     pytest.param("plain", "f32", "cpu", id="f32"),
     pytest.param("odd", "bf16", "cpu", id="bf16"),
-    pytest.param("odd", "f32", NARROW, id="f32-v3", marks=pytest.mark.slow),
-    pytest.param("plain", "bf16", NARROW, id="bf16-v3", marks=pytest.mark.slow),
-    pytest.param("odd", "w8", "cpu", id="w8", marks=pytest.mark.slow),
+    pytest.param("odd", "f32", NARROW, id="f32-v3", marks=pytest.mark.nightly),
+    pytest.param("plain", "bf16", NARROW, id="bf16-v3", marks=pytest.mark.nightly),
+    pytest.param("odd", "w8", "cpu", id="w8", marks=pytest.mark.nightly),
 ]
 
 

@@ -127,7 +127,13 @@ class CpuDevice:
             record(begin, seconds, fields["clock"][1 : len(entry.steps) + 2].copy())
         return fields["logits"][: entry.logits_rows(len(states), count)].copy()
 
-    def see(self, tower: Tower, inputs: Mapping[str, NDArray[Any]], tokens: int) -> Rows:
+    def see(
+        self,
+        tower: Tower,
+        inputs: Mapping[str, NDArray[Any]],
+        tokens: int,
+        record: Record | None = None,
+    ) -> Rows:
         start, made = self._manifest.io.bytes, tower.io.fields
         fields = {
             name: self._io.view(field.dtype, field.shape, start + field.offset)
@@ -135,15 +141,18 @@ class CpuDevice:
         }
         for name, array in inputs.items():
             fields[name][: len(array)] = array
-        self._fields["clock"][0] = False
+        clock = self._fields["clock"]
+        clock[0] = record is not None
         arguments = Arguments(
             self._weights.address, 0, self._arena.address, self._io.address, self._barrier.address, tokens
         )  # fmt: skip
-        pace = self._pace
+        pace = self._pace if record is None else None
         begin, cpu = time.perf_counter(), time.process_time()
         self._workers.run(self._library.entry(tower.symbol), arguments, pace and pace.threads)
+        seconds = time.perf_counter() - begin
+        if record is not None:
+            record(begin, seconds, clock[1 : len(tower.steps) + 2].copy())
         if pace is not None:
-            seconds = time.perf_counter() - begin
             pace.note((tower.symbol, tokens), seconds, time.process_time() - cpu)
         rows = fields[EMBEDDINGS][:tokens].copy()
         # Of a picture nothing is kept: the next may be long in coming.

@@ -117,7 +117,13 @@ class CudaDevice:
                 record(begin, seconds, self._nanoseconds(events))
         return self._fields["logits"][:rows].copy()
 
-    def see(self, tower: Tower, inputs: Mapping[str, NDArray[Any]], tokens: int) -> Rows:
+    def see(
+        self,
+        tower: Tower,
+        inputs: Mapping[str, NDArray[Any]],
+        tokens: int,
+        record: Record | None = None,
+    ) -> Rows:
         raise OptionError("this device sees no pictures", where=self._context.title)
 
     def _enqueue(

@@ -42,6 +42,9 @@ from q35c.layouts.cache import CELLS
 _POWER_TAIL = (0.009582852944731712, 0.055906426161527634, 0.24024099111557007, 0.6931241750717163)
 
 
+Scale = Callable[[Isa, Expr, Expr], Expr]
+
+
 def whole_power(x: Expr, lanes: int = 1) -> Expr:
     """Return 2^x of whole x <= 0; what is too small becomes 0."""
     exponent = T.cast(T.max(x, splat(-127.0, lanes)), vector("int32", lanes))
@@ -114,7 +117,7 @@ class Form:
 
     pack_query: Callable[[Work, Expr, Expr, Expr, Expr], None]
     score: Callable[[Work, Expr, Expr, Expr], None]
-    scale: Callable[[Isa, Expr, Expr], Expr]
+    scale: Scale
     pack_weights: Callable[[Work, Expr, Expr, Expr, list[Expr], Expr], Expr]
     add_values: Callable[[Work, Expr, Expr, Expr, Expr], None]
 
@@ -183,7 +186,7 @@ def _soften(form: Form, work: Work, state: Expr, values: Expr, row: Expr) -> Non
     old = T.Bind(work.peak[row, line])
     new = T.Bind(T.max(old, splat(T.ceil(largest(best[0], isa)), lanes)))
     factor = T.Bind(form.scale(isa, splat(1.0, lanes), old - new))
-    weights = [_power_of_two(form, isa, score, new) for score in scores]
+    weights = [power_of_two(form.scale, isa, score, new) for score in scores]
     total = form.pack_weights(work, state, values, row, weights, work.total[row, line] * factor)
     T.buffer_store(work.total, total, [row, line])
     T.buffer_store(work.peak, new, [row, line])
@@ -205,13 +208,13 @@ def largest(x: Expr, isa: Isa) -> Expr:
     return hmax(x, isa.lanes)
 
 
-def _power_of_two(form: Form, isa: Isa, x: Expr, shift: Expr) -> Expr:
-    """Return 2^(x - shift) for a whole shift: the mantissa does not depend on it."""
+def power_of_two(scale: Scale, isa: Isa, x: Expr, shift: Expr) -> Expr:
+    """Return 2^(x - shift) for a whole shift: the mantissa does not depend on it. `scale` is that of a `Form`."""
     lanes = isa.lanes
 
     def split(x: Expr, whole: Expr) -> Expr:
         tail = let(x - whole, lambda f: horner(f, _POWER_TAIL, lanes) * f + splat(1.0, lanes))
-        return form.scale(isa, tail, whole - shift)
+        return scale(isa, tail, whole - shift)
 
     return let(x, lambda x: let(T.nearbyint(x), lambda whole: split(x, whole)))
 

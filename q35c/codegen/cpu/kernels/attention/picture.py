@@ -2,10 +2,10 @@
 
     q, k = rotate(parts of qkv);   out = softmax(q k^T * scale) v
 
-`picture_prepare` rotates, and lays keys and values of each head out as the cache of a text model does, in the arena: in bf16
-pairs where the instruction set multiplies those and the tower computes in bf16, else in f32. Behind a head's last dim come
-zeros, up to a whole vector; they add nothing. `picture_attention` then does tasks of (head, a few patches), each over all
-cells, by f32.py or pairs.py. Threads take the tasks of one head after the other, so that its keys and values stay in L2.
+`picture_prepare` rotates, and lays keys and values of each head out in the arena: in bf16 pairs where the instruction set
+multiplies those and the tower computes in bf16 (picture_pairs.py), else in f32 as the cache of a text model. Behind a head's
+last dim come zeros, up to a whole vector; they add nothing. `picture_attention` then does tasks of (head, a few patches), each
+over all cells, by picture_pairs.py or f32.py. Threads take the tasks of one head after the other, so that its keys and values stay in L2.
 
 Limit: the rate of the instruction that multiplies and adds, 4 T D operations for each patch and head.
 """
@@ -17,10 +17,16 @@ from tvm.tirx import PrimFunc
 
 from q35c.codegen.calls import Cost, Division
 from q35c.codegen.cpu.isa.base import Isa
-from q35c.codegen.cpu.kernels.attention.bf16 import BF16
 from q35c.codegen.cpu.kernels.attention.f32 import attend
-from q35c.codegen.cpu.kernels.attention.pairs import attend_paired
-from q35c.codegen.cpu.kernels.attention.prepare import STORES, rotate
+from q35c.codegen.cpu.kernels.attention.picture_pairs import (
+    ROWS,
+    PairedPicture,
+    attend_to_all,
+    inverse_of_row,
+    store_cell,
+)
+from q35c.codegen.cpu.kernels.attention.prepare import rotate
+from q35c.codegen.cpu.kernels.attention.prepare import store_cell as store_f32_cell
 from q35c.codegen.cpu.kernels.attention.shape import (
     FEWEST_QUERY_ROWS,
     STEP,
@@ -43,6 +49,7 @@ from q35c.codegen.cpu.kernels.vectors import STACK, Expr, ramp, share, splat
 from q35c.layouts.weights import ceil_div
 
 DIMS = 16  # a head's dims are padded to a multiple of it
+Shape = AttentionShape | PairedPicture
 
 
 def padded_dims(D: int) -> int:
@@ -50,19 +57,29 @@ def padded_dims(D: int) -> int:
     return ceil_div(D, DIMS) * DIMS
 
 
-def picture_shape(H: int, D: int, kv_dtype: str, cells: int, isa: Isa) -> AttentionShape:
-    """Return the shape of attention to up to `cells` cells, keys before values."""
-    dtype = kv_dtype if is_paired(kv_dtype, isa) else "f32"
+def picture_shape(H: int, D: int, kv_dtype: str, cells: int, isa: Isa) -> Shape:
+    """Return the shape of attention to up to `cells` cells, a multiple of 64."""
     padded = padded_dims(D)
-    size = {"f32": F32_BYTES, "bf16": 2}[dtype]
-    cache = make_cache(H, padded, dtype, cells, 0, H * cells * padded * size, isa)
+    if is_paired(kv_dtype, isa):
+        return PairedPicture(padded, cells, isa)
+    cache = make_cache(H, padded, "f32", cells, 0, H * cells * padded * F32_BYTES, isa)
     return AttentionShape(H, cache, query_tokens(1, isa), 1, isa, is_causal=False)
 
 
 def cell_words(H: int, D: int, kv_dtype: str, isa: Isa) -> int:
     """Return the 4-byte words that a cell's keys and values of all heads take."""
-    shape = picture_shape(H, D, kv_dtype, STEP, isa)
-    return 2 * H * shape.D // (2 if shape.is_paired else 1)
+    words = H * padded_dims(D)
+    return words if is_paired(kv_dtype, isa) else 2 * words
+
+
+@T.inline
+def _store(shape, state, h, row, is_last, head, value):
+    if isinstance(shape, PairedPicture):
+        store_cell(shape, state, h, row, is_last, head, value)
+    else:
+        store_f32_cell(
+            shape.cache, state, T.int64(0), h, row, is_last, head, value, T.int64(0), T.int64(0)
+        )
 
 
 def picture_prepare(H: int, D: int, scale: float, kv_dtype: str, cells: int, isa: Isa) -> PrimFunc:
@@ -70,10 +87,8 @@ def picture_prepare(H: int, D: int, scale: float, kv_dtype: str, cells: int, isa
 
     CELLS holds keys and values of up to `cells` patches, a multiple of 64; what it held before does not matter.
     """
-    shape = picture_shape(H, D, kv_dtype, cells, isa)
-    cache, padded = shape.cache, shape.D
-    store = STORES[type(cache)]
-    element = "uint16" if shape.is_paired else "float32"
+    shape, padded = picture_shape(H, D, kv_dtype, cells, isa), padded_dims(D)
+    element = "uint16" if isinstance(shape, PairedPicture) else "float32"
 
     @T.prim_func(private=True, s_tir=True)
     def picture_prepare_kernel(
@@ -110,7 +125,7 @@ def picture_prepare(H: int, D: int, scale: float, kv_dtype: str, cells: int, isa
                 value[0, d] = qkv[row, (2 * H + h) * D + d]
             rotate(D, head, table, row)
             is_last: T.let[T.bool] = row == tokens - 1
-            store(cache, state, T.int64(0), h, row, is_last, head, value, T.int64(0), T.int64(0))
+            _store(shape, state, h, row, is_last, head, value)
         return T.int32(0)
 
     return picture_prepare_kernel
@@ -123,14 +138,16 @@ def picture_attention(
 
     Y is f32, or rows as `round_rows` leaves them if the `result` is "bf16".
     """
-    shape = picture_shape(H, D, kv_dtype, cells, isa)
-    padded, is_rounded = shape.D, result == "bf16"
+    shape, padded = picture_shape(H, D, kv_dtype, cells, isa), padded_dims(D)
+    rows = task_rows(shape)
+    is_rounded = result == "bf16"
     element, halves = bf16_element(isa) if is_rounded else ("float32", 1)
+    state_element = "int32" if isinstance(shape, PairedPicture) else "float32"
 
     @T.prim_func(private=True, s_tir=True)
     def picture_attention_kernel(
         Q: T.handle("float32"),
-        CELLS: T.handle(shape.cache.element),
+        CELLS: T.handle(state_element),
         Y: T.handle(element),
         SCRATCH: T.handle("float32"),
         tokens: T.int64,
@@ -141,45 +158,53 @@ def picture_attention(
     ) -> T.int32:
         T.func_attr({"tirx.noalias": True})
         q = T.decl_buffer((tokens, H * padded), "float32", data=Q)
-        state = T.decl_buffer((T.int64(1) << 48,), shape.cache.element, data=CELLS)
+        state = T.decl_buffer((T.int64(1) << 48,), state_element, data=CELLS)
         y = T.decl_buffer((tokens, ld_y * halves), element, data=Y)
         w = T.decl_buffer((T.int64(1) << 40,), "float32", data=SCRATCH)
-        groups: T.let[T.int64] = T.truncdiv(
-            tokens + (shape.query_tokens - 1), T.int64(shape.query_tokens)
-        )
-        steps: T.let[T.int64] = T.truncdiv(tokens + (STEP - 1), T.int64(STEP))
+        groups: T.let[T.int64] = T.truncdiv(tokens + (rows - 1), T.int64(rows))
         at: T.let[T.int64] = T.cast(worker, "int64") * shape.task_words
         begin: T.let[T.int64] = share(groups * H, tid, nt)
         for item in T.serial(share(groups * H, tid + 1, nt) - begin):
             h: T.let[T.int64] = T.truncdiv(begin + item, groups)
-            first: T.let[T.int64] = (begin + item - h * groups) * shape.query_tokens
-            _attend(shape, q, state, h, first, tokens, steps, w, at)
-            for r in T.serial(T.min(tokens - first, T.int64(shape.query_tokens))):
+            first: T.let[T.int64] = (begin + item - h * groups) * rows
+            _attend(shape, q, state, h, first, tokens, w, at)
+            for r in T.serial(T.min(tokens - first, T.int64(rows))):
                 row_at: T.let[T.int64] = at + r * shape.row_words
-                inverse: T.let[T.float32] = T.float32(1) / w[row_at + (padded + 1)]
-                _store_head(shape, D, w, row_at, inverse, y, first + r, h, is_rounded)
+                inverse: T.let[T.float32] = _inverse(shape, w, row_at)
+                _store_head(isa.lanes, D, w, row_at, inverse, y, first + r, h, is_rounded)
         return T.int32(0)
 
     return picture_attention_kernel
 
 
+def task_rows(shape: Shape) -> int:
+    """Return the patches of a task."""
+    return ROWS if isinstance(shape, PairedPicture) else shape.query_tokens
+
+
 def _attend(
-    shape: AttentionShape, q: Expr, state: Expr, h: Expr, first: Expr, tokens: Expr, steps: Expr, w: Expr, at: Expr
-) -> None:  # fmt: skip
+    shape: Shape, q: Expr, state: Expr, h: Expr, first: Expr, tokens: Expr, w: Expr, at: Expr
+) -> None:
     """Emit one task: some patches attend to all cells, for one head."""
+    if isinstance(shape, PairedPicture):
+        attend_to_all(shape, q, state, h, first, tokens, w, at)
+        return
     zero = T.int64(0)
-    place = (h, first, tokens, zero, zero, steps, tokens, w, at)
-    if shape.is_paired:
-        attend_paired(BF16, shape, q, state, zero, *place)
-    else:
-        attend(shape, q, state, zero, *place)
+    steps = T.truncdiv(tokens + (STEP - 1), T.int64(STEP))
+    attend(shape, q, state, zero, h, first, tokens, zero, zero, steps, tokens, w, at)
+
+
+def _inverse(shape: Shape, w: Expr, at: Expr) -> Expr:
+    """Return one divided by the sum of a row's weights."""
+    if isinstance(shape, PairedPicture):
+        return inverse_of_row(shape, w, at)
+    return T.float32(1) / w[at + (shape.D + 1)]
 
 
 def _store_head(
-    shape: AttentionShape, D: int, w: Expr, at: Expr, inverse: Expr, y: Expr, row: Expr, h: Expr, is_rounded: bool
-) -> None:  # fmt: skip
+    L: int, D: int, w: Expr, at: Expr, inverse: Expr, y: Expr, row: Expr, h: Expr, is_rounded: bool
+) -> None:
     """Emit y[row, head] = sums * inverse; where D is no whole number of vectors the last one begins earlier."""
-    L = shape.lanes
     for column in [*range(0, D - L, L), D - L]:
         value = w[ramp(at + column, L)] * splat(inverse, L)
         columns = ramp(h * D + column, L)
