@@ -73,7 +73,7 @@ ROOMS: dict[str, set[str]] = {
     "artifact": {"layouts", "numpy", "safetensors", "vision.parameters"},
     "runtime": {
         "artifact", "layouts", "numpy", "tokenizers", "jinja2", "markupsafe", "llguidance", "runtime.chat",
-        "runtime.tokenizer", "runtime.targets",
+        "runtime.tokenizer", "runtime.targets", "vision", "vision.parameters",
     },
     "vision": {"vision.parameters", "numpy", "PIL", "av"},
     "vision.parameters": set(),
@@ -84,7 +84,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime.chat": {"runtime", "jinja2", "markupsafe", "numpy"},
     "runtime.tokenizer": {"runtime", "tokenizers"},
     "serve": {
-        "runtime", "runtime.chat", "runtime.tokenizer", "artifact", "numpy", "starlette", "uvicorn", "h11",
+        "runtime", "runtime.chat", "runtime.tokenizer", "artifact", "vision", "numpy", "starlette", "uvicorn", "h11",
         "prometheus_client",
     },
 }  # fmt: skip

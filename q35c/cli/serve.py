@@ -35,6 +35,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--reasoning-field", type=click.Choice(("reasoning_content", "reasoning")), default="reasoning_content", show_default=True, help="What thinking is called in chat answers.")  # fmt: skip
 @click.option("--allowed-hosts", multiple=True, help="Name of this server in a Host header, beside the local ones; may be given several times, '*' accepts any.")  # fmt: skip
 @click.option("--cors-origin", "cors_origins", multiple=True, help="Web page that may use the server, as https://page.example; may be given several times.")  # fmt: skip
+@click.option("--allow-videos", is_flag=True, help="Also decode clips that requests hold, which libav does in this process.")  # fmt: skip
 @click.option("--drain", "drain_seconds", type=float, default=30.0, show_default=True, help="Seconds that running answers have left after the signal to end.")  # fmt: skip
 @click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="What goes to standard error: info is a line for each request.")  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Also log what users write.")
@@ -72,6 +73,7 @@ def serve_command(artifact: Path, **options: Any) -> None:
         cors_origins=options["cors_origins"],
         queue_seconds=options["queue_seconds"],
         log_prompts=options["log_prompts"],
+        allow_videos=options["allow_videos"],
     )
     limits = Limits(
         context=options["context"],

@@ -24,9 +24,8 @@ from q35c.runtime.generate import UNLIMITED, Row, Stream, resolve_options, run_r
 from q35c.runtime.grammar import Matcher
 from q35c.runtime.lease import Lease
 from q35c.runtime.memory import state_bytes
-from q35c.runtime.multimodal import Prompt
+from q35c.runtime.multimodal import Prompt, check_prompt, token_ids
 from q35c.runtime.prefix import PrefixCache
-from q35c.runtime.prompts import check_ids
 from q35c.runtime.session import Session
 from q35c.runtime.structures import Wanted, read_format, read_tool_choice
 from q35c.runtime.tokenizer import Tokenizer
@@ -175,6 +174,9 @@ def start_chat(
     messages: Sequence[Any],
     cache: PrefixCache | None = None,
     *,
+    images: Sequence[Any] | None = None,
+    videos: Sequence[Any] | None = None,
+    allow_files: bool = False,
     tools: Sequence[Any] | None = None,
     thinking: bool | None = None,
     template: Mapping[str, Any] | None = None,
@@ -191,15 +193,17 @@ def start_chat(
     is_offered, wanted = read_tool_choice(tool_choice, tool_schemas(tools))
     wanted = wanted or read_format(response_format)
     tools = tools if is_offered else None
-    prompt = model.encode_chat(normalise(messages), tools=tools, **variables)
-    prompt = check_ids(prompt, model.vocab_size, model.context)
+    prompting = model.prompting
+    places, attachments = prompting.take(messages, images, videos, allow_files)
+    prompt = prompting.encode_places(normalise(places), attachments, tools=tools, **variables)
+    prompt = check_prompt(prompt, model.manifest, model.context)
     resolved = resolve_options(
         model.manifest.generation, model.vocab_size, max_new_tokens=max_new_tokens, **options
     )
     # Stop strings are for what is read, not for reasoning and calls.
     texts, stop_ids = tokenizer.split_stops(resolved.stop)
     resolved = replace(resolved, stop=(), stop_ids=resolved.stop_ids | stop_ids)
-    is_thinking = begins_thinking(tokenizer, prompt)
+    is_thinking = begins_thinking(tokenizer, token_ids(prompt))
     parser = AnswerParser(tools, is_thinking)
     matcher = find_matcher(model, wanted, is_thinking, is_parallel)
     row = _Row(prompt, resolved, resolved.seed, tokenizer)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from q35c import arguments
 from q35c.artifact import Artifact, Manifest
 from q35c.artifact.leaves import Probe
-from q35c.errors import OptionError, PromptError, TokenizerError
+from q35c.errors import OptionError
 from q35c.runtime.device import Block, Logits, Rows
 from q35c.runtime.executor import Executor, Recording
 from q35c.runtime.generate import (
@@ -23,14 +23,15 @@ from q35c.runtime.generate import (
 from q35c.runtime.grammar import Grammars
 from q35c.runtime.lease import MESSAGE_START, Lease
 from q35c.runtime.memory import StateBudget, available_memory
-from q35c.runtime.multimodal import MultimodalPrompt, Prompt, PromptLike, check_prompt, token_ids
+from q35c.runtime.multimodal import Prompt, PromptLike, token_ids
 from q35c.runtime.prefix import PrefixCache
-from q35c.runtime.prompts import encode_prompt, split_prompts
+from q35c.runtime.prompting import Prompting, split
 from q35c.runtime.sampling import MAX_SEED
+from q35c.runtime.seeing import Eyes
 from q35c.runtime.session import Progress, Session
 from q35c.runtime.sight import Patches, see
-from q35c.runtime.stored_template import read_template
 from q35c.runtime.tokenizer import Tokenizer
+from q35c.vision.patches import Frame
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -58,9 +59,10 @@ class Model:
         self._executor = executor
         self._budget = budget
         self._lazy = threading.RLock()  # a signal handler may need the same
-        self._tokenizer: Tokenizer | None = None
         self._grammars: Grammars | None = None
-        self._template: tuple[str, dict[str, str]] | None = None
+        vision = artifact.manifest.vision
+        eyes = None if vision is None else Eyes(vision.config, vision.parameters, self._see)
+        self._prompting = Prompting(artifact, context, eyes, executor.check_usable)
 
     def __enter__(self) -> Model:
         return self
@@ -96,17 +98,7 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer, built on first use. Raises TokenizerError if there is none."""
         self._executor.origin.check()
-        with self._lazy:
-            if self._tokenizer is None:
-                self._executor.check_usable()
-                if not self._artifact.has_segment("tokenizer"):
-                    raise TokenizerError(
-                        "the artifact holds no tokenizer",
-                        where=str(self._artifact.path),
-                        hint="pass token ids instead of text",
-                    )
-                self._tokenizer = Tokenizer(self._artifact.segment("tokenizer"))
-            return self._tokenizer
+        return self._prompting.tokenizer
 
     @property
     def grammars(self) -> Grammars:
@@ -125,6 +117,9 @@ class Model:
         """
         self._executor.check_usable()
         return see(self._executor, patches, grid)
+
+    def _see(self, frame: Frame) -> Rows:
+        return self.see(frame.patches, (frame.rows, frame.columns))
 
     def session(self, context: int | None = None) -> Session:
         """Open the state of one sequence of at most `context` tokens, by default the model's context.
@@ -145,8 +140,7 @@ class Model:
         """
         limit = available_memory().bytes // 4 if max_bytes is None else max_bytes
         limit = arguments.integer("max_bytes", limit, 0, 2**62)
-        has_text = self._artifact.has_segment("tokenizer")
-        start = self.tokenizer.token_id(MESSAGE_START) if has_text else None
+        start = self.tokenizer.token_id(MESSAGE_START) if self._prompting.has_text else None
         return PrefixCache(self.session, self.manifest, limit, start, self._artifact.digest)
 
     def record(self) -> AbstractContextManager[list[Recording]]:
@@ -174,6 +168,8 @@ class Model:
         prompt: Any,
         max_new_tokens: int | None = None,
         *,
+        images: Sequence[Any] | None = None,
+        videos: Sequence[Any] | None = None,
         stream: bool = False,
         session: Session | None = None,
         cache: PrefixCache | None = None,
@@ -193,8 +189,10 @@ class Model:
     ) -> Any:
         """Continue a prompt, or each of a list of prompts.
 
-        prompt              a text, or token ids as a list, tuple, other sequence or integer array, or a `MultimodalPrompt`;
-                            or a list of those, or an integer array of two axes, a prompt each row
+        prompt              a text, token ids as a list, tuple, other sequence or integer array, a conversation, or a
+                            `MultimodalPrompt`; or a list of those, or an integer array of two axes, a prompt each row
+        images, videos      what the prompt shows, before its text or where it has pads: paths, bytes of files, data URLs, Pillow
+                            images, arrays; for clips also `Pictures`, or lists of frames
         max_new_tokens      tokens at most, 128 by default; fewer if the context is full; -1: until it is full
         stream              return a `Stream` of text pieces instead of the whole text
         session             continue in this session (one prompt); it then holds prompt and answer, also of a
@@ -231,20 +229,23 @@ class Model:
             stop=stop,
             stop_ids=stop_ids,
         )
-        prompts, is_single = split_prompts(prompt, MultimodalPrompt)
+        prompts, is_single = split(prompt, images, videos)
         if session is not None:
             arguments.instance("session", session, Session).check_owner(self._executor)
             if not is_single:
                 raise OptionError("a session continues one prompt", where="session")
         if cache is not None:
             self._check_cache(cache, session)
-        tokenizer = self.tokenizer if self._artifact.has_segment("tokenizer") else None
+        tokenizer = self.tokenizer if self._prompting.has_text else None
         if options.stop:
             if tokenizer is None:
                 raise OptionError("stop strings need a tokenizer", where="stop")
             texts, ids = tokenizer.split_stops(options.stop)
             options = replace(options, stop=texts, stop_ids=options.stop_ids | ids)
-        encoded = [self._encode(item, None if is_single else i) for i, item in enumerate(prompts)]
+        encoded = [
+            self._prompting.encode(item, images, videos, None if is_single else number)
+            for number, item in enumerate(prompts)
+        ]
         rows = [
             Row(ids, options, (options.seed + index) % (MAX_SEED + 1), tokenizer, session)
             for index, ids in enumerate(encoded)
@@ -311,60 +312,29 @@ class Model:
         `encode_chat` prevents it. Raises TokenizerError if the artifact has no template or if that
         fails, OptionError if the messages are malformed or the template refuses them.
         """
-        from q35c.runtime.chat import render_chat
+        self._executor.origin.check()
+        return self._prompting.render(messages, **options)
 
-        template, special_tokens = self._chat_template()
-        readable = _readable(messages)
-        return render_chat(template, readable, special_tokens=special_tokens, **options)
+    def encode_chat(self, messages: Sequence[Message], **options: Any) -> Prompt:
+        """Return the prompt of a conversation, for `generate`: ids, or a `MultimodalPrompt` if something is shown.
 
-    def encode_chat(
-        self, messages: Sequence[Message], *, allow_special: bool = False, **options: Any
-    ) -> list[int]:
-        """Return the token ids of a conversation, for `generate`. Options as in `apply_chat_template`.
+        images, videos  shown by the last message of a user, before what it says; as in `generate`
+        allow_files     let a text in a message name a file to be shown; without it, only data URLs
+        allow_special   let control tokens that are typed in messages be ones; without it they are plain text
 
-        Only the template's own control tokens become tokens: one that is typed in a message is encoded
-        as plain text, unless `allow_special` is true. Raises as `apply_chat_template`.
+        Further options as in `apply_chat_template`, whose errors it raises; and MediaError, PromptError for pictures and
+        clips that cannot be read, and where they take more than the context, with the part they are.
         """
-        from q35c.runtime.chat import render_guarded
+        self._executor.origin.check()
+        return self._prompting.encode_chat(messages, **options)
 
-        tokenizer = self.tokenizer
-        template, special_tokens = self._chat_template()
-        tokens = () if allow_special else tokenizer.special_tokens
-        readable = _readable(messages)
-        text, reveal = render_guarded(
-            template, readable, tokens, special_tokens=special_tokens, **options
-        )
-        return tokenizer.encode(text) if allow_special else tokenizer.encode_guarded(text, reveal)
-
-    def _encode(self, prompt: Any, number: int | None) -> Prompt:
-        """Return a prompt's ids; errors say which of several prompts it is."""
-        try:
-            if isinstance(prompt, MultimodalPrompt):
-                return check_prompt(prompt, self.manifest, self.context)
-            return encode_prompt(prompt, lambda: self.tokenizer, self.vocab_size, self.context)
-        except PromptError as error:
-            if number is not None:
-                error.where = ", ".join(filter(None, (f"prompt {number}", error.where)))
-            raise
+    @property
+    def prompting(self) -> Prompting:
+        """Return what makes prompts of texts, conversations and pictures."""
+        return self._prompting
 
     def _check_cache(self, cache: PrefixCache, session: Session | None) -> None:
         if arguments.instance("cache", cache, PrefixCache).manifest is not self.manifest:
             raise OptionError("the cache belongs to another model", where="cache")
         if session is not None:
             raise OptionError("a session has its own beginning", where="cache")
-
-    def _chat_template(self) -> tuple[str, dict[str, str]]:
-        self._executor.origin.check()
-        with self._lazy:
-            if self._template is None:
-                self._executor.check_usable()
-                self._template = read_template(self._artifact)
-            return self._template
-
-
-def _readable(messages: Any) -> list[Any]:
-    """Return messages as the model can take them in. Raises OptionError for images and the like."""
-    from q35c.runtime.chat.messages import parse_arguments, refuse_media
-
-    refuse_media(messages)  # no artifact has an entry for what is not text
-    return parse_arguments(messages)

@@ -5,8 +5,8 @@ Several prompts are a list of those, or an integer array of two axes: a prompt e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from q35c import arguments
 from q35c.errors import PromptError
@@ -25,7 +25,7 @@ def split_prompts(prompt: Any, *kinds: type) -> tuple[list[Any], bool]:
     items = arguments.sequence(None, prompt, _PROMPT, error=PromptError)
     are_prompts = [isinstance(item, (str, *kinds)) or arguments.is_sequence(item) for item in items]
     if not any(are_prompts):
-        return [_ids_only(items)], True
+        return [items], True
     if not all(are_prompts):
         number = are_prompts.index(False)
         raise PromptError(
@@ -76,18 +76,6 @@ def check_ids(ids: Any, vocab: int, context: int) -> list[int]:
             )
         listed[place] = token
     return listed
-
-
-def _ids_only(items: list[Any]) -> list[Any]:
-    """Refuse a conversation with a word about it; other wrong items are named as ids."""
-    if items and isinstance(items[0], Mapping):
-        raise PromptError(
-            "a conversation is no prompt",
-            expected=_PROMPT,
-            got=cast(object, items[0]),
-            hint="model.apply_chat_template(messages) makes a prompt of it",
-        )
-    return items
 
 
 def pieces(before: int, count: int, most: int) -> Iterator[tuple[int, int]]:

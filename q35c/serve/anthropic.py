@@ -19,7 +19,7 @@ from q35c.runtime.chat.answer import (
 from q35c.serve import sse
 from q35c.serve.answer import Choice
 from q35c.serve.anthropic_input import read_messages, read_tool_choice, read_tools
-from q35c.serve.conversation import Ask, Sampling, encode
+from q35c.serve.conversation import Ask, Sampling
 from q35c.serve.desk import Desk, new_id
 from q35c.serve.errors import Dialect, Failure, error_body
 from q35c.serve.fields import Fields
@@ -58,7 +58,7 @@ async def answer_count(desk: Desk, incoming: Incoming) -> Response:
     fields = await incoming.fields()
     desk.check_model(fields)
     ask = read_ask(fields, desk.model.vocab_size, incoming.key, None)
-    ids = await desk.run(lambda: encode(desk.model, ask))
+    ids = await desk.encode(ask)
     return json_response({"input_tokens": len(ids)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from q35c.errors import OptionError, RequestError
+from q35c.runtime.attachments import Attachment
 from q35c.serve.fields import Fields
 from q35c.serve.options import MOST_MESSAGES, MOST_PARTS, MOST_TOOLS, check_tool_name, make_tool
 
@@ -66,27 +67,54 @@ def _others(role: str, blocks: list[Fields]) -> list[dict[str, Any]]:
             block.flag("is_error")
             made.append({"role": "tool", "tool_call_id": call, "content": _result(block)})
         elif made and made[-1]["role"] == role:
-            made[-1]["content"] += "\n\n" + _text(block)
+            made[-1]["content"].append(_said(block))
         else:
-            made.append({"role": role, "content": _text(block)})
+            made.append({"role": role, "content": [_said(block)]})
     if not made:
         raise OptionError("the message is empty", where="messages", expected="text")
-    return made
+    return [
+        {**one, "content": _joined(one["content"], "\n\n")} if one["role"] == role else one
+        for one in made
+    ]
 
 
-def _result(block: Fields) -> str:
+def _result(block: Fields) -> Any:
+    """Return the content of a tool's result, a text or parts."""
     value = block.value("content")
     if value is None or isinstance(value, str):
         return value or ""
-    return "\n".join(_text(part) for part in block.objects("content", MOST_PARTS) or ())
+    return _joined([_said(part) for part in block.objects("content", MOST_PARTS) or ()], "\n")
+
+
+def _joined(said: list[Any], between: str) -> Any:
+    """Return texts as one, or texts and pictures as parts."""
+    if all(isinstance(one, str) for one in said):
+        return between.join(said)
+    return [{"type": "text", "text": one} if isinstance(one, str) else one for one in said]
+
+
+def _said(block: Fields) -> Any:
+    """Return the text of a block, or its picture as a part."""
+    if block.value("type") != "image":
+        return _text(block)
+    source = block.require("source", block.nested("source"))
+    kind = source.require("type", source.choice("type", ("base64", "url")))
+    if kind == "url":
+        shown = source.require("url", source.text("url"))
+    else:
+        media = source.require("media_type", source.text("media_type", 100))
+        shown = f"data:{media};base64,{source.require('data', source.text('data'))}"
+    where = block.path("type").removesuffix(".type")
+    return {"type": "image", "image": Attachment(shown, False, where)}
 
 
 def _text(block: Fields) -> str:
     """Return the text of a block. Raises RequestError for what is none."""
     if block.require("type", block.text("type", 100)) != "text":
         raise RequestError(
-            "the model takes in text alone",
+            "blocks of this type are not read",
             where=block.path("type").removesuffix(".type"),
+            expected="text or image",
             hint="describe it in words, or leave it out",
         )
     return block.require("text", block.text("text"))

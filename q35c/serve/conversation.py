@@ -8,10 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from q35c.artifact import Manifest
-from q35c.errors import RequestError
+from q35c.errors import RequestError, ToolchainError
 from q35c.runtime.answering import begins_thinking
 from q35c.runtime.chat.normalise import normalise
 from q35c.runtime.generate import GenerationOptions, resolve_options
+from q35c.runtime.multimodal import MultimodalPrompt, Prompt, token_ids
+from q35c.runtime.prompting import Prompting
 from q35c.runtime.sampling import MAX_SEED
 from q35c.runtime.tokenizer import Tokenizer
 from q35c.serve.errors import CONTEXT_EXCEEDED
@@ -32,7 +34,8 @@ class TextModel(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def tokenizer(self) -> Tokenizer: ...
-    def encode_chat(self, messages: Any, **options: Any) -> list[int]: ...
+    @property
+    def prompting(self) -> Prompting: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,11 @@ class Caller:
     user: str = ""
     salt: str = ""
     priority: int = 0
+
+    @property
+    def own_salt(self) -> str:
+        """Return what separates this key's beginnings of prompts, and what it shows, from others'."""
+        return f"{self.key}:{self.salt}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,20 +99,38 @@ class Prepared:
     stops: tuple[str, ...] = ()
 
 
-def encode(model: TextModel, ask: Ask) -> list[int]:
-    """Return a conversation's token ids. Raises RequestError, OptionError, TokenizerError."""
-    check_weight(model, [ask.messages, list(ask.tools)], ask.where)
+def encode(
+    model: TextModel, ask: Ask, allow_videos: bool = False, *, is_blank: bool = False
+) -> Prompt:
+    """Return a conversation's prompt. For a worker thread: it opens pictures and lets the model see them, unless `is_blank`.
+
+    Raises RequestError, OptionError, MediaError, PromptError, TokenizerError; of pictures they name the part.
+    """
+    messages, attachments = model.prompting.take(ask.messages)
+    clip = next((one for one in attachments if one.is_clip), None)
+    if clip is not None and not allow_videos:
+        raise RequestError("this server takes no clips", where=clip.where, expected="text or image")
+    check_weight(model, [messages, list(ask.tools)], ask.where)
     options = dict(ask.template)
     if ask.is_continued:
         options["continue_final_message"] = True
-    messages = normalise(ask.messages)
-    return model.encode_chat(messages, tools=list(ask.tools) or None, **options)
+    tools = list(ask.tools) or None
+    salt = ask.caller.own_salt
+    try:
+        return model.prompting.encode_places(
+            normalise(messages), attachments, tools=tools, salt=salt, is_blank=is_blank, **options
+        )
+    except ToolchainError as error:  # of packages, which are not the client's to install
+        where = attachments[0].where if attachments else ask.where
+        raise RequestError("this server opens no pictures", where=where) from error
 
 
-def prepare(model: TextModel, engine: Serving, ask: Ask, queue_seconds: float) -> Prepared:
-    """Return the requests of an answer. For a worker thread: it renders, tokenises and compiles grammars."""
-    ids = encode(model, ask)
-    is_thinking = begins_thinking(model.tokenizer, ids)
+def prepare(
+    model: TextModel, engine: Serving, ask: Ask, queue_seconds: float, allow_videos: bool = False
+) -> Prepared:
+    """Return the requests of an answer. For a worker thread: it renders, tokenises, sees and compiles grammars."""
+    ids = encode(model, ask, allow_videos)
+    is_thinking = begins_thinking(model.tokenizer, token_ids(ids))
     structure = _structure(ask)
     constraint = None
     if structure is not None:
@@ -121,7 +147,7 @@ def prepare(model: TextModel, engine: Serving, ask: Ask, queue_seconds: float) -
 
 def make_requests(
     model: TextModel,
-    ids: list[int],
+    ids: Prompt,
     sampling: Sampling,
     caller: Caller,
     queue_seconds: float,
@@ -141,11 +167,11 @@ def make_requests(
     options = _options(model, sampling, room)
     deadline = time.monotonic() + queue_seconds
     first = Request(
-        ids=tuple(ids),
+        ids=ids if isinstance(ids, MultimodalPrompt) else tuple(ids),
         options=options,
         client=f"{caller.key}:{caller.user}",
         priority=caller.priority,
-        salt=f"{caller.key}:{caller.salt}",
+        salt=caller.own_salt,
         logprobs=sampling.logprobs,
         constraint=constraint,
         deadline=deadline,

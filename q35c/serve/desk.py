@@ -9,10 +9,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
+
 from q35c.errors import InternalError, Overloaded
 from q35c.runtime.chat.answer import AnswerParser
+from q35c.runtime.multimodal import MultimodalPrompt, token_ids
 from q35c.serve.answer import Choice
-from q35c.serve.conversation import Ask, Prepared, TextModel, prepare
+from q35c.serve.conversation import Ask, Prepared, TextModel, encode, prepare
 from q35c.serve.fields import Fields
 from q35c.serve.incoming import Bodies, Incoming
 from q35c.serve.metrics import Metrics
@@ -62,8 +65,17 @@ class Desk:
 
     async def prepare(self, ask: Ask) -> Prepared:
         """Return the rows of a conversation's answer."""
-        seconds = self.settings.queue_seconds
-        return await self.run(lambda: prepare(self.model, self.engine, ask, seconds))
+        seconds, videos = self.settings.queue_seconds, self.settings.allow_videos
+        return await self.run(lambda: prepare(self.model, self.engine, ask, seconds, videos))
+
+    async def encode(self, ask: Ask) -> list[int]:
+        """Return the ids of a conversation, pads where pictures are, which nobody looks at."""
+        videos = self.settings.allow_videos
+        prompt = await self.run(lambda: encode(self.model, ask, videos, is_blank=True))
+        eyes = self.model.prompting.eyes
+        if eyes is None or not isinstance(prompt, MultimodalPrompt):
+            return token_ids(prompt)
+        return np.where(prompt.ids < 0, eyes.config.image_token_id, prompt.ids).tolist()
 
     def reply_to(
         self, incoming: Incoming, ask: Ask, prepared: Prepared, writer: Writer, is_stream: bool

@@ -13,6 +13,7 @@ from typing import Any
 
 from q35c.errors import (
     InputError,
+    MediaError,
     MemoryRefused,
     OptionError,
     Overloaded,
@@ -69,9 +70,9 @@ def describe(error: BaseException) -> Failure:
         return Failure(429, _message(error), code="overloaded", headers=wait)
     if isinstance(error, (Unavailable, MemoryRefused)):
         return Failure(503, _message(error), code="unavailable")
-    if isinstance(error, PromptError) and "longer than the context" in error.what:
+    if isinstance(error, PromptError) and "the context" in error.what:
         return Failure(400, _message(error), _param(error.where), CONTEXT_EXCEEDED)
-    if isinstance(error, (OptionError, PromptError)):
+    if isinstance(error, (OptionError, PromptError, MediaError)):
         return Failure(400, _message(error), _param(error.where))
     if isinstance(error, TokenizerError):
         return Failure(400, "the model's template or tokenizer cannot take in this conversation")

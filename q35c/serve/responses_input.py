@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from q35c.errors import OptionError, RequestError
+from q35c.runtime.attachments import Attachment
 from q35c.serve.fields import Fields
 from q35c.serve.options import MOST_MESSAGES, MOST_PARTS, MOST_TOOLS, check_tool_name, make_tool
 
@@ -51,14 +52,14 @@ class _Collector:
             self._add_call(item, kind)
         elif kind in ("function_call_output", "custom_tool_call_output"):
             call = item.require("call_id", item.text("call_id", 256))
-            content = _text_of(item, "output")
+            content = _content_of(item, "output")
             self._messages.append({"role": "tool", "tool_call_id": call, "content": content})
         elif kind not in _SKIPPED:
             raise RequestError("items of this type are not read", where=item.path("type"))
 
     def _add_message(self, item: Fields) -> None:
         role = item.require("role", item.choice("role", _ROLES))
-        content = _text_of(item, "content")
+        content = _content_of(item, "content")
         if role == "assistant":
             last = self._messages[-1] if self._messages else {}
             is_open = last.get("role") == "assistant" and last["content"] == ""
@@ -91,20 +92,38 @@ class _Collector:
 
 def _text_of(item: Fields, name: str) -> str:
     """Return the text of a field that holds one or a list of parts. Raises OptionError, RequestError."""
+    content = _content_of(item, name)
+    return content if isinstance(content, str) else ""
+
+
+def _content_of(item: Fields, name: str) -> str | list[dict[str, Any]]:
+    """Return the text of a field, or its texts and pictures as parts. Raises OptionError, RequestError."""
     value = item.value(name)
     if value is None or isinstance(value, str):
         return value or ""
-    texts: list[str] = []
-    for part in item.objects(name, MOST_PARTS) or ():
-        kind = part.require("type", part.text("type", 100))
-        if kind not in _TEXTS:
-            raise RequestError(
-                "the model takes in text alone",
-                where=part.path("type").removesuffix(".type"),
-                hint="describe it in words, or leave it out",
-            )
-        texts.append(part.text("refusal" if kind == "refusal" else "text") or "")
-    return "".join(texts)
+    said = [_said(part) for part in item.objects(name, MOST_PARTS) or ()]
+    if all(isinstance(one, str) for one in said):
+        return "".join(map(str, said))
+    return [{"type": "text", "text": one} if isinstance(one, str) else one for one in said]
+
+
+def _said(part: Fields) -> str | dict[str, Any]:
+    """Return the text of a part, or a picture as a part."""
+    kind = part.require("type", part.text("type", 100))
+    where = part.path("type").removesuffix(".type")
+    if kind == "input_image":
+        shown = part.text("image_url")
+        if shown is None:  # files that a service would have stored
+            raise RequestError("the picture is missing", where=where, expected="image_url")
+        return {"type": "image", "image": Attachment(shown, False, where)}
+    if kind not in _TEXTS:
+        raise RequestError(
+            "parts of this type are not read",
+            where=where,
+            expected="text or input_image",
+            hint="describe it in words, or leave it out",
+        )
+    return part.text("refusal" if kind == "refusal" else "text") or ""
 
 
 @dataclass(frozen=True, slots=True)

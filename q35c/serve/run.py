@@ -19,6 +19,7 @@ from q35c.serve.engine import Engine
 from q35c.serve.opening import Opening
 from q35c.serve.server import Server, is_local, listen, raise_file_limit, url_of
 from q35c.serve.settings import ANY, MAX_CONNECTIONS, Settings
+from q35c.vision.packages import has_pillow
 
 KEY_VARIABLE = "Q35C_API_KEY"
 DEFAULT_PREFIX_CACHE = "25%"
@@ -102,6 +103,8 @@ def _open(
         )
     )
     model.tokenizer  # noqa: B018  an artifact without one cannot be served
+    if model.prompting.eyes is not None and not has_pillow():
+        on_warning("pictures are refused: they need the package Pillow; pip install 'q35c[vision]'")
     if model.batch == 1:
         on_warning("the artifact was compiled with batch 1: one request is answered at a time")
     engine = Engine(

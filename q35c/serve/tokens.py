@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.responses import Response
 
 from q35c import arguments
-from q35c.serve.conversation import Ask, Sampling, check_weight, encode
+from q35c.serve.conversation import Ask, Sampling, check_weight
 from q35c.serve.desk import Desk
 from q35c.serve.incoming import Incoming
 from q35c.serve.json_response import json_response
@@ -24,7 +24,7 @@ async def answer_tokenize(desk: Desk, incoming: Incoming) -> Response:
             read_tools(fields),
             template=read_template(fields, None),
         )
-        ids = await desk.run(lambda: encode(desk.model, ask))
+        ids = await desk.encode(ask)
     else:
         prompt = fields.require("prompt", fields.text("prompt"))
         check_weight(desk.model, prompt, "prompt")

@@ -131,7 +131,10 @@ class ClipFile:
             if isinstance(error, MediaError) or type(error) is MemoryError:
                 raise
             raise MediaError(
-                f"the clip cannot be decoded: {error!s:.200}", where=self._where, hint=_HINT
+                "the clip cannot be decoded",
+                where=self._where,
+                got=f"{error!s:.200}",
+                hint=_HINT,
             ) from None
 
 

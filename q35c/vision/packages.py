@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from q35c.errors import ToolchainError
@@ -11,6 +12,11 @@ from q35c.errors import ToolchainError
 def pillow(name: str = "PIL.Image") -> Any:
     """Return a module of Pillow. Raises ToolchainError where it is not installed."""
     return _module(name, "Pillow", "pictures")
+
+
+def has_pillow() -> bool:
+    """Say whether pictures can be opened."""
+    return importlib.util.find_spec("PIL") is not None
 
 
 def pyav() -> Any:

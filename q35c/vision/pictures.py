@@ -120,7 +120,9 @@ def _unreadable(error: Exception, where: str) -> Exception:
     kind = pillow()
     if isinstance(error, getattr(kind, "UnidentifiedImageError", ())):
         return MediaError("is no picture of a known format", where=where, hint=_HINT)
-    return MediaError(f"the picture cannot be decoded: {error!s:.200}", where=where, hint=_HINT)
+    return MediaError(
+        "the picture cannot be decoded", where=where, got=f"{error!s:.200}", hint=_HINT
+    )
 
 
 def _check_size(image: Any, file_bytes: int | None, where: str) -> None:

@@ -150,7 +150,6 @@ WRONG_PROMPTS = {
     "ids and lists": [72, [72]],
     "None among texts": ["H", None],
     "bytes in a list": [b"H"],
-    "conversation": [{"role": "user", "content": "H"}],
     "an empty prompt": ["H", ""],
     "negative": [-1],
     "outside": [VOCAB],
@@ -176,8 +175,6 @@ def test_a_wrong_prompt_is_numbered(model: q35c.Model) -> None:
         model.generate([[1], [1, 2, VOCAB]])
     with pytest.raises(PromptError, match="prompt 1: not a prompt"):
         model.generate(["H", 5])
-    with pytest.raises(PromptError, match="apply_chat_template"):
-        model.generate([{"role": "user", "content": "H"}])
     with pytest.raises(PromptError, match="input_ids"):
         model.generate(UserDict(input_ids=[72]))
 

@@ -17,7 +17,8 @@ import tokenizers
 
 from q35c.artifact.manifest import Generation
 from q35c.errors import InternalError, OptionError, Overloaded, Q35CError, Unavailable
-from q35c.runtime.model import Model
+from q35c.runtime.prompting import Prompting
+from q35c.runtime.seeing import Eyes
 from q35c.runtime.tokenizer import StopScanner, TextStream, Tokenizer
 from q35c.serve.request import (
     Failed,
@@ -32,7 +33,7 @@ from q35c.serve.request import (
     Token,
     Usage,
 )
-from tests import fake_artifact
+from tests import fake_artifact, seeing
 
 VOCAB, END, IM_START, IM_END = 270, 256, 257, 258
 TURN_SECONDS = 1e-4
@@ -41,7 +42,10 @@ TEMPLATE = (
     "{%- for m in messages %}"
     "{%- if m.role not in ['system', 'user', 'assistant', 'tool'] %}{{ raise_exception('no such role') }}{% endif %}"
     "<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content or [] %}{{ p.text }}{% endfor %}{% endif %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content or [] %}"
+    "{% if p.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif p.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>{% endfor %}"
     "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -56,24 +60,32 @@ def byte_tokenizer() -> Tokenizer:
     document = json.loads(made.to_str())
     document["added_tokens"] = []
     made = tokenizers.Tokenizer.from_buffer(json.dumps(document).encode())
-    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", *seeing.TOKENS])
     return Tokenizer(made.to_str().encode())
+
+
+class FakePrompting(Prompting):
+    """A tokenizer of bytes and a template, of no file."""
+
+    def __init__(self, context: int, eyes: Eyes | None = None) -> None:
+        sizes = SimpleNamespace(vocab_size=VOCAB, hidden_size=seeing.HIDDEN)
+        manifest = SimpleNamespace(model=sizes, takes_rows=True)
+        super().__init__(SimpleNamespace(manifest=manifest), context, eyes, lambda: None)  # type: ignore[arg-type]
+        self._tokenizer = byte_tokenizer()
+        self._template = TEMPLATE, {}
 
 
 class FakeModel:
     """What of a model the HTTP side reads."""
 
     vocab_size = VOCAB
-    encode_chat = Model.encode_chat
 
     def __init__(self, context: int = 1 << 18, batch: int = 4) -> None:
         self.context, self.batch = context, batch
         settings = fake_artifact.GENERATION | {"stop_ids": (END, IM_END)}
         self.manifest: Any = SimpleNamespace(generation=Generation(**settings))
         self.tokenizer = byte_tokenizer()
-
-    def _chat_template(self) -> tuple[str, dict[str, str]]:
-        return TEMPLATE, {}
+        self.prompting = FakePrompting(context)
 
 
 Say = Callable[[Request], str | Q35CError]

@@ -10,22 +10,13 @@ from typing import Any, cast
 
 from q35c import strictjson
 from q35c.errors import OptionError
+from q35c.runtime.attachments import Attachment, is_place, media_kind
 from q35c.runtime.chat.budget import MAX_BITS, Budget, Items, Table
 from q35c.runtime.chat.tools import function_schema
 
 Message = Mapping[str, Any]
 MAX_NESTING = 64
 MAX_ARGUMENT_BYTES = 16 << 20
-MEDIA = (
-    "image",
-    "image_url",
-    "input_image",
-    "video",
-    "video_url",
-    "audio",
-    "input_audio",
-    "audio_url",
-)
 REASONING = (
     "reasoning_content",
     "thinking",
@@ -239,17 +230,18 @@ def _parse_object(text: str, where: str) -> dict[str, Any]:
 
 
 def refuse_media(messages: Any) -> None:
-    """Raise OptionError for parts of messages that are no text: nothing can see or hear them."""
+    """Raise OptionError for parts of messages that are neither text nor places: nothing can see or hear them."""
     for index, message in enumerate(check_messages(messages)):
         content = _field(message, "content")
         if not isinstance(content, (list, tuple)):
             continue
         for place, part in enumerate(cast(Sequence[Any], content)):
-            kind = _media_kind(part)
+            kind = None if is_place(part) else media_kind(part)
             if kind is not None:
+                shown = next((v for v in part.values() if isinstance(v, Attachment)), None)
                 raise OptionError(
                     f"a part of a message is {kind}, which this model cannot take in",
-                    where=f"messages[{index}].content[{place}]",
+                    where=shown.where if shown else f"messages[{index}].content[{place}]",
                     expected='{"type": "text", "text": ...}',
                     hint="describe it in words, or leave it out",
                 )
@@ -257,15 +249,6 @@ def refuse_media(messages: Any) -> None:
 
 def _field(message: Any, name: str) -> Any:
     return cast(Mapping[str, Any], message).get(name) if isinstance(message, Mapping) else None
-
-
-def _media_kind(part: Any) -> str | None:
-    if not isinstance(part, Mapping):
-        return None
-    values = cast(Mapping[str, Any], part)
-    if values.get("type") in MEDIA:
-        return str(values["type"])
-    return next((name for name in MEDIA if name in values), None)
 
 
 # A space behind it shows whether the template trims what precedes it.

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from q35c import arguments
 from q35c.errors import OptionError
+from q35c.runtime.attachments import is_place
 from q35c.runtime.chat.messages import (
     REASONING,
     PlainData,
@@ -31,7 +32,7 @@ _DROPPED_PARTS = ("redacted_thinking",)
 def normalise(messages: Any) -> list[dict[str, Any]]:
     """Return messages with a role, content that is text, and calls whose arguments are mappings.
 
-    Developers are the system. What the system says first is one message, joined by blank lines; what it says later is a
+    Content in which pictures and clips have places (`attachments`) is texts and places. Developers are the system. What the system says first is one message, joined by blank lines; what it says later is a
     user's message in its place. Reasoning is `reasoning_content` whatever it was named, a part of the content included.
 
     Raises OptionError that names the message and the field: for no conversation, unknown roles, content that is no
@@ -67,11 +68,16 @@ def _normalised(message: Any, where: str) -> dict[str, Any]:
     fields = dict(cast(Mapping[str, Any], message))
     role = arguments.choice(f"{where}.role", fields.get("role"), ROLES, "role")
     made: dict[str, Any] = {"role": "system" if role == "developer" else role}
-    texts, thoughts = _split_content(fields.pop("content", None), f"{where}.content")
+    said, thoughts = _split_content(fields.pop("content", None), f"{where}.content")
+    texts = [text for text in said if isinstance(text, str)]
     if made["role"] == "system":
+        if len(texts) < len(said):
+            raise OptionError(
+                "a system shows no pictures", where=where, hint="let a user show them"
+            )
         texts = [text for text in texts if not text.startswith(BILLING)]
         return {**made, "content": _BLANK_LINE.join(filter(None, texts))}
-    made["content"] = "".join(texts)
+    made["content"] = "".join(texts) if len(texts) == len(said) else _joined(said)
     thoughts += [
         _text(fields[name], f"{where}.{name}") for name in REASONING if fields.get(name) is not None
     ][:1]
@@ -83,20 +89,28 @@ def _normalised(message: Any, where: str) -> dict[str, Any]:
     return made | {k: v for k, v in fields.items() if k not in ("role", *REASONING)}
 
 
-def _split_content(content: Any, where: str) -> tuple[list[str], list[str]]:
-    """Return the texts of a message's content, and those of the reasoning in it."""
+def _joined(said: list[str | dict[str, str]]) -> list[dict[str, str]]:
+    """Return texts and places as parts, in order."""
+    return [{"type": "text", "text": one} if isinstance(one, str) else one for one in said]
+
+
+def _split_content(content: Any, where: str) -> tuple[list[str | dict[str, str]], list[str]]:
+    """Return the texts of a message's content and the places of pictures among them, and the texts of its reasoning."""
     if content is None:
         return [], []
     if isinstance(content, str):
         return [content], []
     if not isinstance(content, list):
         raise OptionError("not a content", where=where, expected="a text or parts", got=content)
-    texts: list[str] = []
+    texts: list[str | dict[str, str]] = []
     thoughts: list[str] = []
     for place, part in enumerate(cast(list[Any], content)):
         at = f"{where}[{place}]"
         if isinstance(part, str):
             texts.append(part)
+            continue
+        if is_place(part):
+            texts.append(dict(part))
             continue
         kind, text = _read_part(part, at)
         if kind not in _DROPPED_PARTS:
