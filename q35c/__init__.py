@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from q35c.runtime.prefix import PrefixCache as PrefixCache
     from q35c.runtime.saved import Snapshot as Snapshot
     from q35c.runtime.session import Session as Session
+    from q35c.vision.clips import Clip as Clip
 
 _RUNTIME = (
     "Generation",
@@ -31,6 +32,7 @@ _RUNTIME = (
 )
 __all__ = [
     "ChatAnswer",
+    "Clip",
     "Conversation",
     "Generation",
     "Model",
@@ -72,4 +74,8 @@ def __getattr__(name: str) -> object:
         from q35c.runtime import answering
 
         return getattr(answering, name)
+    if name == "Clip":
+        from q35c.vision.clips import Clip
+
+        return Clip
     raise AttributeError(f"module 'q35c' has no attribute {name!r}")

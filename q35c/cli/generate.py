@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -49,9 +49,11 @@ class PromptCommand(click.Command):
 @sampling_options
 @click.option(
     "--chat/--raw",
-    default=False,
-    help="Wrap the prompt in the model's chat template, or not [raw].",
+    default=None,
+    help="Wrap the prompt in the model's chat template, or not [raw; with pictures or clips, chat].",
 )
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="Picture to be shown before the prompt; may be given several times.")  # fmt: skip
+@click.option("--video", "videos", multiple=True, type=click.Path(path_type=Path), help="Clip to be shown before the prompt; may be given several times.")  # fmt: skip
 @click.option("--system", help="What the system says before the prompt; with --chat.")
 @click.option(
     "--think",
@@ -73,7 +75,9 @@ def generate_command(
     artifact: Path,
     prompt: str,
     prompt_file: Path | None,
-    chat: bool,
+    chat: bool | None,
+    images: tuple[Path, ...],
+    videos: tuple[Path, ...],
     system: str | None,
     think: str | None,
     json_schema: Path | None,
@@ -96,6 +100,7 @@ def generate_command(
       q35c generate model.q35c -n 200 --stop '\\n\\n' -- "- a list:"
       q35c generate model.q35c --chat "Why is the sky blue?" --temperature 0
       q35c generate model.q35c --chat --system "Answer in one word." --think off "Why is the sky blue?"
+      q35c generate model.q35c "What is this?" --image photo.jpg
       q35c generate model.q35c --chat --json-schema person.json "Who wrote Faust?" -n 300
       cat letter.txt | q35c generate model.q35c - --seed 7 --json --quiet
     """
@@ -104,45 +109,56 @@ def generate_command(
     if json_schema is not None:
         schema = read_json(json_schema)
         options["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+    shown: dict[str, Any] = {"images": [*images] or None, "videos": [*videos] or None}
+    is_chat = bool(images or videos) if chat is None else chat
     for name, value in (("--system", system), ("--think", think)):
-        if value is not None and not chat:
+        if value is not None and not is_chat:
             raise OptionError("belongs to --chat", where=name)
     text: Any = argument_or_file(prompt, prompt_file).removesuffix("\n" if prompt_file else "")
     begin = time.perf_counter()
     with (
         q35c.load(artifact, threads, context=context, device=device) as model,
-        naming(json_schema),
+        naming(json_schema, images, videos),
     ):
         load_seconds = time.perf_counter() - begin
-        if chat:
-            text = encode_question(model, text, system, think)
+        if is_chat:
+            text, shown = encode_question(model, text, system, think, **shown), {}
         if is_json:
-            result = model.generate(text, **options)
+            result = model.generate(text, **shown, **options)
             say(json.dumps(figures_of(result), ensure_ascii=False))
         else:
-            result = stream_text(model, text, **options)
+            result = stream_text(model, text, **shown, **options)
         if not quiet:
             note(describe_result(result, load_seconds, model))
 
 
 @contextmanager
-def naming(schema: Path | None) -> Iterator[None]:
-    """Say in errors about the structure which file it came from."""
+def naming(
+    schema: Path | None, images: Sequence[Path] = (), videos: Sequence[Path] = ()
+) -> Iterator[None]:
+    """Say in errors about the structure, a picture or a clip which file it came from."""
+    shown = {"images": images, "videos": videos}
+    files = {f"{name}[{i}]": path for name, paths in shown.items() for i, path in enumerate(paths)}
     try:
         yield
-    except OptionError as error:
-        if schema is not None and (error.where or "").startswith("response_format"):
+    except InputError as error:
+        where = error.where or ""
+        if schema is not None and where.startswith("response_format"):
             error.where = str(schema)
+        elif where in files:
+            error.where = str(files[where])
         raise
 
 
-def encode_question(model: Any, question: str, system: str | None, think: str | None) -> list[int]:
-    """Return the ids of a conversation that is a single question."""
+def encode_question(
+    model: Any, question: str, system: str | None, think: str | None, **shown: Any
+) -> Any:
+    """Return the prompt of a conversation that is a single question, about the `images` and `videos` that are shown."""
     messages = [{"role": "user", "content": question}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     variables = {} if think is None else {"enable_thinking": think == "on"}
-    return model.encode_chat(messages, **variables)
+    return model.encode_chat(messages, **shown, **variables)
 
 
 def figures_of(result: Any) -> dict[str, Any]:
@@ -157,7 +173,7 @@ def figures_of(result: Any) -> dict[str, Any]:
     }
 
 
-def stream_text(model: Any, prompt: str | list[int], **options: Any) -> Any:
+def stream_text(model: Any, prompt: Any, **options: Any) -> Any:
     """Generate to standard output piece by piece; return the `Generation`."""
     stream = model.generate(prompt, stream=True, **options)
     with ending_line():

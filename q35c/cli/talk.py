@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ class Talk:
     messages    all but the system's
     system      what the system says first; empty: nothing
     thinking    whether the model may reason; None: as its template says
+    shown       pictures and clips that the next message will show
     last        the last answer
     """
 
@@ -43,6 +45,7 @@ class Talk:
         self.system, self.thinking = system, thinking
         self.messages: list[dict[str, Any]] = []
         self.tools: list[Any] = []
+        self.shown: list[dict[str, Any]] = []
         self.last: Any = None
         self.answers = 0
         self._seed = secrets.randbits(48) if seed is None else seed
@@ -98,8 +101,24 @@ class Talk:
         calls = self.open_calls
         if calls:
             self.messages.append({"role": "tool", "content": text, "tool_call_id": calls[0]["id"]})
-        else:
-            self.messages.append({"role": "user", "content": text})
+            return
+        said: Any = text
+        if self.shown:
+            said, self.shown = [*self.shown, {"type": "text", "text": text}], []
+        self.messages.append({"role": "user", "content": said})
+
+    def show(self, path: Path, is_clip: bool = False) -> None:
+        """Show a picture or clip with the next message. Raises MediaError, OptionError; then nothing has changed.
+
+        Messages hold what the file holds, so that a conversation that is saved needs no other file.
+        """
+        from q35c.vision.pictures import read_file
+
+        kind = "video" if is_clip else "image"
+        url = f"data:{kind};base64,{b64encode(read_file(path, str(path))).decode()}"
+        part = {"type": kind, kind: url}
+        self.model.prompting.check_shown([{"role": "user", "content": [part]}], str(path))
+        self.shown.append(part)
 
     def answer(self, write: Callable[[Any], None]) -> Any:
         """Let the model answer, and write the parts as they come; return the answer, None if there is none.
@@ -151,14 +170,17 @@ class Talk:
 
     def reset(self) -> None:
         """Forget what was said, but for the system."""
-        self.messages = []
+        self.messages, self.shown = [], []
 
     def undo(self) -> str:
         """Take the last thing the user said back, and all that followed; return it. Raises OptionError."""
         place = self._last_said()
-        text = self.messages[place]["content"]
+        said = self.messages[place]["content"]
         del self.messages[place:]
-        return text
+        if isinstance(said, str):
+            return said
+        self.shown = [part for part in said if part["type"] != "text"]
+        return "".join(part.get("text", "") for part in said)
 
     def regenerate(self) -> None:
         """Take the last answer back, so that another one is due. Raises OptionError."""
@@ -181,9 +203,12 @@ class Talk:
 
     def load(self, path: Path) -> None:
         """Go on from messages in a JSON file. Raises OptionError; then nothing has changed."""
+        from q35c.runtime.attachments import put_back
         from q35c.runtime.chat.normalise import normalise
 
-        messages = normalise(read_json(path))
+        given = read_json(path)
+        places, _ = self.model.prompting.take(given)
+        messages = put_back(normalise(places), given)
         has_system = messages[0]["role"] == "system"
         self.system = messages[0]["content"] if has_system else ""
         self.messages = messages[1:] if has_system else messages

@@ -81,6 +81,16 @@ def _tools(talk: Talk, name: str) -> str:
     return f"{len(talk.tools)} tools; what you enter after a call is its result"
 
 
+def _image(talk: Talk, name: str) -> str:
+    talk.show(Path(name).expanduser())
+    return "your next message shows it"
+
+
+def _video(talk: Talk, name: str) -> str:
+    talk.show(Path(name).expanduser(), is_clip=True)
+    return "your next message shows it"
+
+
 def _stats(talk: Talk, _: str) -> str:
     lines = [f"{len(talk.history())} messages, {talk.answers} answers"]
     if talk.last is not None:
@@ -115,6 +125,8 @@ COMMANDS: dict[str, Command] = {
     "/load": Command("FILE", "go on from a conversation in a file", _load),
     "/think": Command("on|off", "let the model think first, or not", _think),
     "/tools": Command("FILE|off", "offer the tools whose JSON schemas a file lists", _tools),
+    "/image": Command("FILE", "show a picture with your next message", _image),
+    "/video": Command("FILE", "show a clip with your next message", _video),
     "/stats": Command("", "figures of this conversation", _stats),
     "/help": Command("", "this list", _help),
     EXIT: Command("", "end; so does Ctrl-D", _exit),

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from q35c import arguments
 from q35c.errors import MediaError, OptionError
-from q35c.vision.clips import Pictures
+from q35c.vision.clips import Clip
 
 MOST_ATTACHMENTS = 1024
 # Kinds of parts that are no text, and the fields that hold what they show.
@@ -91,11 +91,31 @@ def show(messages: Sequence[Any], attachments: Sequence[Attachment]) -> list[Any
     return made
 
 
+def put_back(messages: Sequence[Any], originals: Sequence[Any]) -> list[Any]:
+    """Return messages in which the parts that places were left for stand again, taken from `originals` in order."""
+    parts = (
+        part
+        for message in originals
+        for part in _parts(_field(message, "content"))
+        if media_kind(part) is not None
+    )
+    return [
+        {**message, "content": [next(parts) if is_place(part) else part for part in said]}
+        if (said := _parts(_field(message, "content")))
+        else message
+        for message in messages
+    ]
+
+
+def _parts(content: Any) -> Sequence[Any]:
+    return cast(Sequence[Any], content) if isinstance(content, (list, tuple)) else ()
+
+
 def resolve(source: Any, is_clip: bool, where: str, allow_files: bool = False) -> Attachment:
     """Return what is shown, data URLs decoded. Raises MediaError for other texts, unless they may name files."""
     if isinstance(source, Attachment):
         source, where = source.source, source.where
-    if isinstance(source, Pictures):
+    if isinstance(source, Clip):
         source = replace(source, frames=_frames(source.frames, where, allow_files))
     elif isinstance(source, str):
         source = _from_text(source, where, allow_files)

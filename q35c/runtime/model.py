@@ -192,7 +192,7 @@ class Model:
         prompt              a text, token ids as a list, tuple, other sequence or integer array, a conversation, or a
                             `MultimodalPrompt`; or a list of those, or an integer array of two axes, a prompt each row
         images, videos      what the prompt shows, before its text or where it has pads: paths, bytes of files, data URLs, Pillow
-                            images, arrays; for clips also `Pictures`, or lists of frames
+                            images, arrays; for clips also `Clip`, or lists of frames
         max_new_tokens      tokens at most, 128 by default; fewer if the context is full; -1: until it is full
         stream              return a `Stream` of text pieces instead of the whole text
         session             continue in this session (one prompt); it then holds prompt and answer, also of a

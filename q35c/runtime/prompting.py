@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from q35c import arguments
@@ -114,6 +115,15 @@ class Prompting:
         if self.eyes is None:
             refuse_media(listed)
         return take_attachments(listed, arguments.flag("allow_files", allow_files))
+
+    def check_shown(self, messages: Any, where: str) -> None:
+        """Open what messages show, without looking at it. Raises MediaError, PromptError at `where`."""
+        _, attachments = take_attachments(messages)
+        named = [replace(attachment, where=where) for attachment in attachments]
+        if self.eyes is None:
+            refuse_attachments(named)
+        else:
+            self.eyes.look(named, self._context, is_blank=True)
 
     def encode_places(
         self,

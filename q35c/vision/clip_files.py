@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, cast
 
 from q35c import arguments
-from q35c.errors import MediaError
+from q35c.errors import MediaError, Q35CError
 from q35c.vision.packages import pillow, pyav
 
 FORMATS = "mov,matroska,webm,avi,mpegts,gif"
@@ -128,7 +128,7 @@ class ClipFile:
             return call()
         except Exception as error:
             # libav raises a kind of MemoryError of its own where a file asks for absurd sizes.
-            if isinstance(error, MediaError) or type(error) is MemoryError:
+            if isinstance(error, Q35CError) or type(error) is MemoryError:
                 raise
             raise MediaError(
                 "the clip cannot be decoded",

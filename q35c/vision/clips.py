@@ -26,7 +26,7 @@ DEFAULT_FPS = 24.0  # of frames that come without a rate, as in the reference
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class Clip:
     """A clip as its frames: Pillow images, arrays, or one array [frames, rows, columns, channels]; `fps` of them a second."""
 
     frames: Sequence[Any] | np.ndarray
@@ -68,12 +68,12 @@ def clip_frames(
 ) -> ClipFrames:
     """Return the sampled frames of a clip, resized and cut.
 
-    `source` is a path, the bytes of a file, `Pictures`, or what their `frames` may be. `max_seconds` bounds the wall time
+    `source` is a path, the bytes of a file, `Clip`, or what their `frames` may be. `max_seconds` bounds the wall time
     that reading a file takes. Raises MediaError, or OptionError for what cannot be a path or rate.
     """
-    if not isinstance(source, Pictures) and arguments.is_sequence(source):
-        source = Pictures(source)
-    if isinstance(source, Pictures):
+    if not isinstance(source, Clip) and arguments.is_sequence(source):
+        source = Clip(source)
+    if isinstance(source, Clip):
         reader: Reader = _Stills(source, where)
     else:
         reader = ClipFile(source, where, time.monotonic() + max_seconds)
@@ -126,7 +126,7 @@ def _frames(
 class _Stills:
     """A clip of pictures that are there already."""
 
-    def __init__(self, pictures: Pictures, where: str) -> None:
+    def __init__(self, pictures: Clip, where: str) -> None:
         if not arguments.is_sequence(pictures.frames):
             raise MediaError(
                 "is no clip",

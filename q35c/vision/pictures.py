@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from q35c import arguments
-from q35c.errors import MediaError
+from q35c.errors import MediaError, Q35CError
 from q35c.vision.packages import pillow
 from q35c.vision.sizes import check_aspect
 
@@ -115,7 +115,7 @@ def _check_scans(image: Any, data: bytes, where: str) -> None:
 
 
 def _unreadable(error: Exception, where: str) -> Exception:
-    if isinstance(error, MediaError):
+    if isinstance(error, Q35CError):
         return error
     kind = pillow()
     if isinstance(error, getattr(kind, "UnidentifiedImageError", ())):

@@ -12,7 +12,7 @@ import pytest
 from q35c.errors import MediaError, OptionError
 from q35c.runtime.attachments import Attachment, attach, show, take_attachments
 from q35c.runtime.chat.normalise import normalise
-from q35c.vision.clips import Pictures
+from q35c.vision.clips import Clip
 
 DATA = b"not a picture yet"
 URL = "data:image/png;base64," + base64.b64encode(DATA).decode()
@@ -54,7 +54,7 @@ def test_parts_that_show_a_picture(part: dict[str, Any], source: Any) -> None:
         ({"type": "video", "video": DATA}, DATA),
         ({"type": "video_url", "video_url": {"url": URL.replace("image/png", "video/mp4")}}, DATA),
         ({"type": "video", "video": [URL, ARRAY]}, [DATA, ARRAY]),
-        ({"type": "video", "video": Pictures([URL], 3.0)}, Pictures([DATA], 3.0)),
+        ({"type": "video", "video": Clip([URL], 3.0)}, Clip([DATA], 3.0)),
     ],
 )
 def test_parts_that_show_a_clip(part: dict[str, Any], source: Any) -> None:

@@ -19,7 +19,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 import q35c
 from q35c.errors import MediaError, OptionError, PromptError
 from q35c.runtime.multimodal import MultimodalPrompt, cell_ids
-from q35c.vision.clips import Pictures
+from q35c.vision.clips import Clip
 from tests.compiled import model
 from tests.seeing import (
     CLIPS_FILE,
@@ -43,7 +43,7 @@ PICTURE, OTHER = photo(96, 64), Image.new("RGB", (160, 64), (250, 20, 60))
 PNG = encoded(PICTURE, "PNG")
 URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
 QUESTION = "What is to be seen here? " * 6
-CLIP = Pictures(frames(10, (64, 64)), 5.0)
+CLIP = Clip(frames(10, (64, 64)), 5.0)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_logits_are_those_of_transformers_from_messages_on(
 
 
 def _shown(messages: list[Any], pictures: list[Any], clips: list[Any]) -> list[Any]:
-    left = {"image": iter(pictures), "video": (Pictures(clip, 5.0) for clip in clips)}
+    left = {"image": iter(pictures), "video": (Clip(clip, 5.0) for clip in clips)}
     return [
         {
             **m,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -201,3 +202,16 @@ def test_a_stored_file_is_not_known(server: Running) -> None:
     with server.client() as client:
         answer = client.post(RESPONSES, json=document)
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "input[0].content[1]"
+
+
+def test_without_the_packages_pictures_are_refused_and_text_is_answered(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with server.client() as client:
+        refused = client.post(CHAT, json=of_openai(URL))
+        said = client.post(
+            CHAT, json={"model": "m", "messages": [{"role": "user", "content": "x"}]}
+        )
+    assert refused.status_code == 400 and said.status_code == 200
+    assert refused.json()["error"]["param"] == "messages[0].content[1]"

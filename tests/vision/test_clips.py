@@ -16,7 +16,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata, load_video
 
 from q35c.errors import MediaError, OptionError
-from q35c.vision.clips import ClipFrames, Pictures, clip_frames
+from q35c.vision.clips import Clip, ClipFrames, clip_frames
 from q35c.vision.parameters import VideoLimits, VisionParameters
 from q35c.vision.sampling import sample, timestamps
 from tests.vision.clips import KINDS, clip, frames, kind
@@ -64,9 +64,9 @@ def test_frames_are_sampled_as_in_the_reference(
 ) -> None:
     array = frames(count, shape)
     want = reference_clip(array, count, fps)
-    check(clip_frames(Pictures(array, fps), PARAMETERS), want)
+    check(clip_frames(Clip(array, fps), PARAMETERS), want)
     pictures = [Image.fromarray(frame) for frame in array]
-    check(clip_frames(Pictures(pictures, fps), PARAMETERS), want)
+    check(clip_frames(Clip(pictures, fps), PARAMETERS), want)
 
 
 def test_frames_without_a_rate_have_that_of_the_reference() -> None:
@@ -111,7 +111,7 @@ def test_a_clip_that_lies_is_turned_upright() -> None:
         first = next(container.decode(video=0))
         assert first.rotation % 360 == 270
         picture = np.rot90(first.to_ndarray(format="rgb24"), -1)
-    still = clip_frames(Pictures([picture, picture], 1.0), PARAMETERS).frames[0]
+    still = clip_frames(Clip([picture, picture], 1.0), PARAMETERS).frames[0]
     assert np.array_equal(still.patches[:, :256], upright.patches[:, :256])
 
 
@@ -128,7 +128,7 @@ def test_a_file_that_ends_early_is_the_frames_it_has() -> None:
         (Path("nowhere.mp4"), "no such file"),
         (Path("/dev/zero"), "no such file"),
         (7, "no clip"),
-        (Pictures(7), "no clip"),
+        (Clip(7), "no clip"),
         ([], "more frames"),
         (frames(1), "more frames"),
         (frames(8, (2, 500)), "sides differ"),
@@ -144,7 +144,7 @@ def test_what_is_no_clip_is_refused(source: Any, words: str) -> None:
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), "25", True])
 def test_a_rate_is_a_positive_number(fps: Any) -> None:
     with pytest.raises(OptionError, match="fps"):
-        clip_frames(Pictures(frames(4), fps), PARAMETERS)
+        clip_frames(Clip(frames(4), fps), PARAMETERS)
 
 
 def test_reading_may_not_take_for_ever() -> None:
