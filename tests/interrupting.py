@@ -2,7 +2,7 @@
 
     python -m tests.interrupting ARTIFACT random|every SEED COUNT
 
-`random`: COUNT times an alarm comes at a random moment of an operation. `every`: a signal becomes pending before each
+`random`: alarms come at random moments of operations, until COUNT have raised within one. `every`: a signal becomes pending before each
 COUNT-th bytecode that the main thread runs for an operation, and Python calls the handler where it next looks for signals.
 Prints how often a handler raised. Ends with a traceback of all threads when nothing happens for a minute.
 """
@@ -29,6 +29,7 @@ from q35c.runtime.session import Session
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(0, 200, 40)]
 START, NEXT, PATIENCE_SECONDS = 5, 7, 60
+MOST_ALARMS = 10  # for each that comes in time, on whatever else is busy
 TRIES = 5  # for an alarm that came too early or too late
 
 
@@ -96,7 +97,7 @@ class Subject:
 
 
 def interrupt_randomly(subject: Subject, seed: int, times: int) -> int:
-    """Return how many of so many alarms raised within an operation."""
+    """Return how many alarms raised within an operation: `times`, or fewer if nine of ten came too late."""
 
     def handle(*_: object) -> None:
         if is_armed:
@@ -111,7 +112,9 @@ def interrupt_randomly(subject: Subject, seed: int, times: int) -> int:
         begin = time.perf_counter()
         operation()
         seconds[name] = time.perf_counter() - begin
-    for number in range(times):
+    for number in range(MOST_ALARMS * times):
+        if interrupted == times:
+            break
         name = choose.choice(list(seconds))
         operation = subject.operations()[name]
         subject.begin()

@@ -20,7 +20,7 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_interrupts_at_random(path: Path) -> None:
-    assert interrupt(path, "random", 1, 200) > 50
+    assert interrupt(path, "random", 1, 100) == 100
 
 
 def test_interrupts_at_every_look_for_signals(path: Path) -> None:
