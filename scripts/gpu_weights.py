@@ -1,11 +1,12 @@
 """Random weights behind the head of an artifact (gpu_pack.py): fast, for measuring speed, with numbers of ordinary size.
 
-Of a large matrix one block of 32 rows is packed and repeated: what is read, and where, is as in a real model. Small matrices, as
-routers are, are random throughout.
+Of a matrix one block of 32 rows is packed and repeated: what is read, and where, is as in a real model. Small ones that are no integers,
+as routers are, are random throughout.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from q35c.codegen.pack import pack_blocks
 from q35c.frontend.dummy import DummyWeights
 from q35c.layouts.weights import BLOCK
 
-_WHOLE_ROWS = 1024  # matrices of at most so many rows are random throughout
+_WHOLE_ROWS = 1024  # the most that are random throughout
 _CHUNK_BYTES = 64 << 20
 
 
@@ -59,23 +60,23 @@ def _chunks(weight: Weight, drawn: DummyWeights) -> Iterator[np.ndarray]:
             values = np.ascontiguousarray(values[:, 0, :].T)
         yield values
         return
-    rows = weight.matrix[-2]
-    count = weight.bytes // _packed(weight, 1, drawn).nbytes
-    if weight.layout == "linear" and rows <= _WHOLE_ROWS:
-        yield _packed(weight, count, drawn)
+    one = _packed(weight.format, weight.matrix[-1], 1, "")
+    count = weight.bytes // one.nbytes
+    if count * BLOCK <= _WHOLE_ROWS and weight.format in ("f32", "bf16"):
+        yield _packed(weight.format, weight.matrix[-1], count, weight.name)
         return
-    one = _packed(weight, 1, drawn)
     most = max(1, _CHUNK_BYTES // one.nbytes)
     many = np.tile(one, (min(most, count), *(1,) * (one.ndim - 1)))
     for first in range(0, count, most):
         yield many[: min(most, count - first)]
 
 
-def _packed(weight: Weight, count: int, drawn: DummyWeights) -> np.ndarray:
-    """Return so many packed blocks of random rows."""
-    random = np.random.default_rng([count, *weight.name.encode()])
-    rows = 0.02 * random.standard_normal((count * BLOCK, weight.matrix[-1]), np.float32)
-    return pack_blocks(rows, weight.format)
+@functools.cache
+def _packed(form: str, inputs: int, count: int, name: str) -> np.ndarray:
+    """Return so many packed blocks of random rows; other names, other rows."""
+    random = np.random.default_rng([count, inputs, *name.encode()])
+    rows = np.float32(0.02) * random.standard_normal((count * BLOCK, inputs), np.float32)
+    return pack_blocks(rows, form)
 
 
 def decode_bytes(manifest: Manifest, lengths: Sequence[int]) -> float:
