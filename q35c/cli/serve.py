@@ -38,6 +38,7 @@ _LEVELS = ("debug", "info", "warning", "error")
 @click.option("--allow-videos", is_flag=True, help="Also decode clips that requests hold, which libav does in this process.")  # fmt: skip
 @click.option("--drain", "drain_seconds", type=float, default=30.0, show_default=True, help="Seconds that running answers have left after the signal to end.")  # fmt: skip
 @click.option("--log-level", type=click.Choice(_LEVELS), default="info", show_default=True, help="What goes to standard error: info is a line for each request.")  # fmt: skip
+@click.option("--warm-up", is_flag=True, help="In idle times, compute what the next turn of a conversation will begin with.")  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Also log what users write.")
 def serve_command(artifact: Path, **options: Any) -> None:
     """Serve ARTIFACT to clients of OpenAI's and Anthropic's interfaces.
@@ -73,6 +74,7 @@ def serve_command(artifact: Path, **options: Any) -> None:
         cors_origins=options["cors_origins"],
         queue_seconds=options["queue_seconds"],
         log_prompts=options["log_prompts"],
+        warm_up=options["warm_up"],
         allow_videos=options["allow_videos"],
     )
     limits = Limits(

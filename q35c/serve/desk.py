@@ -11,19 +11,21 @@ from typing import TypeVar
 
 import numpy as np
 
-from q35c.errors import InternalError, Overloaded
+from q35c.errors import InputError, InternalError, Overloaded
 from q35c.runtime.chat.answer import AnswerParser
 from q35c.runtime.multimodal import MultimodalPrompt, token_ids
 from q35c.serve.answer import Choice
 from q35c.serve.conversation import Ask, Prepared, TextModel, encode, prepare
 from q35c.serve.fields import Fields
 from q35c.serve.incoming import Bodies, Incoming
+from q35c.serve.log import log
 from q35c.serve.metrics import Metrics
 from q35c.serve.options import check_model
 from q35c.serve.reply import Reply, Writer
 from q35c.serve.request import Request, Serving
 from q35c.serve.rows import Inbox, Rows
 from q35c.serve.settings import ANY, MAX_PREPARING, Settings
+from q35c.serve.warm import next_request
 
 T = TypeVar("T")
 _THREADS = 2  # rendering and encoding hold Python's lock, so more would not be quicker
@@ -43,6 +45,7 @@ class Desk:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="q35c-prepare")
         self._preparing = 0
         self._inbox: Inbox | None = None
+        self._tasks: set[asyncio.Future[None]] = set()  # which nobody else refers to
 
     def close(self) -> None:
         """End the threads."""
@@ -90,7 +93,26 @@ class Desk:
             )
             for _ in prepared.requests
         ]
-        return self.reply(incoming, prepared.requests, choices, writer, is_stream)
+        reply = self.reply(incoming, prepared.requests, choices, writer, is_stream)
+        if self.settings.warm_up and len(choices) == 1:
+            reply.on_end = lambda: self._warm_up(ask, choices[0])
+        return reply
+
+    def _warm_up(self, ask: Ask, choice: Choice) -> None:
+        """Begin to compute what the turn behind an answer will begin with; nobody waits for it."""
+        task = asyncio.ensure_future(self._compute_next(ask, choice))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _compute_next(self, ask: Ask, choice: Choice) -> None:
+        try:
+            request = await self.run(lambda: next_request(self.model, ask, choice))
+            if request is not None:
+                self.engine.submit(request, lambda request, events: None)
+        except (
+            InputError
+        ) as error:  # such as a full queue, or a conversation that no template writes
+            log.info("no warm-up: %s", error)
 
     def reply(
         self,

@@ -238,6 +238,8 @@ class Engine:
             turns.add(job)
         for number in cancelled:
             turns.cancel(number)
+        if is_draining:
+            turns.drop_idle()
         now = time.monotonic()
         for job in turns.queue.all():
             deadline = job.request.deadline

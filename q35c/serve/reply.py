@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -74,6 +74,7 @@ class Reply(Response):
         self._rows, self._choices = rows, choices
         self._writer, self._metrics, self._identity = writer, metrics, identity
         self._is_stream, self._ping_seconds = is_stream, ping_seconds
+        self.on_end: Callable[[], None] | None = None  # called once the whole answer is written
         self._open = set(range(len(choices)))
         self._started: set[int] = set()
         self._begun = time.perf_counter()
@@ -90,6 +91,9 @@ class Reply(Response):
                 work.result()
             elif self._open:
                 self._metrics.count_cancelled("disconnect")
+            # A client that has all of its answer counts as gone, too.
+            if self.on_end is not None and work.done() and work.exception() is None:
+                self.on_end()
         finally:
             self._rows.cancel()
             await _end(work, gone)

@@ -52,6 +52,7 @@ class Request:
     is_scoring      also send one `Scored` for the prompt before the first token (needs `logprobs`)
     constraint      what the grammar compiler made of a `Structure`; a matcher of its own belongs to each request
     deadline        `time.monotonic()` by which it must have been admitted, else it ends "cancelled"
+    is_idle         computed only while there is nothing else to do, and given up as soon as there is
     group           requests with the same text here have the same prompt and differ in the seed: prefill once, fork
     """
 
@@ -62,6 +63,7 @@ class Request:
     salt: str = ""
     logprobs: int | None = None
     is_scoring: bool = False
+    is_idle: bool = False
     constraint: Any = None
     deadline: float | None = None
     group: str = ""

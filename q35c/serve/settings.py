@@ -34,6 +34,7 @@ class Settings:
     cors_origins    web pages that may read answers; none by default
     queue_seconds   how long a request may wait for a row
     log_prompts     write what users say to the log
+    warm_up         compute in idle times what the next turn of a conversation will begin with
     allow_videos    decode clips that requests hold: with libav, in this process
     ping_seconds    how often a client that waits hears of it
     unread_seconds  how long a client may leave more unread than a few hundred tokens
@@ -46,6 +47,7 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     queue_seconds: float = 300.0
     log_prompts: bool = False
+    warm_up: bool = False
     allow_videos: bool = False
     ping_seconds: float = PING_SECONDS
     unread_seconds: float = UNREAD_SECONDS

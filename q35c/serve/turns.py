@@ -70,9 +70,23 @@ class Turns:
         return sum(state_bytes(self._model.manifest, session.high_water) for session in sessions)
 
     def add(self, job: Job) -> None:
-        """Let a request wait for a seat."""
+        """Let a request wait for a seat, unless it is one for idle times and others are there."""
         self.queue_shares.enter(job.request.client)
+        if not job.request.is_idle:
+            self.drop_idle()
+        elif not self.is_idle:
+            self.turn_away(job, None)
+            return
         self.queue.add(job)
+
+    def drop_idle(self) -> None:
+        """End what is computed for want of other work; what was computed of it is kept."""
+        for job in self.queue.all():
+            if job.request.is_idle:
+                self.turn_away(job, None)
+        for seat in self.seats.values():
+            if seat.request.is_idle and not seat.is_over:
+                seat.cancel()
 
     def cancel(self, number: int) -> None:
         """End a request, wherever it is; no error if it has ended."""
@@ -190,8 +204,9 @@ class Turns:
         self.queue.take(job.number)
         self.seats[job.number] = seat
         self._ages.enter(job.number)
-        self.counts["prompt_tokens"] += len(job.request.ids)
-        self.counts["cached_tokens"] += lease.cached_tokens
+        if not job.request.is_idle:
+            self.counts["prompt_tokens"] += len(job.request.ids)
+            self.counts["cached_tokens"] += lease.cached_tokens
         if lease.miss is not None:
             log.info(
                 "request %d: %s",
