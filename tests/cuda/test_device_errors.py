@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -156,6 +157,22 @@ def test_sessions_share_the_memory_that_is_left(path: Path, emulated: Emulated, 
             third.prefill([3])
         second.reset()
         assert emulated.live()["bytes"] == before + one
+
+
+def test_kept_prompts_give_way_to_new_ones(path: Path, emulated: Emulated, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    prompts = [[*range(start, start + 100)] for start in (3, 40, 80, 120)]
+    options = {"max_new_tokens": 3, "temperature": 0, "stop_ids": []}
+    with q35c.load(path, verify=False) as model:
+        cache = model.cache(2**30)
+        want = [list(model.generate(ids, **options).ids) for ids in prompts]
+        gc.collect()
+        with model.session() as session:
+            session.prefill(prompts[0])
+            monkeypatch.setenv("FAKECUDA_MEMORY", str(int(1.5 * emulated.live()["bytes"])))
+        del session
+        found = [list(model.generate(ids, cache=cache, **options).ids) for ids in prompts * 2]
+        assert found == want * 2
+        del cache
 
 
 def test_a_fault_names_the_entry_and_ends_the_device_alone(emulated: Emulated, tmp_path: Path) -> None:  # fmt: skip

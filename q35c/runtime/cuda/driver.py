@@ -70,6 +70,7 @@ FUNCTIONS: Mapping[str, tuple[type[Any], ...]] = {
     "cuModuleUnload": (_POINTER,),
     "cuModuleGetFunction": (_POINTER, _POINTER, _TEXT),
     "cuFuncSetAttribute": (_POINTER, _INT, _INT),
+    "cuFuncLoad": (_POINTER,),
     "cuLaunchKernel": (_POINTER, *[_UINT] * 7, _POINTER, _POINTER, _POINTER),
 }
 

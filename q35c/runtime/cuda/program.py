@@ -31,6 +31,8 @@ class Kernel:
         self.function = ctypes.c_void_p(driver.size("cuModuleGetFunction", module, name))
         if plan.shared_bytes > _UNASKED_SHARED_BYTES:
             driver.call("cuFuncSetAttribute", self.function, _MAX_DYNAMIC_SHARED, plan.shared_bytes)
+        # Now, for otherwise the driver would do it at the first launch, perhaps in the midst of a capture.
+        driver.call("cuFuncLoad", self.function)
         self.shape = tuple(map(ctypes.c_uint, (*plan.block, plan.shared_bytes)))
 
 

@@ -44,7 +44,7 @@ struct Graph { std::vector<Work> nodes; };
 struct Stream { std::deque<Work> queue; std::unique_ptr<Graph> capture; bool is_invalid = false; };
 struct Event { bool is_done = false; std::chrono::steady_clock::time_point time; };
 struct Image { void* library; int file; std::map<std::string, struct Function*> functions; };
-struct Function { Image* image; const Kernel* kernel; int shared_limit = UNASKED_SHARED; };
+struct Function { Image* image; const Kernel* kernel; int shared_limit = UNASKED_SHARED; bool is_loaded = false; };
 struct Physical { size_t bytes; bool is_mapped; };
 
 static std::recursive_mutex mutex_;
@@ -367,11 +367,13 @@ API cuFuncSetAttribute(Function* function, int attribute, int value) {
   function->shared_limit = value;
   return OK;
 }
+API cuFuncLoad(Function* function) { CONTEXT; function->is_loaded = true; return OK; }
 API cuLaunchKernel(Function* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, Stream* stream, void** parameters, void**) {
   CONTEXT;
   bool is_small = gx && gy && gz && bx && by && bz;
   if (!is_small || gx > 0x7fffffff || gy > 65535 || gz > 65535 || (size_t)bx * by * bz > 1024 || bz > 64 || (int)shared > function->shared_limit) return INVALID_VALUE;
+  if (!function->is_loaded && streams_.count(stream) && stream->capture) return CAPTURE_UNSUPPORTED;  // loading may wait for the device
   const Kernel& kernel = *function->kernel;
   auto values = std::make_shared<std::vector<std::string>>();  // a launch has the values of now, whenever it runs
   for (int i = 0; i < kernel.parameters; ++i) values->emplace_back((char*)parameters[i], kernel.sizes[i]);
