@@ -31,6 +31,12 @@ _SIZES: dict[str, dict[str, int]] = {
     # Heads of 72 dims, and a feed-forward width that no group divides: those of the largest towers.
     "odd": {"depth": 1, "hidden_size": 144, "num_heads": 2, "intermediate_size": 272},
 }
+# Those of the family, but for their depth and the text's width: 0.8B, 2B and 4B, all others.
+_REAL = {"out_hidden_size": 64, "patch_size": 16, "num_position_embeddings": 2304, "depth": 2}
+_SIZES |= {
+    f"real-{size}": {**_REAL, "hidden_size": size, "num_heads": heads, "intermediate_size": inner}
+    for size, heads, inner in ((768, 12, 3072), (1024, 16, 4096), (1152, 16, 4304))
+}
 GRIDS = ((2, 2), (4, 6), (10, 2), (6, 14))  # rows and columns of patches
 
 
@@ -124,7 +130,8 @@ def write_seeing_checkpoint(
         tensors[f"model.visual.{name}"] = parameter.detach().to(dtype).contiguous()
     save_shards(path, tensors, 1)
     edit_json(path / "config.json", vision_config=vision_document(config), **TOKENS)
-    (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    settings = PREPROCESSOR | {"patch_size": config.patch_size}
+    (path / "preprocessor_config.json").write_text(json.dumps(settings))
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,10 +37,10 @@ def model(kind: str, precision: str, target: str = "cpu", threads: int = 2) -> q
     return q35c.load(seeing_artifact(kind, precision, target), threads=threads)
 
 
-@pytest.mark.parametrize(("kind", "precision", "target"), CASES)
-def test_rows_equal_eager(kind: str, precision: str, target: str) -> None:
+def check_rows(kind: str, precision: str, target: str, grids: Sequence[tuple[int, int]]) -> None:
+    """Compare rows: in f32 by their largest difference, else by the cosine of every row."""
     config = tower_config(kind)
-    for seed, grid in enumerate((*GRIDS, (2, 128), (16, 16), (14, 18))):
+    for seed, grid in enumerate(grids):
         patches = random_patches(config, grid, seed)
         rows, want = (
             model(kind, precision, target).see(patches, grid),
@@ -47,10 +48,22 @@ def test_rows_equal_eager(kind: str, precision: str, target: str) -> None:
         )
         assert rows.shape == want.shape
         if precision == "f32":
-            assert np.abs(rows - want).max() <= 1e-5 * np.abs(want).max()
+            assert np.abs(rows - want).max() <= 1e-5 * np.abs(want).max(), grid
             continue
         cosines = (rows * want).sum(1) / np.linalg.norm(rows, axis=1) / np.linalg.norm(want, axis=1)
         assert cosines.min() >= {"bf16": 0.9999, "w8": 0.999}[precision], grid
+
+
+@pytest.mark.parametrize(("kind", "precision", "target"), CASES)
+def test_rows_equal_eager(kind: str, precision: str, target: str) -> None:
+    check_rows(kind, precision, target, (*GRIDS, (2, 128), (16, 16), (14, 18)))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", ["f32", "bf16", "w8"])
+@pytest.mark.parametrize("width", [768, 1024, 1152])
+def test_real_shapes_equal_eager(width: int, precision: str) -> None:
+    check_rows(f"real-{width}", precision, "cpu", ((2, 2), (6, 10), (4, 60), (14, 18)))
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
