@@ -92,7 +92,8 @@ def check(key: Any, directory: Path, count: int, seed: int) -> None:
             numbers = engine.statistics()
             evictions, cached = evictions + numbers.evictions, cached + numbers.cached_tokens
         print(f"seed {seed}: {cached / total:.0%} of {total} tokens were kept, {evictions} evicted")
-        assert cached > 0.2 * total and (evictions > 0 or count <= BETWEEN_RESTARTS)
+        # Conversations go on from any earlier one, and most of a thousand are of an earlier life.
+        assert cached > 0.1 * total and (evictions > 0 or count <= BETWEEN_RESTARTS)
 
 
 def test_conversations_through_the_server(tmp_path: Path) -> None:
