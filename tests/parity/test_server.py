@@ -92,8 +92,7 @@ def check(key: Any, directory: Path, count: int, seed: int) -> None:
             numbers = engine.statistics()
             evictions, cached = evictions + numbers.evictions, cached + numbers.cached_tokens
         print(f"seed {seed}: {cached / total:.0%} of {total} tokens were kept, {evictions} evicted")
-        # Conversations go on from any earlier one, and most of a thousand are of an earlier life.
-        assert cached > 0.1 * total and (evictions > 0 or count <= BETWEEN_RESTARTS)
+        assert cached > 0.2 * total and (evictions > 0 or count <= BETWEEN_RESTARTS)
 
 
 def test_conversations_through_the_server(tmp_path: Path) -> None:
@@ -103,4 +102,7 @@ def test_conversations_through_the_server(tmp_path: Path) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("key", MODELS, ids=str)
 def test_a_thousand_conversations(key: Any, tmp_path: Path) -> None:
-    check(key, tmp_path, count=1000, seed=6)
+    for seed in range(
+        6, 10
+    ):  # a conversation goes on from any before it: of more, few are of the same life
+        check(key, tmp_path / str(seed), count=250, seed=seed)

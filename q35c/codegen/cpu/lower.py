@@ -9,6 +9,12 @@ from typing import Any
 from q35c.codegen.calls import Int
 from q35c.codegen.cpu.lower_tower import TOWER_RULES
 from q35c.codegen.requests import Lowering, Shared, row_count, width
+from q35c.codegen.rules import (
+    lower_last_token,
+    lower_ops,
+    lower_rotary_table,
+    lower_slice,
+)
 from q35c.codegen.schedule import Schedule, View, WeightRef
 from q35c.errors import LoweringError
 from q35c.formats.registry import integer_format
@@ -20,15 +26,9 @@ from q35c.layouts.weights import WeightLayout
 def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
     """Return the steps of an entry of up to `max_tokens` rows, or raise LoweringError naming the op that has no kernel."""
     low = Lowering(graph, shared, max_tokens)
-    for op in graph.ops:
-        rule = RULES.get(op.kind)
-        if rule is None:
-            raise LoweringError(
-                "no lowering for this op", where=f"entry {graph.name}, {op.kind}",
-                expected=sorted(RULES), hint="the fusion passes should have replaced it",
-            )  # fmt: skip
-        rule(low, op)
-    return low.schedule
+    return lower_ops(
+        low, RULES, "no lowering for this op", "the fusion passes should have replaced it"
+    )
 
 
 # --- one rule per op ------------------------------------------------------------------------------
@@ -80,22 +80,6 @@ def lower_linear_swiglu(low: Lowering, op: Op) -> None:
     lower_matrix(low, op, "swiglu", "swiglu", op.operands[1:])
 
 
-def lower_slice(low: Lowering, op: Op) -> None:
-    """A slice of the last axis is a view: no kernel."""
-    source = low.views[op.operands[0]]
-    if op.attrs["axis"] % op.result.type.rank != op.result.type.rank - 1 or op.attrs["step"] != 1:
-        raise LoweringError(
-            "only last-axis slices are views", where=f"entry {low.graph.name}", got=op.attrs
-        )
-    offset = source.offset + 4 * op.attrs["start"]
-    low.views[op.result] = View(source.home, source.stride, source.rows, offset, source.last_row)
-
-
-def lower_last_token(low: Lowering, op: Op) -> None:
-    source = low.views[op.operands[0]]
-    low.views[op.result] = View(source.home, source.stride, Int(1), source.offset, last_row=True)
-
-
 def lower_rms_norm(low: Lowering, op: Op) -> None:
     x, w = low.views[op.operands[0]], low.shared.weight("vector", op.operands[1])
     parameters = {"D": width(op.results[0]), "eps": op.attrs["eps"], "offset": op.attrs["offset"]}
@@ -108,13 +92,6 @@ def lower_rms_norm(low: Lowering, op: Op) -> None:
     y = low.output(op.results[0]) if is_kept else q  # or else it is not touched
     parameters |= {"group": group, "is_kept": is_kept}
     low.call("rms_norm", parameters, x=x, w=w, y=y, q=q)
-
-
-def lower_rotary_table(low: Lowering, op: Op) -> None:
-    parameters = {name: op.attrs[name] for name in ("inv_freq", "sections", "scaling")}
-    # One row for each axis, as long as the field in io.
-    positions = replace(low.views[op.operands[0]], stride=low.shared.io_tokens)
-    low.call("rotary_table", parameters, positions=positions, table=low.output(op.result))
 
 
 def lower_gated_delta_net(low: Lowering, op: Op) -> None:

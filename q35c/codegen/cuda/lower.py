@@ -10,8 +10,13 @@ from q35c.codegen.calls import Int
 from q35c.codegen.cuda.kernels.cache import CACHES
 from q35c.codegen.cuda.kernels.prologue import MOST_BYTES, Prologue
 from q35c.codegen.requests import Lowering, Shared, row_count, width
+from q35c.codegen.rules import (
+    lower_last_token,
+    lower_ops,
+    lower_rotary_table,
+    lower_slice,
+)
 from q35c.codegen.schedule import Schedule, View, WeightRef
-from q35c.errors import LoweringError
 from q35c.formats.registry import is_row_format
 from q35c.ir.graph import Graph, Op, Value
 from q35c.ir.types import count
@@ -26,15 +31,7 @@ PRODUCTS = (*LINEAR, "sparse_moe_residual", "quantized_moe_residual", "folded_mo
 def lower(graph: Graph, shared: Shared, max_tokens: int) -> Schedule:
     """Return the launches of an entry of up to `max_tokens` rows, or raise LoweringError naming the op that has no kernel."""
     low = CudaLowering(graph, shared, max_tokens)
-    for op in graph.ops:
-        rule = RULES.get(op.kind)
-        if rule is None:
-            raise LoweringError(
-                "no CUDA kernel for this op", where=f"entry {graph.name}, {op.kind}",
-                expected=sorted(RULES), hint="compile for a CPU target",
-            )  # fmt: skip
-        rule(low, op)
-    return low.schedule
+    return lower_ops(low, RULES, "no CUDA kernel for this op", "compile for a CPU target")
 
 
 # --- rows that products make themselves -----------------------------------------------------------
@@ -173,20 +170,6 @@ def lower_linear_swiglu(low: CudaLowering, op: Op) -> None:
     lower_matrix(low, op, "swiglu", "swiglu", op.operands[1:])
 
 
-def lower_slice(low: CudaLowering, op: Op) -> None:
-    """A slice of the last axis is a view: no kernel."""
-    source = low.views[op.operands[0]]
-    if op.attrs["axis"] % op.result.type.rank != op.result.type.rank - 1 or op.attrs["step"] != 1:
-        raise LoweringError(
-            "only last-axis slices are views", where=f"entry {low.graph.name}", got=op.attrs
-        )
-    low.views[op.result] = replace(source, offset=source.offset + 4 * op.attrs["start"])
-
-
-def lower_last_token(low: CudaLowering, op: Op) -> None:
-    low.views[op.result] = replace(low.views[op.operands[0]], rows=Int(1), last_row=True)
-
-
 def lower_rms_norm(low: CudaLowering, op: Op) -> None:
     x, w = low.views[op.operands[0]], low.shared.weight("vector", op.operands[1])
     shape = {"eps": op.attrs["eps"], "offset": op.attrs["offset"]}
@@ -197,13 +180,6 @@ def lower_rms_norm(low: CudaLowering, op: Op) -> None:
     y = low.exact(op)
     low.call("rms_norm", {"D": width(op.results[0]), **shape}, x=x, w=w, y=y)
     low.finish(op, y)
-
-
-def lower_rotary_table(low: CudaLowering, op: Op) -> None:
-    parameters = {name: op.attrs[name] for name in ("inv_freq", "sections", "scaling")}
-    # One row for each axis, as long as the field in io.
-    positions = replace(low.views[op.operands[0]], stride=low.shared.io_tokens)
-    low.call("rotary_table", parameters, positions=positions, table=low.output(op.result))
 
 
 def lower_gated_delta_net(low: CudaLowering, op: Op) -> None:
